@@ -1,0 +1,234 @@
+"""The contract in plain PyTorch: pruning, packing, expanding, and attention over the compressed form.
+
+These functions trace into ATen, so Inductor compiles them for any device. They are written to fuse: expanding a row
+is pointwise (one table look-up and one gather an element), so a score is one reduction over the packed row and no
+dense copy of the cache is ever made. Nothing here reads a device value on the host.
+
+Glossary: B batch, H KV heads, G query heads per KV head, C compressed slots, W window slots, D channels of a row,
+K kept elements of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _rank_code(byte, bit):
+    """Rank of channel ``bit`` among the set bits of ``byte``; 128 is added where the channel itself is not set.
+
+    Works on ints and on integer tensors alike: the CPU looks the code up, other devices compute it.
+    """
+    lower = byte & ((1 << bit) - 1)
+    lower = lower - ((lower >> 1) & 0x55)
+    lower = (lower & 0x33) + ((lower >> 2) & 0x33)
+    lower = (lower + (lower >> 4)) & 0x0F
+    return lower + 128 - (((byte >> bit) & 1) << 7)
+
+
+_RANK_CODES = [_rank_code(byte, bit) for byte in range(256) for bit in range(8)]
+
+
+def _rank_codes(bitmap: Tensor) -> Tensor:
+    """``_rank_code`` of every channel: [..., D / 8] uint8 -> [..., D / 8, 8] int32."""
+    byte = bitmap.to(torch.int32).unsqueeze(-1)
+    bit = torch.arange(8, dtype=torch.int32, device=bitmap.device)
+    if bitmap.device.type == "cpu":  # a table in L1 is several times faster there than counting bits
+        table = torch.tensor(_RANK_CODES, dtype=torch.uint8)
+        return table[(byte * 8 + bit).long()].to(torch.int32)
+    return _rank_code(byte, bit)
+
+
+def channel_ranks(bitmap: Tensor) -> tuple[Tensor, Tensor]:
+    """For every channel, whether it was kept and its place among the kept: [..., D / 8] -> bool and int32 [..., D]."""
+    codes = _rank_codes(bitmap)
+    in_byte = codes & 127
+    set_bits = in_byte[..., 7] + (codes[..., 7] < 128)
+    before = torch.nn.functional.pad(set_bits[..., :-1], (1, 0)).cumsum(-1, dtype=torch.int32)
+    rank = in_byte + before.unsqueeze(-1)
+    return (codes < 128).flatten(-2), rank.flatten(-2)
+
+
+def expand(values: Tensor, bitmap: Tensor) -> Tensor:
+    """Dense rows, zero where pruned: values [..., K] and bitmap [..., D / 8] -> [..., D]."""
+    kept, rank = channel_ranks(bitmap)
+    gathered = values.gather(-1, rank.clamp(max=values.shape[-1] - 1).long())
+    return torch.where(kept, gathered, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """abs(x) as an int32 of the same order, all NaN above infinity."""
+    narrow = torch.int32 if x.dtype == torch.float32 else torch.int16
+    largest = torch.iinfo(narrow).max
+    return torch.where(x.isnan(), largest, x.view(narrow) & largest).to(torch.int32)
+
+
+def keep_mask(x: Tensor, kept: int) -> Tensor:
+    """True for the ``kept`` elements of largest magnitude of each row; ties go to the lower channel.
+
+    The rank of a channel is the number of channels that beat it: one fused reduction, no sort.
+    """
+    if kept == x.shape[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
+    size = magnitude_bits(x)
+    mine, other = size.unsqueeze(-1), size.unsqueeze(-2)
+    channel = torch.arange(x.shape[-1], device=x.device)
+    lower_channel = channel.unsqueeze(0) < channel.unsqueeze(1)
+    beaten_by = ((other > mine) | ((other == mine) & lower_channel)).sum(-1, dtype=torch.int32)
+    return beaten_by < kept
+
+
+def pack(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Prune and pack rows: [..., D] -> values [..., K] and bitmap [..., D / 8] uint8."""
+    mask = keep_mask(x, kept)
+    bit = torch.arange(8, dtype=torch.int32, device=x.device)
+    bitmap = (mask.unflatten(-1, (-1, 8)).to(torch.int32) << bit).sum(-1, dtype=torch.int32).to(torch.uint8)
+    _, rank = channel_ranks(bitmap)
+    slot = torch.where(mask, rank, kept).long()  # pruned elements all go to one slot that is cut off
+    values = x.new_zeros(*x.shape[:-1], kept + 1).scatter(-1, slot, x)
+    return values[..., :kept].contiguous(), bitmap
+
+
+def _ring_tokens(tokens: Tensor, window: int) -> Tensor:
+    """The token that each ring slot holds when ``tokens`` (int64, one element) are written; negative: none."""
+    slot = torch.arange(window, device=tokens.device)
+    last = tokens - 1
+    return last - torch.remainder(last - slot, window)
+
+
+def compress(
+    dense: Tensor, tokens: Tensor, kept: int, window: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Buffers of a cache tensor [B, H, S, D] whose first ``tokens`` (int64, one element) rows are written."""
+    rows = dense[:, :, :capacity]
+    values, bitmap = pack(rows, kept)
+    spare = (0, 0, 0, capacity - rows.shape[2])
+    values = torch.nn.functional.pad(values, spare)
+    bitmap = torch.nn.functional.pad(bitmap, spare)
+    tokens = tokens.reshape(1)
+    in_ring = _ring_tokens(tokens, window)
+    ring = dense.index_select(2, in_ring.clamp(min=0, max=dense.shape[2] - 1))
+    ring = torch.where((in_ring >= 0).view(1, 1, -1, 1), ring, torch.zeros((), dtype=dense.dtype, device=dense.device))
+    counts = torch.cat([tokens, (tokens - window).clamp(min=0)])
+    return values, bitmap, ring, counts
+
+
+def decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, length: int) -> Tensor:
+    """Dense [B, H, length, D]: pruned tokens with zeros, window tokens exact, zero past the tokens written."""
+    token = torch.arange(length, device=values.device)
+    in_ring = window.index_select(2, torch.remainder(token, window.shape[2]))
+    slot = token.clamp(max=values.shape[2] - 1)
+    pruned = expand(values.index_select(2, slot), bitmap.index_select(2, slot))
+    written = torch.where((token < counts[0]).view(1, 1, -1, 1), in_ring, torch.zeros_like(in_ring))
+    return torch.where((token < counts[1]).view(1, 1, -1, 1), pruned, written)
+
+
+def append(
+    row: Tensor, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, position: Tensor | None
+) -> None:
+    """Write one token [B, H, 1, D] at ``position`` (default: behind the last); the one that leaves the window is pruned.
+
+    A position before the last token rewinds the cache to it. What was pruned stays pruned then: the exact rows are
+    gone, so the window refills from the tokens written after.
+    """
+    ring_slots = window.shape[2]
+    position = counts[0:1].clone() if position is None else position.reshape(1).to(torch.int64)
+    pruned = torch.minimum(counts[1:2], position)
+    leaving = position + 1 - ring_slots > pruned
+    ring_slot = torch.remainder(position, ring_slots)
+    new_values, new_bitmap = pack(window.index_select(2, ring_slot), values.shape[-1])
+    slot = (position - ring_slots).clamp(min=0, max=values.shape[2] - 1)
+    values.index_copy_(2, slot, torch.where(leaving, new_values, values.index_select(2, slot)))
+    bitmap.index_copy_(2, slot, torch.where(leaving, new_bitmap, bitmap.index_select(2, slot)))
+    window.index_copy_(2, ring_slot, row)
+    counts.copy_(torch.cat([position + 1, torch.maximum(pruned, position + 1 - ring_slots)]))
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, G, D] and [B, H, C, D] -> [B, H, G, C], in float32.
+
+    One reduction for each query head of the group: they fuse into one loop that expands each key once.
+    """
+    keys = keys.float()
+    return torch.stack([(query[:, :, g, None].float() * keys).sum(-1) for g in range(query.shape[2])], dim=2)
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, H, G, C] and [B, H, C, D] -> [B, H, G, D], in float32."""
+    values = values.float()
+    return torch.stack([(weights[:, :, g, :, None] * values).sum(-2) for g in range(weights.shape[2])], dim=2)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, valid: Tensor) -> Tensor:
+    """Apply an attention mask [B or 1, Hq or 1, 1, S] at the tokens that the scores [B, H, G, n] belong to."""
+    nothing = float("-inf")
+    if mask is not None:
+        while mask.dim() < 4:
+            mask = mask.unsqueeze(0)
+        at_token = mask.index_select(-1, token.clamp(min=0, max=mask.shape[-1] - 1))
+        heads = at_token.shape[1]
+        grouped = at_token.reshape(at_token.shape[0], *((1, 1) if heads == 1 else scores.shape[1:3]), token.shape[0])
+        scores = torch.where(grouped, scores, nothing) if mask.dtype == torch.bool else scores + grouped.float()
+    return torch.where(valid, scores, nothing)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row in which nothing is allowed gives zeros, as SDPA does."""
+    weights = torch.softmax(scores, dim=-1)
+    return torch.where((scores == float("-inf")).all(-1, keepdim=True), 0.0, weights)
+
+
+def attend(
+    query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of one query token [B, Hq, 1, D] over the compressed tokens and the window, with one softmax."""
+    batch, query_heads, _, head_dim = query.shape
+    key_values, key_bitmap, key_window, counts = key
+    value_values, value_bitmap, value_window, _ = value
+    heads = key_values.shape[1]
+    grouped = query.reshape(batch, heads, query_heads // heads, head_dim)
+    tokens, pruned = counts[0:1], counts[1:2]
+
+    slot = torch.arange(key_values.shape[2], device=query.device)
+    in_ring = _ring_tokens(tokens, key_window.shape[2])
+    stored, exact = slot < pruned, in_ring >= pruned
+    scores = torch.cat(
+        [
+            _masked(_scores(grouped, expand(key_values, key_bitmap)) * scale, mask, slot, stored),
+            _masked(_scores(grouped, key_window) * scale, mask, in_ring, exact),
+        ],
+        dim=-1,
+    )
+    weights = _softmax(scores)
+    split = key_values.shape[2]
+    # Slots that hold nothing may hold anything, and 0 * NaN is NaN.
+    past = torch.where(stored.unsqueeze(-1), expand(value_values, value_bitmap), 0)
+    recent = torch.where(exact.unsqueeze(-1), value_window, 0)
+    out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:], recent)
+    return out.reshape(batch, query_heads, 1, value_window.shape[-1]).to(query.dtype)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_values: Tensor,
+    key_bitmap: Tensor,
+    key_window: Tensor,
+    key_counts: Tensor,
+    value_values: Tensor,
+    value_bitmap: Tensor,
+    value_window: Tensor,
+    value_counts: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """One decode step of one layer: append the new token's key and value, then attend. See ``ops.py``."""
+    key_buffers = (key_values, key_bitmap, key_window, key_counts)
+    value_buffers = (value_values, value_bitmap, value_window, value_counts)
+    append(key, *key_buffers, position)
+    append(value, *value_buffers, position)
+    return attend(query, key_buffers, value_buffers, mask, scale)

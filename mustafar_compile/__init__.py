@@ -1,0 +1,57 @@
+"""KV-cache compression as a torch.compile backend: ``torch.compile(model, backend="mustafar")``.
+
+The backend is found by name through its entry point. This package adds what to use beside it: ``explain`` (what was
+compressed and why not), ``cache_stats`` (what a cache takes), ``compile_loop`` (for one's own generate loops) and
+``Settings``. Importing it changes nothing global and loads no compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import CompressedKV
+    from .errors import CompressedWriteError, MustafarError, NothingMatchedError, StaleCacheError
+    from .report import Report, explain
+    from .loop import compile_loop
+    from .settings import Settings
+    from .stats import CacheStats, cache_stats
+
+_HOMES = {
+    "CacheStats": "stats",
+    "CompressedKV": "cache",
+    "CompressedWriteError": "errors",
+    "MustafarError": "errors",
+    "NothingMatchedError": "errors",
+    "Report": "report",
+    "Settings": "settings",
+    "StaleCacheError": "errors",
+    "cache_stats": "stats",
+    "compile_loop": "loop",
+    "explain": "report",
+}
+
+__all__ = [
+    "CacheStats",
+    "CompressedKV",
+    "CompressedWriteError",
+    "MustafarError",
+    "NothingMatchedError",
+    "Report",
+    "Settings",
+    "StaleCacheError",
+    "cache_stats",
+    "compile_loop",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,91 @@
+"""Every private torch or transformers name that the project uses, in one place.
+
+Each name is probed when this module is imported (by the backend, never by ``import mustafar_compile``), so that an
+unsupported version fails with one clear error and not deep inside a compilation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_SUPPORTED = "torch 2.11 to 2.13 and transformers 5.17 or newer"
+
+
+def _probe(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"mustafar_compile needs {module}.{name}, which torch {torch.__version__} does not have; "
+            f"supported: {_SUPPORTED}"
+        ) from error
+
+
+compile_fx: Callable = _probe("torch._inductor.compile_fx", "compile_fx")
+inductor_config = _probe("torch._inductor", "config")
+functorch_config = _probe("torch._functorch", "config")
+list_mode_options: Callable[..., dict] = _probe("torch._inductor", "list_mode_options")
+TracingContext = _probe("torch._guards", "TracingContext")
+FakeTensor = _probe("torch._subclasses", "FakeTensor")
+FakeTensorMode = _probe("torch._subclasses", "FakeTensorMode")
+AttrSource = _probe("torch._dynamo.source", "AttrSource")
+ConstantSource = _probe("torch._dynamo.source", "ConstantSource")
+dynamo_disable: Callable = _probe("torch._dynamo", "disable")
+maybe_mark_dynamic: Callable = _probe("torch._dynamo", "maybe_mark_dynamic")
+return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
+tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
+WeakTensorKeyDictionary = _probe("torch.utils.weak", "WeakTensorKeyDictionary")
+
+_aot_export_module: Callable = _probe("torch._functorch.aot_autograd", "aot_export_module")
+_tracing: Callable = _probe("torch._guards", "tracing")
+_preserve_node_meta: Callable = _probe("torch.fx.traceback", "preserve_node_meta")
+
+
+def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> list[Any]:
+    """Fake copies of graph inputs over the ShapeEnv of the compilation in progress.
+
+    A fresh FakeTensorMode is used: the placeholders' own fakes belong to a mode whose metadata tracing may have
+    changed. ``stand_in(i, x)`` may return a fake of its own for input ``i``, as a function of no arguments.
+    """
+    context = TracingContext.get()
+    mode = FakeTensorMode(shape_env=context.fake_mode.shape_env)
+    fakes = []
+    for i, x in enumerate(example_inputs):
+        make = stand_in(i, x)
+        if make is not None:
+            with mode:
+                fakes.append(make())
+        elif isinstance(x, torch.Tensor):
+            symbolic = context.tensor_to_context.get(x)
+            source = symbolic.tensor_source if symbolic is not None else None
+            fakes.append(mode.from_tensor(x, static_shapes=symbolic is None, symbolic_context=symbolic, source=source))
+        else:
+            fakes.append(x)
+    return fakes
+
+
+def export_functional(module: torch.nn.Module, fakes: Sequence[Any]) -> tuple[torch.fx.GraphModule, Any]:
+    """Trace ``module`` to functional pre-dispatch ATen, keeping node metadata. Returns the graph and its signature."""
+    with _preserve_node_meta(), torch.no_grad(), _tracing(None):
+        return _aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+
+
+@contextmanager
+def inductor_options(options: dict[str, Any]) -> Iterator[None]:
+    """Inductor's config with ``options`` set.
+
+    The cache of AOTAutograd is off: its key names our ops but not their code, so an upgrade would run stale kernels.
+    Inductor's own cache is keyed on what the ops decompose to and stays on.
+    """
+    with inductor_config.patch(options), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The value that a symbolic size was traced with, without guarding on it."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size

@@ -1,0 +1,59 @@
+"""Compressed state attached to dense caches that belong to the caller.
+
+A cache that the caller allocates densely (HF's static cache with an eager prefill, a model's own buffers) stays as it
+is and is kept up to date, so whoever else reads it reads right values. Decode attention reads the compressed state
+attached to it. The dense tensor's version counter tells when somebody else wrote, and the state is made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _compat
+from .lowering import ops
+from .patterns.plan import Attached
+
+
+class AttachedState:
+    """Buffers compressed from a dense cache, valid while the cache is at ``version``."""
+
+    def __init__(self, buffers: list[Tensor], key: Attached) -> None:
+        self.buffers = dict(zip(("values", "bitmap", "window", "counts"), buffers, strict=True))
+        self.key = key
+        self.version = -1
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the buffers really take."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers.values())
+
+
+_states: Any = _compat.WeakTensorKeyDictionary()
+
+
+def find_state(dense: Tensor) -> AttachedState | None:
+    """The state attached to ``dense``, if any."""
+    return _states.get(dense)
+
+
+def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState:
+    """The state for the dense cache among ``arguments``, compressed now where there is none or it is outdated."""
+    dense = arguments[attached.index]
+    state = _states.get(dense)
+    layout = (attached.kept, attached.window)
+    if state is not None and state.version == dense._version and (state.key.kept, state.key.window) == layout:
+        return state
+    position = attached.position(*arguments)
+    tokens = torch.as_tensor(position, dtype=torch.int64, device=dense.device).reshape(1)
+    rows = dense if attached.tokens_dim == 2 else dense.transpose(1, 2)
+    buffers = list(ops.compress(rows, tokens, attached.kept, attached.window, rows.shape[2]))
+    if state is not None and [b.shape for b in state.buffers.values()] == [b.shape for b in buffers]:
+        for mine, new in zip(state.buffers.values(), buffers, strict=True):  # addresses stay, for CUDA graphs
+            mine.copy_(new)
+        return state
+    state = _states[dense] = AttachedState(buffers, attached)
+    return state

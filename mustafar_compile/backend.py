@@ -1,0 +1,116 @@
+"""The backend, on one page: normalise -> match -> rewrite -> compile_fx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import _compat
+from .cache import CompressedKV
+from .errors import NothingMatchedError
+from .convention import with_calling_convention
+from .report import record_failure, record_graph
+from .lowering.layout import CACHE_DTYPES, Layout, grown_capacity
+from .patterns.match import Context, Match, NoMatch, find_matches
+from .patterns.normalise import Functional, normalise
+from .patterns.plan import Plan
+from .patterns.rewrite import Rewriter
+from .runtime import CompiledCall
+from .settings import Settings, read_options
+
+
+def mustafar(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its KV caches compressed. Use it as ``torch.compile(model, backend="mustafar")``.
+
+    mode: a mode of Inductor. options: fields of ``Settings`` and keys of Inductor's config. What does not match is
+    compiled by plain Inductor; ``mustafar_compile.explain()`` tells why. Raises ValueError for an unknown mode or
+    option or a value out of range, NothingMatchedError under ``strict``.
+    """
+    settings, inductor = read_options(mode, options)
+    plan = _rewritten(gm, example_inputs, settings)
+    with _compat.inductor_options(inductor):
+        if plan is None:
+            return _compat.compile_fx(gm, example_inputs)
+        module, inputs = with_calling_convention(plan, gm, example_inputs)
+        return _compat.dynamo_disable(CompiledCall(plan, _compat.compile_fx(module, inputs)))
+
+
+def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Plan | None:
+    """The plan for a graph with something to rewrite, None for one that goes to Inductor untouched."""
+    caches = {i: x for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV)}
+    if not caches and not _may_hold_attention(gm):
+        if settings.strict and any(isinstance(x, torch.nn.Parameter) for x in example_inputs):
+            raise NothingMatchedError("mustafar: strict is set and this graph holds no attention")
+        return None
+    try:
+        functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)
+    except Exception as error:  # whatever tracing trips over, the graph still runs, and the report says so
+        record_failure(gm, f"the graph could not be traced: {type(error).__name__}: {_first_line(error)}")
+        _require_match(settings, [])
+        return None
+    compressed = {functional.placeholders[i]: (x.row_layout.kept, x.row_layout.window) for i, x in caches.items()}
+    context = _context(functional, example_inputs, compressed, settings)
+    found = find_matches(functional, context)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        reason = "gradients are enabled; compile and run under torch.no_grad()"
+        found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]
+    record_graph(found, settings, compressed)
+    _require_match(settings, found)
+    matches = [m for m in found if isinstance(m, Match)]
+    if not matches and not caches:
+        return None
+    return Rewriter(functional, compressed, _layout_of(settings), grown_capacity).run(matches)
+
+
+def _may_hold_attention(gm: GraphModule) -> bool:
+    names = ("scaled_dot_product_attention", "softmax", "flex_attention")
+    return any(name in str(node.target) for node in gm.graph.nodes if node.op.startswith("call") for name in names)
+
+
+def _dense_stand_in(gm: GraphModule, index: int) -> Callable[[], torch.Tensor]:
+    """Makes the dense tensor that a compressed input stands for, with Dynamo's symbolic sizes."""
+    node = [node for node in gm.graph.nodes if node.op == "placeholder"][index]
+    logical = node.meta["example_value"]
+    return lambda: torch.empty(tuple(logical.shape), dtype=logical.dtype, device=logical.device)
+
+
+def _context(
+    functional: Functional, example_inputs: Sequence[Any], compressed: Mapping[Node, Any], settings: Settings
+) -> Context:
+    tensors = {
+        node: x for node, x in zip(functional.placeholders, example_inputs, strict=True) if isinstance(x, torch.Tensor)
+    }
+    return Context(
+        compressed=set(compressed),
+        parameters={node for node, x in tensors.items() if isinstance(x, torch.nn.Parameter)},
+        unwatchable={node for node, x in tensors.items() if x.is_inference() and node not in compressed},
+        skip_layers=settings.skip_layers,
+        dtypes=CACHE_DTYPES,
+    )
+
+
+def _layout_of(settings: Settings) -> Callable[[str, int], tuple[int, int]]:
+    def layout_of(role: str, head_dim: int) -> tuple[int, int]:
+        layout = Layout.of(head_dim, settings.sparsity(role), settings.window)
+        return layout.kept, layout.window
+
+    return layout_of
+
+
+def _require_match(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
+    if settings.strict and not any(isinstance(m, Match) for m in found):
+        reasons = "; ".join(dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))) or "no attention was found"
+        raise NothingMatchedError(f"mustafar: strict is set and nothing in this graph matched: {reasons}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,252 @@
+"""``CompressedKV``: a tensor that stands for K or V of one layer and holds it compressed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _compat
+from .errors import CompressedWriteError, StaleCacheError
+from .lowering import ops
+from .lowering.layout import BUFFERS, Layout, grown_capacity
+
+aten = torch.ops.aten
+_reported: set[str] = set()
+
+
+class _History:
+    """Tokens written so far, known on the host, shared by all handles of one growing cache."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+
+class CompressedKV(Tensor):
+    """A cache tensor of logical shape [B, H, S, D] over the buffers that ``lowering.layout`` describes.
+
+    It has the shape, dtype and device of the dense tensor and stands wherever a model keeps its K or V. The backend
+    works on the buffers; any other op decompresses (with one warning for each op) and reads right values. Writes
+    from outside are honoured for ``index_copy_`` and ``zero_`` and refused otherwise.
+
+    A growing cache (``grows``) is a handle: a decode step returns a longer handle of the same buffers, and the
+    shorter one can be read but no longer extended.
+    """
+
+    values: Tensor
+    bitmap: Tensor
+    window: Tensor
+    counts: Tensor
+    row_layout: Layout
+    grows: bool
+    history: _History
+
+    @staticmethod
+    def __new__(cls, values, bitmap, window, counts, layout, grows, size, stride=None):  # noqa: PLR0917
+        batch, heads, tokens, head_dim = size
+        stride = stride or (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
+        return Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=window.dtype, device=window.device)
+
+    def __init__(self, values, bitmap, window, counts, layout, grows, size, stride=None):  # noqa: PLR0917
+        self.values, self.bitmap, self.window, self.counts = values, bitmap, window, counts
+        self.row_layout, self.grows = layout, grows
+
+    @classmethod
+    def from_buffers(cls, buffers: list[Tensor], tokens: int, grows: bool) -> CompressedKV:
+        """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
+        values, _, window, _ = buffers
+        layout = Layout.interned(window.shape[3], values.shape[3], window.shape[2])
+        size = (*window.shape[:2], tokens, window.shape[3])
+        cache = cls(*buffers, layout, grows, size)
+        cache.history = _History(tokens)
+        return cache._with_marks()
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, sparsity: float, window: int, tokens: int | None = None) -> CompressedKV:
+        """Compress a dense [B, H, S, D] of which ``tokens`` are written (default: all, and the cache can grow)."""
+        layout = Layout.of(dense.shape[3], sparsity, window)
+        grows = tokens is None
+        length = dense.shape[2]
+        capacity = grown_capacity(length) if grows else length
+        written = torch.tensor([length if tokens is None else tokens], device=dense.device)
+        buffers = ops.compress(dense, written, layout.kept, layout.window, capacity)
+        return cls.from_buffers(list(buffers), length, grows)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """values, bitmap, window, counts."""
+        return [getattr(self, name) for name in BUFFERS]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the buffers really take."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers)
+
+    def dense(self) -> Tensor:
+        """The dense tensor that this stands for: pruned elements and unwritten tokens are zero."""
+        return ops.decompress(*self.buffers, self.shape[2])
+
+    def check_latest(self) -> None:
+        """Raise StaleCacheError if this handle was extended before."""
+        if self.grows and self.history.tokens != self.shape[2]:
+            raise StaleCacheError(
+                f"this cache of {self.shape[2]} tokens was already extended to {self.history.tokens}: its window has "
+                "moved on. To continue one past in several ways, copy.deepcopy it first"
+            )
+
+    def extended(self) -> CompressedKV:
+        """The handle after one more token was written into the buffers, with room for the next."""
+        tokens = self.shape[2] + 1
+        self.history.tokens = tokens
+        size = (*self.shape[:2], tokens, self.shape[3])
+        cache = CompressedKV(*self.buffers, self.row_layout, True, size)
+        cache.history = self.history
+        cache._reserve(tokens + 1)
+        return cache._with_marks()
+
+    def _reserve(self, tokens: int) -> None:
+        """Grow the slots where ``tokens`` would not fit. An eighth at a time: see ``grown_capacity``."""
+        needed = tokens - self.row_layout.window
+        if needed <= self.values.shape[2]:
+            return
+        spare = grown_capacity(needed) - self.values.shape[2]
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, spare))
+        self.bitmap = torch.nn.functional.pad(self.bitmap, (0, 0, 0, spare))
+
+    def _with_marks(self) -> CompressedKV:
+        """Tell Dynamo which sizes change from call to call, so that it compiles for any."""
+        if self.grows:
+            for tensor in (self, self.values, self.bitmap):
+                _compat.maybe_mark_dynamic(tensor, 2)
+        return self
+
+    def _mapped(self, change: Any) -> CompressedKV:
+        """A copy with ``change`` applied to each buffer."""
+        cache = CompressedKV(*map(change, self.buffers), self.row_layout, self.grows, self.shape)
+        cache.history = _History(self.history.tokens)
+        return cache._with_marks()
+
+    def __tensor_flatten__(self):
+        return list(BUFFERS), (self.row_layout, self.grows)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        return CompressedKV(*(inner[name] for name in BUFFERS), *context, outer_size, outer_stride)
+
+    def __repr__(self) -> str:
+        kept = f"{self.row_layout.kept} of {self.row_layout.head_dim} kept"
+        return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, CompressedKV):
+            if func in (aten.detach.default, aten.alias.default):
+                return _compat.return_and_correct_aliasing(func, args, kwargs, first._alias())
+            if isinstance(first.window, _compat.FakeTensor):  # while Dynamo traces: only shapes matter
+                if func._schema.is_mutable:
+                    return first
+            elif func is aten.clone.default:
+                return first._mapped(torch.clone)
+            elif func is aten._to_copy.default and kwargs.get("dtype", first.dtype) in (None, first.dtype):
+                device = kwargs.get("device") or first.device
+                return first._mapped(lambda buffer: buffer.to(device, copy=True))
+            elif func._schema.is_mutable:
+                return _write(first, func, args, kwargs)
+        return _on_dense(func, args, kwargs)
+
+    def _alias(self) -> CompressedKV:
+        alias = CompressedKV(*self.buffers, self.row_layout, self.grows, self.shape, self.stride())
+        if hasattr(self, "history"):
+            alias.history = self.history
+        return alias
+
+
+class _ReadOnlyView(Tensor):
+    """A view of decompressed values. Reading is right; writing would be lost, so it is refused."""
+
+    @staticmethod
+    def __new__(cls, dense):
+        return Tensor._make_wrapper_subclass(
+            cls, dense.shape, strides=dense.stride(), dtype=dense.dtype, device=dense.device
+        )
+
+    def __init__(self, dense):
+        self.values = dense
+
+    def __repr__(self) -> str:
+        return repr(self.values)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable and args and isinstance(args[0], _ReadOnlyView):
+            raise CompressedWriteError(
+                f"{func} would write through a view of a compressed KV cache, and the write would be lost. Write into "
+                "a dense copy (cache.dense()) instead"
+            )
+        result = func(*_compat.tree_map(_plain, args), **_compat.tree_map(_plain, kwargs or {}))
+        return _compat.tree_map(_read_only, result) if _is_view(func) else result
+
+
+def _plain(x: Any) -> Any:
+    return x.values if isinstance(x, _ReadOnlyView) else x
+
+
+def _read_only(x: Any) -> Any:
+    return _ReadOnlyView(x) if isinstance(x, Tensor) else x
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None for r in func._schema.returns) and not func._schema.is_mutable
+
+
+def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run any other op on decompressed values."""
+    fake = [False]
+
+    def expand(x: Any) -> Any:
+        if not isinstance(x, CompressedKV):
+            return x
+        if isinstance(x.window, _compat.FakeTensor):
+            fake[0] = True
+            return x.window.new_empty(x.shape)
+        _warn_once(func)
+        return x.dense()
+
+    args, kwargs = _compat.tree_map(expand, args), _compat.tree_map(expand, kwargs)
+    result = func(*args, **kwargs)
+    return _compat.tree_map(_read_only, result) if _is_view(func) and not fake[0] else result
+
+
+def _write(cache: CompressedKV, func: Any, args: Any, kwargs: Any) -> CompressedKV:
+    """A write from outside the compiled graphs, where it can be honoured."""
+    if func is aten.zero_.default:
+        for buffer in cache.buffers:
+            buffer.zero_()
+        return cache
+    if func is aten.index_copy_.default and args[1] in (2, -2) and not cache.grows:
+        _warn_once(func)
+        dense, position = cache.dense(), args[2]
+        func(dense, *args[1:], **kwargs)
+        tokens = position.max().reshape(1) + 1
+        packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.values.shape[2])
+        for mine, new in zip(cache.buffers, packed, strict=True):
+            mine.copy_(new)
+        return cache
+    raise CompressedWriteError(
+        f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, index_copy_ along "
+        "dimension 2"
+    )
+
+
+def _warn_once(func: Any) -> None:
+    name = str(func)
+    if name not in _reported:
+        _reported.add(name)
+        warnings.warn(
+            f"mustafar: {name} runs on a compressed KV cache outside the compiled graphs, which decompresses it",
+            stacklevel=4,
+        )

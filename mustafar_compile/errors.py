@@ -1,0 +1,19 @@
+"""What can go wrong, one class a cause."""
+
+from __future__ import annotations
+
+
+class MustafarError(RuntimeError):
+    """Base of all errors of this package."""
+
+
+class StaleCacheError(MustafarError):
+    """A cache is used again after it was extended elsewhere."""
+
+
+class CompressedWriteError(MustafarError):
+    """A write into a compressed cache that cannot be honoured."""
+
+
+class NothingMatchedError(MustafarError):
+    """``strict`` is on and a graph holds no attention that could be rewritten."""

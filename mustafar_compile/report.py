@@ -1,0 +1,163 @@
+"""``explain()``: what was compressed, what was not, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from . import _compat
+from .lowering.layout import Layout, grown_capacity
+from .patterns.match import CacheUpdate, Match, NoMatch
+from .settings import Settings
+from .text import bytes_text, table
+
+log = logging.getLogger(__name__)
+_active: list[Report] = []
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attention layer.
+
+    layer: its number. name: its module path. form: how its cache is kept. phases: "prefill", "decode" where matched.
+    reason: why not, "" where matched. dense_bytes, stored_bytes: of K and V together, when the graph was compiled;
+    0 where there is no cache.
+    """
+
+    layer: int
+    name: str
+    form: str
+    phases: tuple[str, ...] = ()
+    reason: str = ""
+    dense_bytes: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass
+class Report:
+    """What the backend did with every graph compiled while the report was open. ``str(report)`` is a table."""
+
+    graphs: int = 0
+    _entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def matched(self) -> list[Entry]:
+        """One entry per attention layer that runs compressed in every graph it was found in."""
+        return [entry for entry in self._layers() if not entry.reason]
+
+    @property
+    def missed(self) -> list[Entry]:
+        """One entry, with its ``reason``, per attention layer that runs as it is in some graph."""
+        return [entry for entry in self._layers() if entry.reason]
+
+    def _layers(self) -> list[Entry]:
+        """The entries of all graphs, one per layer."""
+        layers: dict[tuple[int, str], Entry] = {}
+        for entry in self._entries:
+            key = (entry.layer, entry.name)
+            layers[key] = _merged(layers[key], entry) if key in layers else entry
+        return sorted(layers.values(), key=lambda entry: (entry.layer, entry.name))
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return (
+                "mustafar: no graph was compiled here. Either everything was compiled before, or the model was not "
+                "called through the compiled object: torch.compile(model).generate() runs the original module; "
+                "use model.compile(backend='mustafar') for generate()."
+            )
+        if not self._entries:
+            return f"mustafar: {self.graphs} graph(s) compiled, no attention found"
+        rows = [
+            (
+                str(e.layer), e.name, e.form, " + ".join(e.phases) if not e.reason else f"no: {e.reason}",
+                bytes_text(e.dense_bytes), bytes_text(e.stored_bytes),
+            )
+            for e in self._layers()
+        ]
+        title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
+        return table(title, ("layer", "module", "cache", "compressed", "dense", "stored"), rows)
+
+
+def _merged(a: Entry, b: Entry) -> Entry:
+    """Two sightings of a layer: any miss shows, the later form and sizes count."""
+    if a.reason and not b.reason:
+        a, b = b, a
+    phases = () if b.reason else tuple(dict.fromkeys((*a.phases, *b.phases)))
+    return Entry(b.layer, b.name, b.form, phases, b.reason, b.dense_bytes, b.stored_bytes)
+
+
+@contextmanager
+def explain() -> Iterator[Report]:
+    """Record every graph that the backend compiles within the ``with`` block.
+
+    Yields the report; it may be read at any time, also after the block. Graphs compiled earlier are not in it.
+    """
+    report = Report()
+    _active.append(report)
+    try:
+        yield report
+    finally:
+        _active.remove(report)
+
+
+def record_graph(
+    found: Sequence[Match | NoMatch], settings: Settings, compressed: Mapping[Node, tuple[int, int]]
+) -> None:
+    """Enter the attention layers of one graph into the open reports and the log."""
+    _record([_entry(m, settings, compressed) for m in found])
+
+
+def record_failure(gm: GraphModule, reason: str) -> None:
+    """Enter a graph that could not be read: each attention in it is missed for ``reason``."""
+    names = ("scaled_dot_product_attention", "flex_attention")
+    nodes = [n for n in gm.graph.nodes if n.op.startswith("call") and any(name in str(n.target) for name in names)]
+    _record([Entry(i, node.name, "unknown", reason=reason) for i, node in enumerate(nodes)])
+
+
+def record_untouched() -> None:
+    """Enter a graph without attention."""
+    _record([])
+
+
+def _record(entries: list[Entry]) -> None:
+    for report in _active:
+        report.graphs += 1
+        report._entries += entries
+    for e in entries:
+        verdict = f"compressed ({e.phases[0]})" if not e.reason else f"not compressed: {e.reason}"
+        log.info("layer %d %s, cache %s: %s", e.layer, e.name, e.form, verdict)
+
+
+def _entry(m: Match | NoMatch, settings: Settings, compressed: Mapping[Node, tuple[int, int]]) -> Entry:
+    attention = m.attention
+    sizes = [
+        _cache_bytes(update, settings.sparsity(role), settings.window, isinstance(m, Match), compressed)
+        for role, update in (("key", m.key), ("value", m.value))
+        if update is not None
+    ]
+    dense, stored = (sum(size[i] for size in sizes) for i in (0, 1))
+    phases = (m.phase,) if isinstance(m, Match) else ()
+    reason = "" if isinstance(m, Match) else m.reason
+    return Entry(attention.layer, attention.name, m.form, phases, reason, dense, stored)
+
+
+def _cache_bytes(
+    update: CacheUpdate, sparsity: float, window: int, matched: bool, compressed: Mapping[Node, Any]
+) -> tuple[int, int]:
+    """(dense, stored) bytes of the cache after the update, at the sizes the graph was compiled with."""
+    value = update.node.meta["val"]
+    shape = [_compat.hint(size) for size in value.shape]
+    tokens, heads = shape[update.tokens_dim], shape[3 - update.tokens_dim]
+    itemsize = value.dtype.itemsize
+    dense = shape[0] * heads * tokens * shape[3] * itemsize
+    if not matched:
+        return dense, dense
+    capacity = grown_capacity(tokens) if update.grows else tokens
+    stored = Layout.of(shape[3], sparsity, window).stored_bytes(shape[0], heads, capacity, itemsize)
+    kept_dense = not update.grows and update.base is not None and update.base not in compressed
+    return dense, stored + (dense if kept_dense else 0)

@@ -1,0 +1,87 @@
+"""What a user can set, and how ``mode=`` and ``options=`` of torch.compile are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the backend. Pass them to torch.compile as ``options={"key_sparsity": 0.7}``.
+
+    key_sparsity: fraction of each pruned key that is dropped, in [0, 1). 0 keeps everything.
+    value_sparsity: the same for values.
+    window: latest tokens that stay dense and exact, at least 1.
+    skip_layers: numbers of the attention layers that are left dense, counted from 0.
+    strict: raise NothingMatchedError for a graph in which no attention could be rewritten. A graph with neither
+        attention nor parameters (a sampling helper, say) is not judged.
+    """
+
+    key_sparsity: float = 0.5
+    value_sparsity: float = 0.5
+    window: int = 32
+    skip_layers: frozenset[int] = field(default_factory=frozenset)
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("key_sparsity", "value_sparsity"):
+            value = getattr(self, name)
+            _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+        _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
+        _check("strict", self.strict, isinstance(self.strict, bool), "True or False")
+        layers = self.skip_layers
+        iterable = isinstance(layers, set | frozenset | list | tuple | range)
+        accepted = iterable and all(_is_count(layer) and layer >= 0 for layer in layers)
+        _check("skip_layers", layers, accepted, "a collection of layer numbers from 0 on")
+        object.__setattr__(self, "skip_layers", frozenset(layers))
+
+    def sparsity(self, role: str) -> float:
+        """The sparsity of "key" or "value"."""
+        return self.key_sparsity if role == "key" else self.value_sparsity
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, given: Any, accepted: bool, wanted: str) -> None:
+    if not accepted:
+        raise ValueError(f"mustafar: {name}={given!r} is not accepted; it must be {wanted}")
+
+
+def setting_names() -> list[str]:
+    """Names of all settings."""
+    return [f.name for f in fields(Settings)]
+
+
+def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+    """Split torch.compile's ``mode`` and ``options`` into our settings and patches of Inductor's config.
+
+    Raises ValueError for an unknown mode or option, naming what is accepted.
+    """
+    from . import _compat
+
+    modes = _compat.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mustafar: mode {mode!r} is unknown; accepted are {', '.join(map(repr, modes))}")
+    inductor = dict(modes[mode]) if mode is not None else {}
+    ours: dict[str, Any] = {}
+    known = _compat.inductor_config.get_config_copy()
+    for key, value in (options or {}).items():
+        name = key.replace("-", "_")
+        if name in setting_names():
+            ours[name] = value
+        elif name in known:
+            inductor[name] = value
+        else:
+            raise ValueError(
+                f"mustafar: option {key!r} is unknown; accepted are {', '.join(setting_names())} and the keys of "
+                "torch._inductor.config (torch._inductor.list_options() lists them)"
+            )
+    return Settings(**ours), inductor

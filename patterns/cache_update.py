@@ -1,0 +1,145 @@
+"""Recognising how a cache takes up new tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .normalise import Functional
+from .symbols import expression, same_size
+from .views import is_move, is_whole_slice, slice_bounds
+
+aten = torch.ops.aten
+_ALLOCATIONS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default)
+
+
+@dataclass(frozen=True)
+class CacheUpdate:
+    """New tokens entering the cache of K or V.
+
+    node: the cache afterwards. base: the cache before (a placeholder), None where it begins here. new: the tokens,
+    [B, H, L, D] or [B, L, H, D]. tokens_dim: the dimension of the tokens, 2 or 1. op: how it is written.
+    position: where the tokens go, as an int64 tensor or a (symbolic) int; None for a cache that grows by its end.
+    """
+
+    node: Node
+    base: Node | None
+    new: Node
+    tokens_dim: int
+    op: str
+    position: Any | None = None
+
+    @property
+    def grows(self) -> bool:
+        return self.position is None
+
+
+def _is_empty(node: Any) -> bool:
+    return isinstance(node, Node) and any(same_size(size, 0) for size in node.meta["val"].shape)
+
+
+def _base(node: Any) -> tuple[Node | None, bool]:
+    """(placeholder or None for a new buffer, recognised)."""
+    while isinstance(node, Node) and node.op == "call_function" and is_move(node):
+        if node.target is aten.slice.Tensor and not is_whole_slice(node):
+            return None, False
+        node = node.args[0]
+    if not isinstance(node, Node):
+        return None, False
+    if node.op == "placeholder":
+        return node, True
+    return None, node.op == "call_function" and node.target in _ALLOCATIONS
+
+
+def _cat(node: Node) -> CacheUpdate | None:
+    parts = node.args[0]
+    dim = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
+    if len(parts) != 2:
+        return None
+    past, new = parts
+    if _is_empty(past):
+        return CacheUpdate(node, None, new, dim, "cat")
+    base, known = _base(past)
+    return CacheUpdate(node, base, new, dim, "cat") if known and base is not None else None
+
+
+def _index_copy(node: Node) -> CacheUpdate | None:
+    cache, dim, position, new = node.args
+    base, known = _base(cache)
+    return CacheUpdate(node, base, new, dim % node.meta["val"].dim(), "index_copy", position) if known else None
+
+
+def _index_put(node: Node) -> CacheUpdate | None:
+    cache, indices, new = node.args[:3]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
+    if len(given) != 1 or accumulate or given[0][1].meta["val"].dim() != 1:
+        return None
+    base, known = _base(cache)
+    return CacheUpdate(node, base, new, given[0][0], "index_put", given[0][1]) if known else None
+
+
+def _slice_scatter(node: Node) -> CacheUpdate | None:
+    cache, new = node.args[:2]
+    dim, start, _, step = slice_bounds(node, first=2)
+    if step != 1:
+        return None
+    if new.op == "call_function" and new.target is aten.copy.default:  # x[a:b] = y copies y into a slice of x
+        new = new.args[1]
+    base, known = _base(cache)
+    return CacheUpdate(node, base, new, dim, "slice write", start) if known else None
+
+
+_WRITES = {
+    aten.cat.default: _cat,
+    aten.index_copy.default: _index_copy,
+    aten.index_put.default: _index_put,
+    aten.slice_scatter.default: _slice_scatter,
+}
+
+
+def recognise_update(node: Node) -> CacheUpdate | None:
+    """The update that ``node`` is, if it is one of a cache of four dimensions."""
+    if node.op != "call_function" or node.target not in _WRITES:
+        return None
+    update = _WRITES[node.target](node)
+    four_dims = update is not None and update.node.meta["val"].dim() == 4 and update.new.meta["val"].dim() == 4
+    return update if four_dims and update.tokens_dim in (1, 2) else None
+
+
+def find_update(read: Node, functional: Functional) -> tuple[CacheUpdate | None, list[Node]]:
+    """The cache update behind what attention reads, and the ops between them, first op first.
+
+    A tensor that leaves the graph as it is counts as a cache that begins here (a prefill that returns its keys).
+    """
+    chain: list[Node] = []
+    node = read
+    while True:
+        update = recognise_update(node)
+        if update is not None:
+            return update, chain[::-1]
+        if node in functional.outputs and node.op == "call_function" and node.meta["val"].dim() == 4:
+            return CacheUpdate(node, None, node, 2, "returned"), chain[::-1]
+        if not is_move(node):
+            return None, chain[::-1]
+        chain.append(node)
+        node = node.args[0]
+
+
+def sliding_window(update: CacheUpdate, functional: Functional) -> int | None:
+    """The window, where only the latest tokens of the updated cache are kept."""
+    for user in update.node.users:
+        if user.op == "call_function" and user.target is aten.slice.Tensor and user in functional.outputs:
+            _, start, _, _ = slice_bounds(user)
+            if isinstance(start, int) and start < 0:
+                return 1 - start
+    return None
+
+
+def end_of(update: CacheUpdate) -> Any:
+    """Tokens written after the update, as a sympy expression where the position is known on the host."""
+    start, count = expression(update.position), expression(update.new.meta["val"].shape[update.tokens_dim])
+    return None if start is None or count is None else start + count

@@ -1,0 +1,52 @@
+"""Stage 1: one vocabulary. A Dynamo graph becomes functional pre-dispatch ATen, in which SDPA is still whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mustafar_compile import _compat
+
+
+@dataclass
+class Functional:
+    """A functional graph with Dynamo's calling convention taken apart.
+
+    module: the traced graph; its output node still lists mutated values first.
+    placeholders: one for each graph input, in order.
+    mutated: placeholder -> the value that it must hold afterwards.
+    outputs: the user's outputs (nodes or constants), in order.
+    """
+
+    module: GraphModule
+    placeholders: list[Node]
+    mutated: dict[Node, Node]
+    outputs: list[Any]
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.module.graph
+
+
+def normalise(
+    gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]
+) -> Functional:
+    """Trace ``gm`` again. ``stand_in`` supplies fakes for inputs that are not plain tensors (see ``_compat.fakify``)."""
+    fakes = _compat.fakify(example_inputs, stand_in)
+    interpreter = torch.fx.Interpreter(gm)
+
+    class Flat(torch.nn.Module):
+        def forward(self, *args):
+            return tuple(interpreter.run(*args))
+
+    traced, signature = _compat.export_functional(Flat(), fakes)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    by_name = {node.name: node for node in placeholders}
+    results = list(traced.graph.output_node().args[0])
+    mutations = signature.user_inputs_to_mutate
+    mutated = {by_name[target]: value for target, value in zip(mutations.values(), results, strict=False)}
+    return Functional(traced, placeholders, mutated, results[len(mutations) :])

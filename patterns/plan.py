@@ -1,0 +1,96 @@
+"""How a rewritten graph is called: where its inputs come from and what its results become.
+
+Rewriting writes a plan and the runtime carries it out; neither knows the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Argument ``index`` of the original graph."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A buffer of the compressed cache that is argument ``index``."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class AttachedBuffer:
+    """A buffer of the compressed state attached to the dense cache that is argument ``index``."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """The logical size of dimension ``dim`` of the compressed cache that is argument ``index``."""
+
+    index: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result ``index`` of the rewritten graph, as it is."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Extended:
+    """The compressed cache that is argument ``index``, one token longer."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A new compressed cache: its buffers are the results from ``index`` on.
+
+    tokens: its logical number of tokens, itself a result where it is not fixed. grows: whether by concatenation.
+    """
+
+    index: int
+    tokens: int | Result
+    grows: bool
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A dense cache of the caller that gets compressed state attached.
+
+    index: its argument. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]. kept, window: its layout.
+    position: maps the original arguments to the position of the new token.
+    """
+
+    index: int
+    tokens_dim: int
+    kept: int
+    window: int
+    position: GraphModule
+
+
+Input = Argument | Buffer | AttachedBuffer | Size
+Output = Argument | Result | Extended | Compressed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rewritten graph and its calling convention. extended: arguments that a call makes one token longer."""
+
+    module: GraphModule
+    inputs: list[Input]
+    outputs: list[Output]
+    attached: list[Attached]

@@ -1,0 +1,283 @@
+"""Stage 3: a functional graph and its matches -> a graph over compressed buffers, and the plan to call it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+
+from .cache_update import CacheUpdate, recognise_update
+from .match import Match
+from .normalise import Functional
+from .plan import Argument, Attached, AttachedBuffer, Buffer, Compressed, Extended, Input, Output, Plan, Result, Size
+from .symbols import same_size
+
+aten = torch.ops.aten
+ops = torch.ops.mustafar
+
+
+class UnsupportedWriteError(RuntimeError):
+    """A graph writes into a compressed cache in a way that cannot be followed."""
+
+
+class Rewriter:
+    """Rewrites one graph in place; use it once.
+
+    compressed: placeholders that hold a compressed cache, each with its (kept, window).
+    layout_of: role ("key" or "value") and head_dim -> (kept, window) of a cache to be compressed.
+    capacity_of: tokens -> compressed slots of a growing cache.
+    """
+
+    def __init__(
+        self,
+        functional: Functional,
+        compressed: Mapping[Node, tuple[int, int]],
+        layout_of: Callable[[str, int], tuple[int, int]],
+        capacity_of: Callable[[Any], Any],
+    ) -> None:
+        self.functional = functional
+        self.graph: Graph = functional.graph
+        self.compressed = compressed
+        self.layout_of = layout_of
+        self.capacity_of = capacity_of
+        self.index = {node: i for i, node in enumerate(functional.placeholders)}
+        self.inputs: dict[Node, Input] = {node: Argument(i) for node, i in self.index.items()}
+        self.names = [r.name for r in ops.compress.default._schema.returns]
+        self.buffers: dict[Node, list[Node]] = {}  # of compressed and of attached placeholders
+        self.replaced: dict[Node, Extended | tuple[list[Node], bool]] = {}  # outputs that become compressed caches
+        self.written: set[Node] = set()  # compressed placeholders whose mutation happens inside an op
+        self.attached: list[Attached] = []
+
+    def run(self, matches: list[Match]) -> Plan:
+        for placeholder in self.compressed:
+            self._add_buffers(placeholder, Buffer)
+        for match in matches:
+            (self._decode if match.phase == "decode" else self._prefill)(match)
+        self._keep_escaping_caches_compressed()
+        outputs = self._set_output()
+        self.graph.eliminate_dead_code()
+        for placeholder in self.compressed:
+            self._decompress_remaining_uses(placeholder)
+        self._drop_placeholders()
+        self.graph.lint()
+        module = GraphModule(self.functional.module, self.graph)
+        return Plan(module, list(self.inputs.values()), outputs, self.attached)
+
+    # Emitting nodes
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def _add_placeholder(self, name: str, source: Input) -> Node:
+        with self.graph.inserting_after(next(reversed(self.inputs))):
+            node = self.graph.placeholder(name)
+        self.inputs[node] = source
+        return node
+
+    def _add_buffers(self, placeholder: Node, kind: type[Buffer] | type[AttachedBuffer]) -> None:
+        index = self.index[placeholder]
+        self.buffers[placeholder] = [
+            self._add_placeholder(f"{placeholder.name}_{name}", kind(index, name)) for name in self.names
+        ]
+
+    def _size(self, node: Node, dim: int) -> Any:
+        size = node.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self._call(aten.sym_size.int, node, dim)
+
+    def _tokens(self, count: Any, like: Node) -> Node:
+        """A host-side count as the one-element device tensor that the ops take."""
+        return self._call(aten.full.default, [1], count, dtype=torch.int64, device=like.meta["val"].device)
+
+    def _compress(self, dense: Node, tokens: Node, layout: tuple[int, int], capacity: Any) -> list[Node]:
+        packed = self._call(ops.compress.default, dense, tokens, *layout, capacity)
+        return [self._call(operator.getitem, packed, i) for i in range(len(self.names))]
+
+    def _growing_capacity(self, tokens: Any) -> Any:
+        if isinstance(tokens, int):
+            return self.capacity_of(tokens)
+        return self.capacity_of(Proxy(tokens)).node
+
+    # Matched attention
+
+    def _decode(self, match: Match) -> None:
+        attention = match.attention
+        with self.graph.inserting_before(attention.node):
+            rows, buffers = [], []
+            for role, update in (("key", match.key), ("value", match.value)):
+                rows.append(self._new_row(update))
+                buffers += self._state(update, role)
+            position = match.key.position
+            if position is not None and not _is_tensor(position):
+                position = self._tokens(position, match.key.new)
+            result = self._call(
+                ops.decode_attention.default,
+                attention.query, *rows, *buffers, position, attention.mask, attention.scale,
+            )
+        result.meta = dict(attention.node.meta)
+        attention.node.replace_all_uses_with(result)
+        self.graph.erase_node(attention.node)
+
+    def _new_row(self, update: CacheUpdate) -> Node:
+        row, dtype = update.new, update.node.meta["val"].dtype
+        if row.meta["val"].dtype != dtype:
+            row = self._call(aten._to_copy.default, row, dtype=dtype)
+        return self._call(aten.permute.default, row, [0, 2, 1, 3]) if update.tokens_dim == 1 else row
+
+    def _state(self, update: CacheUpdate, role: str) -> list[Node]:
+        """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
+        base = update.base
+        assert base is not None
+        if base in self.compressed:
+            if update.grows:
+                self.replaced[update.node] = Extended(self.index[base])
+            else:
+                self.written.add(base)
+            return self.buffers[base]
+        layout = self.layout_of(role, update.node.meta["val"].shape[-1])
+        if update.grows:  # a dense past: compress it now, return it compressed
+            length = self._size(base, 2)
+            buffers = self._compress(base, self._tokens(length, base), layout, self._growing_capacity(length))
+            self.replaced[update.node] = (buffers, True)
+            return buffers
+        if base not in self.buffers:
+            self._add_buffers(base, AttachedBuffer)
+            position = self._extract(update.position)
+            self.attached.append(Attached(self.index[base], update.tokens_dim, *layout, position))
+        return self.buffers[base]
+
+    def _extract(self, value: Any) -> GraphModule:
+        """A graph of the original arguments that computes ``value`` alone."""
+        graph, copies = Graph(), {}
+        needed, todo = set(), [value] if isinstance(value, Node) else []
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        for node in self.graph.nodes:
+            if node in self.index or node in needed:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies.get(value, value))
+        return GraphModule(self.functional.module, graph)
+
+    def _prefill(self, match: Match) -> None:
+        for role, update in (("key", match.key), ("value", match.value)):
+            if update.base is not None or update.node in self.replaced:
+                continue  # a buffer of the caller stays dense; the first decode step compresses it
+            dense = update.node
+            with self.graph.inserting_before(match.attention.node.next):
+                layout = self.layout_of(role, dense.meta["val"].shape[-1])
+                self.replaced[dense] = (self._compress_new(dense, update, layout), update.grows)
+
+    def _compress_new(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
+        length = self._size(dense, 2)
+        if update.grows:
+            return self._compress(dense, self._tokens(length, dense), layout, self._growing_capacity(length))
+        return self._compress(dense, self._written_tokens(update), layout, length)
+
+    def _written_tokens(self, update: CacheUpdate) -> Node:
+        """Tokens in a static cache after a write: one more than the last position."""
+        if _is_tensor(update.position):
+            last = self._call(aten.select.int, update.position, 0, -1)
+        else:
+            count = self._size(update.new, update.tokens_dim)
+            start = Proxy(update.position) if isinstance(update.position, Node) else update.position
+            count = Proxy(count) if isinstance(count, Node) else count
+            last = start + count - 1
+            last = self._tokens(last.node if isinstance(last, Proxy) else last, update.new)
+        return self._call(aten.add.Tensor, last, 1)
+
+    # Compressed caches that no match took
+
+    def _keep_escaping_caches_compressed(self) -> None:
+        with self.graph.inserting_before(self.graph.output_node()):
+            for node in self.functional.outputs:
+                update = recognise_update(node) if isinstance(node, Node) and node not in self.replaced else None
+                if update is not None and update.base in self.compressed and update.grows:
+                    buffers = self._compress_new(node, update, self.compressed[update.base])
+                    self.replaced[node] = (buffers, True)
+            for base, value in self.functional.mutated.items():
+                if base in self.compressed and base not in self.written:
+                    self._rewrite_in_place(base, value)
+
+    def _rewrite_in_place(self, base: Node, value: Node) -> None:
+        update = recognise_update(value)
+        if update is None or update.base is not base or update.grows or update.tokens_dim != 2:
+            raise UnsupportedWriteError(
+                f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
+                "index_copy_, index_put_ and slice writes of new tokens along dimension 2"
+            )
+        buffers = self._compress_new(value, update, self.compressed[base])
+        for mine, new in zip(self.buffers[base], buffers, strict=True):
+            self._call(aten.copy_.default, mine, new)
+        self.written.add(base)
+
+    def _decompress_remaining_uses(self, placeholder: Node) -> None:
+        for user in [u for u in placeholder.users if u.target is aten.sym_size.int]:
+            user.replace_all_uses_with(self._logical_size(placeholder, user.args[1]))
+            self.graph.erase_node(user)
+        if placeholder.users:
+            length = self._logical_size(placeholder, 2)
+            with self.graph.inserting_after(next(reversed(self.inputs))):
+                dense = self._call(ops.decompress.default, *self.buffers[placeholder], length)
+            placeholder.replace_all_uses_with(dense)
+
+    def _logical_size(self, placeholder: Node, dim: int) -> Any:
+        size = placeholder.meta["val"].shape[dim]
+        if isinstance(size, int):
+            return size
+        for node, source in self.inputs.items():
+            if isinstance(source, Argument) and same_size(node, size):
+                return node
+        name = f"{placeholder.name}_size_{dim}"
+        known = next((n for n in self.inputs if n.name == name), None)
+        if known is not None:
+            return known
+        node = self._add_placeholder(name, Size(self.index[placeholder], dim))
+        node.meta["val"] = size
+        return node
+
+    # Calling convention
+
+    def _set_output(self) -> list[Output]:
+        """Give the graph its results, write mutated inputs back, and say what each result becomes."""
+        output, nodes = self.graph.output_node(), []
+        final = {value: base for base, value in self.functional.mutated.items() if base not in self.compressed}
+        with self.graph.inserting_before(output):
+            for value, base in final.items():
+                self._call(aten.copy_.default, base, value)
+            outputs = [self._output(final.get(node, node), nodes) for node in self.functional.outputs]
+        output.args = (tuple(nodes),)
+        return outputs
+
+    def _output(self, node: Any, nodes: list[Any]) -> Output:
+        if node in self.compressed:
+            return Argument(self.index[node])
+        replaced = self.replaced.get(node) if isinstance(node, Node) else None
+        if isinstance(replaced, Extended):
+            return replaced
+        if replaced is None:
+            nodes.append(node)
+            return Result(len(nodes) - 1)
+        buffers, grows = replaced
+        first = len(nodes)
+        nodes += buffers
+        tokens = self._size(node, 2)
+        if isinstance(tokens, int):
+            return Compressed(first, tokens, grows)
+        nodes.append(tokens)
+        return Compressed(first, Result(len(nodes) - 1), grows)
+
+    def _drop_placeholders(self) -> None:
+        for node in list(self.inputs):
+            symbol = isinstance(node.meta.get("val"), torch.SymInt)
+            if node in self.compressed or (symbol and not node.users):
+                self.graph.erase_node(node)
+                del self.inputs[node]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)

@@ -1,0 +1,24 @@
+"""Comparing sizes that may be symbolic, without adding guards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+
+def expression(size: Any) -> sympy.Expr | None:
+    """The size as a sympy expression: of an int, a SymInt, or a node that holds one. None where it is neither."""
+    if isinstance(size, Node):
+        size = size.meta.get("val")
+    if isinstance(size, torch.SymInt):
+        return sympy.expand(size.node.expr)
+    return sympy.Integer(size) if isinstance(size, int) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """True where both sizes are known to be equal for every value of their symbols."""
+    left, right = expression(a), expression(b)
+    return left is not None and right is not None and left == right
