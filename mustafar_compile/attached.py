@@ -8,6 +8,7 @@ attached to it. The dense tensor's version counter tells when somebody else wrot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from torch import Tensor
 
 from . import _compat
 from .lowering import ops
+from .lowering.layout import BUFFERS
 from .patterns.plan import Attached
 
 
+@dataclass
 class AttachedState:
     """Buffers compressed from a dense cache, valid while the cache is at ``version``."""
 
-    def __init__(self, buffers: list[Tensor], key: Attached) -> None:
-        self.buffers = dict(zip(("values", "bitmap", "window", "counts"), buffers, strict=True))
-        self.key = key
-        self.version = -1
+    buffers: dict[str, Tensor]
+    version: int = -1
 
     @property
     def stored_bytes(self) -> int:
@@ -43,17 +44,24 @@ def find_state(dense: Tensor) -> AttachedState | None:
 def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState:
     """The state for the dense cache among ``arguments``, compressed now where there is none or it is outdated."""
     dense = arguments[attached.index]
+    batch = attached.batch if isinstance(attached.batch, int) else arguments[attached.batch.index]
     state = _states.get(dense)
-    layout = (attached.kept, attached.window)
-    if state is not None and state.version == dense._version and (state.key.kept, state.key.window) == layout:
+    reusable = state is not None and _fits(state, attached, batch)
+    if reusable and state.version == dense._version:
         return state
     position = attached.position(*arguments)
     tokens = torch.as_tensor(position, dtype=torch.int64, device=dense.device).reshape(1)
-    rows = dense if attached.tokens_dim == 2 else dense.transpose(1, 2)
-    buffers = list(ops.compress(rows, tokens, attached.kept, attached.window, rows.shape[2]))
-    if state is not None and [b.shape for b in state.buffers.values()] == [b.shape for b in buffers]:
+    rows = dense[:batch]
+    rows = rows if attached.tokens_dim == 2 else rows.transpose(1, 2)
+    buffers = ops.compress(rows, tokens, attached.kept, attached.window, rows.shape[2])
+    if reusable:
         for mine, new in zip(state.buffers.values(), buffers, strict=True):  # addresses stay, for CUDA graphs
             mine.copy_(new)
         return state
-    state = _states[dense] = AttachedState(buffers, attached)
+    state = _states[dense] = AttachedState(dict(zip(BUFFERS, buffers, strict=True)))
     return state
+
+
+def _fits(state: AttachedState, attached: Attached, batch: int) -> bool:
+    values, window = state.buffers["values"], state.buffers["window"]
+    return (values.shape[0], values.shape[3], window.shape[2]) == (batch, attached.kept, attached.window)

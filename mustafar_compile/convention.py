@@ -68,9 +68,8 @@ class _Examples:
         return self.made[index][source.name]
 
     def _attached(self, index: int) -> dict[str, torch.Tensor]:
-        attached, shape = self.attached[index], self.logical[index].shape
-        batch, tokens, heads = shape[0], shape[attached.tokens_dim], shape[3 - attached.tokens_dim]
-        return self._buffers(index, (batch, heads, tokens, shape[3]), attached.kept, attached.window)
+        attached = self.attached[index]
+        return self._buffers(index, attached.shape, attached.kept, attached.window)
 
     def _compressed(self, index: int) -> dict[str, torch.Tensor]:
         cache, (batch, heads, _, head_dim) = self.given[index], self.logical[index].shape

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from . import _compat
+from .backend import mustafar
 from .settings import read_options, setting_names
 
 P = ParamSpec("P")
@@ -44,10 +47,20 @@ def compile_loop(
         )
     merged = {**(options or {}), **settings}
     read_options(mode, merged)
-    from .backend import mustafar
 
-    backend = functools.partial(mustafar, mode=mode, options=merged)
-    # Dynamo skips the frame of a non-recursively disabled function and compiles the frames called from it.
-    return functools.wraps(function)(
-        torch.compile(torch._dynamo.disable(function, recursive=False), backend=backend)
-    )
+    @functools.wraps(function)
+    def loop(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    for code in _frames_of(loop):
+        _compat.skip_code(code)
+    return torch.compile(loop, backend=functools.partial(mustafar, mode=mode, options=merged))
+
+
+def _frames_of(function: Callable[..., Any]) -> Iterator[CodeType]:
+    """The code of a function and of the functions that decorators wrapped, which Dynamo is to run as they are."""
+    seen: Any = function
+    while seen is not None:
+        if hasattr(seen, "__code__"):
+            yield seen.__code__
+        seen = getattr(seen, "__wrapped__", None)

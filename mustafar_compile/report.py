@@ -155,7 +155,7 @@ def _cache_bytes(
     tokens, heads = shape[update.tokens_dim], shape[3 - update.tokens_dim]
     itemsize = value.dtype.itemsize
     dense = shape[0] * heads * tokens * shape[3] * itemsize
-    if not matched:
+    if not matched and update.base not in compressed:
         return dense, dense
     capacity = grown_capacity(tokens) if update.grows else tokens
     stored = Layout.of(shape[3], sparsity, window).stored_bytes(shape[0], heads, capacity, itemsize)

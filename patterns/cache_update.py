@@ -23,6 +23,7 @@ class CacheUpdate:
     node: the cache afterwards. base: the cache before (a placeholder), None where it begins here. new: the tokens,
     [B, H, L, D] or [B, L, H, D]. tokens_dim: the dimension of the tokens, 2 or 1. op: how it is written.
     position: where the tokens go, as an int64 tensor or a (symbolic) int; None for a cache that grows by its end.
+    batch: the rows that are used, where they are only the first of a larger buffer; else None.
     """
 
     node: Node
@@ -31,6 +32,7 @@ class CacheUpdate:
     tokens_dim: int
     op: str
     position: Any | None = None
+    batch: Any | None = None
 
     @property
     def grows(self) -> bool:
@@ -41,17 +43,28 @@ def _is_empty(node: Any) -> bool:
     return isinstance(node, Node) and any(same_size(size, 0) for size in node.meta["val"].shape)
 
 
-def _base(node: Any) -> tuple[Node | None, bool]:
-    """(placeholder or None for a new buffer, recognised)."""
+@dataclass(frozen=True)
+class _Base:
+    """Where a write goes: a placeholder, or None for a buffer that begins in this graph."""
+
+    node: Node | None
+    batch: Any | None = None
+
+
+def _base(node: Any) -> _Base | None:
+    """The buffer behind ``node``, None where it is something else."""
+    batch = None
     while isinstance(node, Node) and node.op == "call_function" and is_move(node):
         if node.target is aten.slice.Tensor and not is_whole_slice(node):
-            return None, False
+            dim, start, _, step = slice_bounds(node)
+            if (dim, start, step) != (0, 0, 1) or batch is not None:
+                return None
+            batch = node.meta["val"].shape[0]
         node = node.args[0]
-    if not isinstance(node, Node):
-        return None, False
-    if node.op == "placeholder":
-        return node, True
-    return None, node.op == "call_function" and node.target in _ALLOCATIONS
+    if isinstance(node, Node) and node.op == "placeholder":
+        return _Base(node, batch)
+    allocated = isinstance(node, Node) and node.op == "call_function" and node.target in _ALLOCATIONS
+    return _Base(None) if allocated and batch is None else None
 
 
 def _cat(node: Node) -> CacheUpdate | None:
@@ -60,16 +73,22 @@ def _cat(node: Node) -> CacheUpdate | None:
     if len(parts) != 2:
         return None
     past, new = parts
-    if _is_empty(past):
-        return CacheUpdate(node, None, new, dim, "cat")
-    base, known = _base(past)
-    return CacheUpdate(node, base, new, dim, "cat") if known and base is not None else None
+    base = _Base(None) if _is_empty(past) else _base(past)
+    if base is None or (base.node is None and not _is_empty(past)):
+        return None
+    return CacheUpdate(node, base.node, new, dim, "cat", batch=base.batch)
+
+
+def _write(node: Node, cache: Any, new: Node, dim: int, op: str, position: Any) -> CacheUpdate | None:
+    base = _base(cache)
+    if base is None:
+        return None
+    return CacheUpdate(node, base.node, new, dim % node.meta["val"].dim(), op, position, base.batch)
 
 
 def _index_copy(node: Node) -> CacheUpdate | None:
     cache, dim, position, new = node.args
-    base, known = _base(cache)
-    return CacheUpdate(node, base, new, dim % node.meta["val"].dim(), "index_copy", position) if known else None
+    return _write(node, cache, new, dim, "index_copy", position)
 
 
 def _index_put(node: Node) -> CacheUpdate | None:
@@ -78,19 +97,15 @@ def _index_put(node: Node) -> CacheUpdate | None:
     accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
     if len(given) != 1 or accumulate or given[0][1].meta["val"].dim() != 1:
         return None
-    base, known = _base(cache)
-    return CacheUpdate(node, base, new, given[0][0], "index_put", given[0][1]) if known else None
+    return _write(node, cache, new, given[0][0], "index_put", given[0][1])
 
 
 def _slice_scatter(node: Node) -> CacheUpdate | None:
     cache, new = node.args[:2]
     dim, start, _, step = slice_bounds(node, first=2)
-    if step != 1:
-        return None
     if new.op == "call_function" and new.target is aten.copy.default:  # x[a:b] = y copies y into a slice of x
         new = new.args[1]
-    base, known = _base(cache)
-    return CacheUpdate(node, base, new, dim, "slice write", start) if known else None
+    return _write(node, cache, new, dim, "slice write", start) if step == 1 else None
 
 
 _WRITES = {
@@ -125,8 +140,30 @@ def find_update(read: Node, functional: Functional) -> tuple[CacheUpdate | None,
             return CacheUpdate(node, None, node, 2, "returned"), chain[::-1]
         if not is_move(node):
             return None, chain[::-1]
-        chain.append(node)
-        node = node.args[0]
+        scattered = _reads_back(node)
+        if scattered is None:
+            chain.append(node)
+            node = node.args[0]
+        else:
+            node = scattered
+
+
+def _reads_back(node: Node) -> Node | None:
+    """x, where ``node`` reads the batch rows that ``x`` was just written to."""
+    source = node.args[0]
+    if node.target is not aten.slice.Tensor or source.target is not aten.slice_scatter.default:
+        return None
+    same = slice_bounds(node)[0] == 0 and all(a == b or same_size(a, b) for a, b in zip(slice_bounds(node), slice_bounds(source, 2), strict=True))
+    return source.args[1] if same else None
+
+
+def is_written_back(update: CacheUpdate, functional: Functional) -> bool:
+    """Whether the updated cache is what its buffer holds after the call."""
+    value = functional.mutated.get(update.base) if update.base is not None else None
+    if value is not None and update.batch is not None and value.target is aten.slice_scatter.default:
+        dim, start, _, step = slice_bounds(value, first=2)
+        value = value.args[1] if (dim, start, step) == (0, 0, 1) else None
+    return value is update.node
 
 
 def sliding_window(update: CacheUpdate, functional: Functional) -> int | None:

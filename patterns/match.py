@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Set
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from mustafar_compile import _compat
+
 from .attention import Attention, find_attention
-from .cache_update import CacheUpdate, end_of, find_update, sliding_window
+from .cache_update import CacheUpdate, end_of, find_update, is_written_back, sliding_window
 from .normalise import Functional
 from .symbols import expression, same_size
 from .views import Axis, Read, read_through
@@ -108,7 +109,7 @@ def _judge(attention: Attention, functional: Functional, context: Context) -> Ma
         ):
             _check_cache(update, functional, context)
             _check_read(update, read_through(chain, update.node), transposed, attention)
-            others = _other_uses(update, chain, reader) if update.base is not None else ()
+            others = _other_uses(update, chain, reader, functional) if update.base is not None else ()
             _require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
         return Match(attention, key, value, _phase(attention, key, value, context))
     except _Reason as reason:
@@ -139,8 +140,15 @@ def _check_cache(update: CacheUpdate, functional: Functional, context: Context) 
     _require(isinstance(head_dim, int) and head_dim % 8 == 0, f"head_dim {head_dim} is not a multiple of 8")
     _require(update.base not in context.parameters, "the cache is a parameter")
     leaves = update.node in functional.outputs
-    in_place = update.base is not None and functional.mutated.get(update.base) is update.node
-    _require(leaves or in_place, "the updated cache does not leave the graph")
+    _require(leaves or is_written_back(update, functional), "the updated cache does not leave the graph")
+    _require(
+        update.batch is None or not (update.grows or update.base in context.compressed),
+        "only a part of the batch of the cache is used",
+    )
+    _require(
+        update.tokens_dim == 2 or not (update.base is None or update.grows or update.base in context.compressed),
+        "a cache in [B, S, H, D] is supported as a buffer of the caller only",
+    )
     _require(
         update.base not in context.unwatchable or update.grows,
         "the cache is an inference tensor, so writes from outside could not be noticed",
@@ -192,7 +200,7 @@ def _phase(attention: Attention, key: CacheUpdate, value: CacheUpdate, context: 
         return "prefill"
     if not (isinstance(length, int) and length == 1):
         writes_dense_buffer = not key.grows and key.base not in context.compressed
-        _require(writes_dense_buffer, f"query length {length} is not a decode step")
+        _require(writes_dense_buffer, f"query length {_compat.hint(length)} is not a decode step")
         return "prefill"
     _require(not attention.is_causal, "is_causal=True with one query attends to the first key only")
     _require(
@@ -200,16 +208,24 @@ def _phase(attention: Attention, key: CacheUpdate, value: CacheUpdate, context: 
         "keys and values are written at different positions",
     )
     for update in (key, value):
-        _require(same_size(update.new.meta["val"].shape[update.tokens_dim], 1), "several tokens enter per query")
+        _check_new_token(update)
     return "decode"
 
 
-def _other_uses(update: CacheUpdate, chain: list[Node], reader: Node) -> set[str]:
+def _check_new_token(update: CacheUpdate) -> None:
+    new, cache = update.new.meta["val"].shape, update.node.meta["val"].shape
+    _require(same_size(new[update.tokens_dim], 1), "several tokens enter per query")
+    others = [dim for dim in range(4) if dim != update.tokens_dim]
+    _require(all(same_size(new[d], cache[d]) for d in others), "the new token is broadcast into the cache")
+
+
+def _other_uses(update: CacheUpdate, chain: list[Node], reader: Node, functional: Functional) -> set[str]:
     """Ops that read the updated cache on its way to ``reader`` and would need it dense."""
     path = [update.node, *chain, reader]
+    harmless = {*path, functional.graph.output_node(), *functional.mutated.values()}
     return {
         str(user.target)
-        for node, following in pairwise(path)
+        for node in path[:-1]
         for user in node.users
-        if user is not following and user.op != "output" and user.target is not torch.ops.aten.sym_size.int
+        if user not in harmless and user.target is not torch.ops.aten.sym_size.int
     }

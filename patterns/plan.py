@@ -6,6 +6,7 @@ Rewriting writes a plan and the runtime carries it out; neither knows the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -71,14 +72,17 @@ class Compressed:
 class Attached:
     """A dense cache of the caller that gets compressed state attached.
 
-    index: its argument. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]. kept, window: its layout.
-    position: maps the original arguments to the position of the new token.
+    index: its argument. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]. shape: [B, H, S, D] as the graph sees it,
+    sizes may be symbolic. kept, window: the layout. batch: the rows in use. position: maps the original arguments to
+    the position of the new token.
     """
 
     index: int
     tokens_dim: int
+    shape: tuple[Any, ...]
     kept: int
     window: int
+    batch: int | Argument
     position: GraphModule
 
 
@@ -88,7 +92,7 @@ Output = Argument | Result | Extended | Compressed
 
 @dataclass(frozen=True)
 class Plan:
-    """A rewritten graph and its calling convention. extended: arguments that a call makes one token longer."""
+    """A rewritten graph and its calling convention."""
 
     module: GraphModule
     inputs: list[Input]

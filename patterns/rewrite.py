@@ -144,9 +144,18 @@ class Rewriter:
             return buffers
         if base not in self.buffers:
             self._add_buffers(base, AttachedBuffer)
-            position = self._extract(update.position)
-            self.attached.append(Attached(self.index[base], update.tokens_dim, *layout, position))
+            self._attach(update, layout)
         return self.buffers[base]
+
+    def _attach(self, update: CacheUpdate, layout: tuple[int, int]) -> None:
+        assert update.base is not None
+        shape = list(update.node.meta["val"].shape)
+        if update.tokens_dim == 1:
+            shape[1], shape[2] = shape[2], shape[1]
+        rows = shape[0]
+        batch = rows if isinstance(rows, int) else Argument(next(i for p, i in self.index.items() if same_size(p, rows)))
+        position = self._extract(update.position)
+        self.attached.append(Attached(self.index[update.base], update.tokens_dim, tuple(shape), *layout, batch, position))
 
     def _extract(self, value: Any) -> GraphModule:
         """A graph of the original arguments that computes ``value`` alone."""
@@ -160,7 +169,7 @@ class Rewriter:
         for node in self.graph.nodes:
             if node in self.index or node in needed:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(copies.get(value, value))
+        graph.output(copies[value] if isinstance(value, Node) else value)
         return GraphModule(self.functional.module, graph)
 
     def _prefill(self, match: Match) -> None:
