@@ -83,18 +83,22 @@ def _require(condition: Any, reason: str) -> None:
 
 def find_matches(functional: Functional, context: Context) -> list[Match | NoMatch]:
     """Judge every attention of the graph, in order."""
-    found = [_judge(attention, functional, context) for attention in find_attention(functional.graph)]
-    readers = Counter(update.node for m in found for update in (m.key, m.value) if update is not None)
-    return [_sole_reader(m, readers) for m in found]
+    attentions = find_attention(functional.graph)
+    readers = {node for attention in attentions for node in (attention.node, attention.key_reader)}
+    found = [_judge(attention, functional, context, readers) for attention in attentions]
+    reads = Counter(update.node for m in found for update in (m.key, m.value) if update is not None)
+    return [_sole_reader(m, reads) for m in found]
 
 
-def _sole_reader(m: Match | NoMatch, readers: Counter) -> Match | NoMatch:
-    if isinstance(m, Match) and (readers[m.key.node] > 1 or readers[m.value.node] > 1):
+def _sole_reader(m: Match | NoMatch, reads: Counter) -> Match | NoMatch:
+    if isinstance(m, Match) and (reads[m.key.node] > 1 or reads[m.value.node] > 1):
         return NoMatch(m.attention, "its cache is read by several attention layers", m.key, m.value)
     return m
 
 
-def _judge(attention: Attention, functional: Functional, context: Context) -> Match | NoMatch:
+def _judge(
+    attention: Attention, functional: Functional, context: Context, readers: Set[Node]
+) -> Match | NoMatch:
     key = value = None
     try:
         _require(attention.problem is None, str(attention.problem))
@@ -103,13 +107,10 @@ def _judge(attention: Attention, functional: Functional, context: Context) -> Ma
         value, value_chain = find_update(attention.value, functional)
         if key is None or value is None:
             raise _Reason(_no_cache_reason(attention, functional))
-        for update, chain, transposed, reader in (
-            (key, key_chain, attention.key_transposed, attention.key_reader),
-            (value, value_chain, False, attention.node),
-        ):
+        for update, chain, transposed in ((key, key_chain, attention.key_transposed), (value, value_chain, False)):
             _check_cache(update, functional, context)
             _check_read(update, read_through(chain, update.node), transposed, attention)
-            others = _other_uses(update, chain, reader, functional) if update.base is not None else ()
+            others = _other_uses(update, chain, readers, functional) if update.base is not None else ()
             _require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
         return Match(attention, key, value, _phase(attention, key, value, context))
     except _Reason as reason:
@@ -219,13 +220,13 @@ def _check_new_token(update: CacheUpdate) -> None:
     _require(all(same_size(new[d], cache[d]) for d in others), "the new token is broadcast into the cache")
 
 
-def _other_uses(update: CacheUpdate, chain: list[Node], reader: Node, functional: Functional) -> set[str]:
-    """Ops that read the updated cache on its way to ``reader`` and would need it dense."""
-    path = [update.node, *chain, reader]
-    harmless = {*path, functional.graph.output_node(), *functional.mutated.values()}
+def _other_uses(update: CacheUpdate, chain: list[Node], readers: Set[Node], functional: Functional) -> set[str]:
+    """Ops that read the updated cache on its way to attention and would need it dense."""
+    path = [update.node, *chain]
+    harmless = {*path, *readers, functional.graph.output_node(), *functional.mutated.values()}
     return {
         str(user.target)
-        for node in path[:-1]
+        for node in path
         for user in node.users
         if user not in harmless and user.target is not torch.ops.aten.sym_size.int
     }

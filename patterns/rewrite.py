@@ -118,6 +118,7 @@ class Rewriter:
             )
         result.meta = dict(attention.node.meta)
         attention.node.replace_all_uses_with(result)
+        self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]
         self.graph.erase_node(attention.node)
 
     def _new_row(self, update: CacheUpdate) -> Node:

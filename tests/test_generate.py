@@ -1,0 +1,237 @@
+"""HF generate through the backend: tokens against eager (sparsity 0) and against the pruned oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compilers import without_inductor
+from models import FAMILIES, full_attention_layers, hf_model, prompt
+from reference import pruned_generation
+
+
+from mustafar_compile import CompressedKV, cache_stats, explain
+
+WINDOW = 4
+NEW_TOKENS = 14
+
+
+def options(sparsity: float) -> dict:
+    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
+
+
+def oracle(model, inputs, sparsity: float, new_tokens: int = NEW_TOKENS):
+    """Eager generation with the cache pruned by the contract; without pruning at sparsity 0."""
+    if not sparsity:
+        return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    with pruned_generation(sparsity, sparsity, WINDOW):
+        return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+
+
+def generate(model, inputs, new_tokens: int = NEW_TOKENS, **how):
+    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **how)
+
+
+def check_generation(model, inputs, sparsity, graphs, **how):
+    """Generate twice; the second call must compile nothing."""
+    expected = oracle(hf_like(model), inputs, sparsity)
+    with explain() as report:
+        first = generate(model, inputs, **how)
+    assert torch.equal(first.sequences, expected)
+    assert len(report.matched) == full_attention_layers(model)
+    assert len(report.missed) == model.config.num_hidden_layers - full_attention_layers(model)
+    assert all("sliding window" in entry.reason for entry in report.missed)
+    assert report.graphs <= graphs
+    with explain() as again:
+        second = generate(model, inputs, **how)
+    assert torch.equal(second.sequences, expected)
+    assert again.graphs == 0
+    return first, report
+
+
+def hf_like(model):
+    """The same model, not compiled."""
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config = model.generation_config
+    return twin
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dynamic_cache(family, sparsity):
+    model = hf_model(family)
+    with without_inductor():
+        model.compile(backend="mustafar", options=options(sparsity))
+        result, _ = check_generation(model, prompt(padded=sparsity == 0.5), sparsity, graphs=3)
+    assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_cache_with_compiled_prefill(family, sparsity):
+    model = hf_model(family)
+    with without_inductor():
+        model.compile(backend="mustafar", options=options(sparsity))
+        inputs = prompt(padded=sparsity == 0.5)
+        result, _ = check_generation(model, inputs, sparsity, graphs=2, cache_implementation="static")
+    assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+def test_static_cache_with_eager_prefill_and_compiled_decode(family, sparsity):
+    from transformers import CompileConfig
+
+    model = hf_model(family)
+    config = CompileConfig(backend="mustafar", options=options(sparsity), mode=None)
+    config._compile_all_devices = True  # transformers compiles on GPUs only unless told
+    with without_inductor():
+        how = {"cache_implementation": "static", "compile_config": config}
+        result, _ = check_generation(model, prompt(padded=sparsity == 0.5), sparsity, graphs=2, **how)
+    stats = cache_stats(result.past_key_values)
+    assert stats.stored_bytes > stats.dense_bytes, "the caller's dense cache is still there and must be counted"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_inductor_generates_the_same_tokens(cache):
+    model = hf_model()
+    torch._dynamo.reset()
+    model.compile(backend="mustafar", options=options(0.5))
+    how = {"cache_implementation": "static"} if cache == "static" else {}
+    check_generation(model, prompt(padded=True), 0.5, graphs=3 if cache == "dynamic" else 2, **how)
+
+
+def test_compiled_forward_reaches_generate():
+    model = hf_model()
+    expected = oracle(model, prompt(), 0.5)
+    with without_inductor(), explain() as report:
+        model.forward = torch.compile(model.forward, backend="mustafar", options=options(0.5))
+        assert torch.equal(generate(model, prompt()).sequences, expected)
+    assert len(report.matched) == 2
+
+
+def test_optimized_module_does_not_reach_generate_and_the_report_says_so():
+    model = hf_model()
+    with without_inductor(), explain() as report:
+        torch.compile(model, backend="mustafar").generate(**prompt(), max_new_tokens=2, do_sample=False)
+    assert report.graphs == 0
+    assert "torch.compile(model).generate()" in str(report)
+
+
+def test_prompt_of_one_token():
+    model = hf_model()
+    inputs = prompt(length=1)
+    expected = oracle(hf_model(), inputs, 0.5)
+    with without_inductor():
+        model.compile(backend="mustafar", options=options(0.5))
+        assert torch.equal(generate(model, inputs).sequences, expected)
+
+
+def test_a_growing_cache_compiles_once_for_all_lengths():
+    model = hf_model()
+    expected = oracle(hf_model(), prompt(length=40), 0.5, new_tokens=60)
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5))
+        result = generate(model, prompt(length=40), new_tokens=60)
+    assert torch.equal(result.sequences, expected)
+    assert report.graphs <= 3
+    keys = result.past_key_values.layers[0].keys
+    assert keys.values.shape[2] > 64, "the cache should have grown during generation"
+
+
+def test_second_turn_on_a_compressed_cache():
+    """A prompt on top of a compressed cache is attended densely, reported, and stored compressed again."""
+    inputs = prompt()
+    follow_up = torch.randint(1, 100, (2, 3), generator=torch.Generator().manual_seed(5))
+
+    def chat(model):
+        first = generate(model, inputs)
+        ids = torch.cat([first.sequences, follow_up], dim=1)
+        second = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
+        return generate(model, second, new_tokens=8)
+
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = chat(hf_model()).sequences
+    model = hf_model()
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5))
+        result = chat(model)
+    assert torch.equal(result.sequences, expected)
+    assert [entry.reason for entry in report.missed] == ["query length 4 is not a decode step"] * 2
+    assert cache_stats(result.past_key_values).compressed_tensors == 4
+
+
+def test_static_cache_used_again_after_reset():
+    from transformers import StaticCache
+
+    model = hf_model()
+    expected = [oracle(hf_model(), prompt(seed=seed), 0.5) for seed in (1, 2)]
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with without_inductor():
+        model.compile(backend="mustafar", options=options(0.5))
+        for seed, tokens in zip((1, 2), expected, strict=True):
+            assert torch.equal(generate(model, prompt(seed=seed), past_key_values=cache).sequences, tokens)
+            cache.reset()
+
+
+def test_decode_compiled_over_a_cache_that_eager_code_filled():
+    model, inputs = hf_model(), prompt()
+    expected = oracle(hf_model(), inputs, 0.5)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(**inputs, past_key_values=cache)
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5))
+        token, tokens = expected[:, 9:10], [inputs["input_ids"]]
+        for _ in range(NEW_TOKENS):
+            tokens.append(token)
+            mask = torch.ones(2, sum(t.shape[1] for t in tokens), dtype=torch.long)
+            token = model(token, past_key_values=cache, attention_mask=mask).logits[:, -1].argmax(-1, keepdim=True)
+    assert torch.equal(torch.cat(tokens, 1), expected)
+    assert len(report.matched) == 2
+    assert isinstance(cache.layers[0].keys, CompressedKV)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_run_compressed(dtype):
+    model = hf_model().to(dtype)
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5))
+        result = generate(model, prompt())
+    assert len(report.matched) == 2
+    assert result.past_key_values.layers[0].keys.dtype == dtype
+
+
+def test_skipped_layers_stay_dense():
+    model = hf_model()
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5) | {"skip_layers": [0]})
+        result = generate(model, prompt())
+    layers = result.past_key_values.layers
+    assert not isinstance(layers[0].keys, CompressedKV)
+    assert isinstance(layers[1].keys, CompressedKV)
+    assert [entry.reason for entry in report.missed] == ["layer 0 is listed in skip_layers"]
+
+
+def test_keys_and_values_have_sparsities_of_their_own():
+    model, inputs = hf_model(), prompt()
+    with pruned_generation(0.7, 0.0, WINDOW):
+        expected = generate(hf_model(), inputs).sequences
+    with without_inductor():
+        model.compile(
+            backend="mustafar", options={"key_sparsity": 0.7, "value_sparsity": 0.0, "window": WINDOW}
+        )
+        result = generate(model, inputs)
+    layer = result.past_key_values.layers[0]
+    assert torch.equal(result.sequences, expected)
+    assert layer.keys.values.shape[3] == 8
+    assert layer.values.values.shape[3] == 16
+
+

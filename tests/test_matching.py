@@ -1,0 +1,227 @@
+"""What must not match, each with its reason. Everything here must also compute the same as eager."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compilers import without_inductor
+from models import hf_model, prompt
+from torch import nn
+
+from mustafar_compile import NothingMatchedError, explain
+
+
+class Decode(nn.Module):
+    """A decode step over a past [B, H, S, D]; subclasses vary one thing that matters."""
+
+    head_dim = 16
+    dtype = torch.float32
+
+    def forward(self, q, k, v, past):
+        keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return self.attend(q, keys, values), (keys, values)
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def inputs(self):
+        torch.manual_seed(0)
+        shapes = [(2, 2, 1, self.head_dim)] * 3 + [(2, 2, 6, self.head_dim)] * 2
+        q, k, v, *past = (torch.randn(s).to(self.dtype) for s in shapes)
+        return q, k, v, tuple(past)
+
+
+class Plain(Decode):
+    reason = None
+
+
+class Causal(Decode):
+    reason = "is_causal=True with one query attends to the first key only"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Dropout(Decode):
+    reason = "dropout is active"
+
+    def attend(self, q, k, v):
+        torch.manual_seed(3)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5).isfinite().float()
+
+
+class OddHeadDim(Decode):
+    reason = "head_dim 12 is not a multiple of 8"
+    head_dim = 12
+
+
+class Double(Decode):
+    reason = "cache dtype float64 is not one of float32, float16, bfloat16"
+    dtype = torch.float64
+
+
+class ChangedKeys(Decode):
+    reason = "keys and values do not come from a KV cache"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k * 2, v)
+
+
+class PartlyRead(Decode):
+    reason = "the cache is changed between its update and the attention"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k[:, :, 2:], v[:, :, 2:])
+
+
+class TiledHeads(Decode):
+    reason = "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow"
+
+    def attend(self, q, k, v):
+        q = q.repeat_interleave(2, dim=1)
+        k = k[:, None].expand(2, 2, 2, 7, 16).reshape(2, 4, 7, 16)  # heads 0 1 0 1, not 0 0 1 1
+        return F.scaled_dot_product_attention(q, k, v.repeat_interleave(2, dim=1))
+
+
+class NotReturned(Decode):
+    reason = "the updated cache does not leave the graph"
+
+    def forward(self, q, k, v, past):
+        out, _ = super().forward(q, k, v, past)
+        return out
+
+
+class UsedTwice(Decode):
+    reason = "its cache is read by several attention layers"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q * 2, k, v)
+
+
+class AlsoSummed(Decode):
+    reason = "the updated cache is also used by aten.sum.default"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v) + v.sum()
+
+
+class SlidingWindow(Decode):
+    reason = "cache is bounded by a sliding window of 5"
+
+    def forward(self, q, k, v, past):
+        out, (keys, values) = super().forward(q, k, v, past)
+        return out, (keys[:, :, -4:], values[:, :, -4:])
+
+
+class ManyQueries(Decode):
+    reason = "query length 3 is not a decode step"
+
+    def inputs(self):
+        torch.manual_seed(0)
+        return *(torch.randn(2, 2, 3, 16) for _ in range(3)), tuple(torch.randn(2, 2, 6, 16) for _ in range(2))
+
+
+class Softcap(Decode):
+    reason = "the scores are more than a scaled product and a mask"
+
+    def attend(self, q, k, v):
+        scores = torch.tanh(q @ k.transpose(2, 3) / 5) * 5
+        return scores.softmax(-1) @ v
+
+
+class CrossAttention(Decode):
+    reason = "keys and values do not come from a KV cache"
+
+    def forward(self, q, k, v, past):
+        return self.attend(q, past[0] + 0, past[1] + 0)
+
+
+class UnmaskedBuffer(Decode):
+    reason = "the whole buffer is attended without a mask, also where nothing is written"
+
+    def forward(self, q, k, v, past):
+        past[0][:, :, torch.tensor([3])] = k
+        past[1][:, :, torch.tensor([3])] = v
+        return self.attend(q, *past)
+
+
+class DifferentPositions(UnmaskedBuffer):
+    reason = "keys and values are written at different positions"
+
+    def forward(self, q, k, v, past):
+        past[0][:, :, torch.tensor([3])] = k
+        past[1][:, :, torch.tensor([2])] = v
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
+COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain] + [DifferentPositions]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def run(model, **options):
+    inputs = model.inputs()
+    expected = model(*copy.deepcopy(inputs))
+    with without_inductor(), explain() as report:
+        actual = torch.compile(model, backend="mustafar", options={"window": 2} | options)(*inputs)
+    return actual, expected, report
+
+
+@pytest.mark.parametrize("counter_example", COUNTER_EXAMPLES, ids=lambda c: c.__name__)
+def test_counter_example_runs_as_it_is_and_says_why(counter_example):
+    actual, expected, report = run(counter_example())
+    assert not report.matched
+    assert {entry.reason for entry in report.missed} == {counter_example.reason}
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_plain_step_that_they_vary_matches():
+    _, _, report = run(Plain())
+    assert len(report.matched) == 1
+    assert not report.missed
+
+
+@pytest.mark.parametrize("counter_example", [Causal, NotReturned])
+def test_strict_raises_with_the_reason(counter_example):
+    with pytest.raises(Exception, match=counter_example.reason) as caught:
+        run(counter_example(), strict=True)
+    assert NothingMatchedError.__name__ in str(caught.value)
+
+
+def test_strict_judges_models_without_attention_but_not_helpers():
+    with pytest.raises(Exception, match="this graph holds no attention"), without_inductor():
+        torch.compile(nn.Linear(2, 2), backend="mustafar", options={"strict": True})(torch.zeros(1, 2))
+    with without_inductor():
+        torch.compile(torch.sin, backend="mustafar", options={"strict": True})(torch.zeros(2))
+
+
+def test_gradients_pass_through_and_are_right():
+    model = hf_model()
+    twin = copy.deepcopy(model)
+    with torch.enable_grad(), without_inductor(), explain() as report:
+        compiled = torch.compile(model, backend="mustafar")
+        compiled(**prompt(), labels=prompt()["input_ids"]).loss.backward()
+        twin(**prompt(), labels=prompt()["input_ids"]).loss.backward()
+    assert not report.matched
+    assert all("gradients are enabled" in entry.reason for entry in report.missed)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_untraceable_graph_runs_and_is_reported(monkeypatch):
+    from mustafar_compile import backend
+
+    def trip(*_):
+        raise RuntimeError("no way\nmore")
+
+    monkeypatch.setattr(backend, "normalise", trip)
+    actual, expected, report = run(Plain())
+    assert [entry.reason for entry in report.missed] == ["the graph could not be traced: RuntimeError: no way"]
+    torch.testing.assert_close(actual, expected)

@@ -1,0 +1,211 @@
+"""Models with caches of their own, and generate loops of one's own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from compilers import without_inductor
+from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
+from reference import pruned_generation, reference_attention
+
+from mustafar_compile import StaleCacheError, cache_stats, compile_loop, explain
+
+WINDOW = 4
+FORMS = {"index_put buffer": BufferModel, "slice buffer": SliceModel, "tuple": TupleModel}
+
+
+def options(sparsity: float) -> dict:
+    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
+
+
+def oracle(model, inputs, sparsity):
+    attention = functools.partial(
+        reference_attention, key_sparsity=sparsity, value_sparsity=sparsity, window=WINDOW
+    )
+    return pruned_steps(model, inputs, attention)
+
+
+def embeddings(prefill: int = 7, steps: int = 12, batch: int = 2, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, n, 32, generator=generator) for n in (prefill, *[1] * steps)]
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(torch.cat(actual, 1), torch.cat(expected, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_equal_the_oracle(form, sparsity):
+    torch.manual_seed(0)
+    model = FORMS[form]()
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(sparsity))
+        for seed in (0, 1):  # the second sequence writes over the buffers of the first
+            inputs = embeddings(seed=seed)
+            assert_close(run_steps(model, inputs, step), oracle(model, inputs, sparsity))
+        assert len(report.matched) == 1
+        assert not report.missed
+        assert report.graphs <= 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inductor_gives_the_same(form):
+    torch.manual_seed(0)
+    model, inputs = FORMS[form](), embeddings()
+    torch._dynamo.reset()
+    step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+    assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+
+
+@pytest.mark.parametrize("sizes", [{"kv_heads": 1}, {"kv_heads": 4}, {"heads": 6, "kv_heads": 2}, {"head_dim": 24}])
+@pytest.mark.parametrize("form", FORMS)
+def test_head_counts_and_sizes(form, sizes):
+    torch.manual_seed(0)
+    model, inputs = FORMS[form](**sizes), embeddings(steps=6)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1
+
+
+def test_a_batch_smaller_than_the_buffer():
+    torch.manual_seed(0)
+    model = SliceModel(batch=5)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        for batch in (2, 3, 2):
+            inputs = embeddings(batch=batch, seed=batch)
+            assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1
+
+
+def test_a_foreign_write_into_a_dense_cache_is_noticed():
+    torch.manual_seed(0)
+    model, inputs = BufferModel(), embeddings(steps=6)
+    with without_inductor():
+        step = torch.compile(model.step, backend="mustafar", options=options(0.0))
+        run_steps(model, inputs, step)
+        model.v_cache.mul_(2)
+        twin = copy.deepcopy(model)
+        x, position = torch.randn(2, 1, 32), torch.tensor([13])
+        torch.testing.assert_close(step(x, position), twin.step(x, position), rtol=1e-5, atol=1e-6)
+
+
+def test_the_dense_buffer_of_the_caller_stays_right():
+    torch.manual_seed(0)
+    model, inputs = BufferModel(), embeddings()
+    twin = copy.deepcopy(model)
+    with without_inductor():
+        run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
+    run_steps(twin, inputs)
+    torch.testing.assert_close(model.k_cache, twin.k_cache)
+    stats = cache_stats(model)
+    assert stats.tokens == 19
+    assert stats.stored_bytes > stats.dense_bytes
+
+
+def test_rewinding_a_static_cache():
+    """Going back to an earlier position forgets what came after it, as it does for a dense buffer."""
+    torch.manual_seed(0)
+    model, inputs = BufferModel(), embeddings(steps=6)
+    with without_inductor():
+        step = torch.compile(model.step, backend="mustafar", options=options(0.0))
+        run_steps(model, inputs, step)
+        twin = copy.deepcopy(model)
+        for position in (8, 9, 10):
+            x, at = torch.randn(2, 1, 32), torch.tensor([position])
+            torch.testing.assert_close(step(x, at), twin.step(x, at), rtol=1e-5, atol=1e-6)
+
+
+def test_one_past_continued_twice_raises_unless_copied():
+    torch.manual_seed(0)
+    model, inputs = TupleModel(), embeddings(steps=8)
+    with without_inductor():
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        past = None
+        for x in inputs[:-1]:
+            _, past = step(x, past)
+        branch = copy.deepcopy(past)
+        first, _ = step(inputs[-1], past)
+        with pytest.raises(StaleCacheError, match="already extended to 15"):
+            step(inputs[-1], past)
+        second, _ = step(inputs[-1], branch)
+    assert torch.equal(first, second)
+
+
+def test_cache_stats_of_a_tuple():
+    torch.manual_seed(0)
+    model, inputs = TupleModel(), embeddings(prefill=700, steps=1)
+    with without_inductor():
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        past = None
+        for x in inputs:
+            _, past = step(x, past)
+    stats = cache_stats(past)
+    assert (stats.tokens, stats.tensors, stats.compressed_tensors) == (701, 2, 2)
+    assert stats.stored_bytes == sum(b.untyped_storage().nbytes() for t in past for b in t.buffers)
+    assert stats.ratio < 0.65
+
+
+def greedy(model, ids, steps, eos=None):
+    """A generate loop as users write it."""
+    cache, token = None, ids
+    for _ in range(steps):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache, token = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=1)
+        if eos is not None and token[0].item() == eos:
+            break
+    return ids
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, torch.no_grad()], ids=["plain", "no_grad"])
+def test_compile_loop(wrap):
+    model, ids = hf_model(), prompt()["input_ids"]
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = greedy(hf_model(), ids, 20)
+    with without_inductor():
+        loop = compile_loop(**options(0.5))(wrap(greedy))
+        with explain() as report:
+            assert torch.equal(loop(model, ids, 12), expected[:, :21])
+        assert len(report.matched) == 2
+        assert report.graphs <= 3
+        with explain() as report:
+            assert torch.equal(loop(model, ids, 20), expected)
+        assert report.graphs == 0, "a longer loop must not compile anew"
+        stop = expected[0, 14].item()
+        stopped = loop(model, ids, 20, stop)
+    first = expected[0, 9:].tolist().index(stop)
+    assert torch.equal(stopped, expected[:, : 9 + first + 1])
+
+
+def test_compile_loop_around_hf_generate():
+    model, inputs = hf_model(), prompt()
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = hf_model().generate(**inputs, max_new_tokens=8, do_sample=False)
+    with without_inductor(), explain() as report:
+
+        @compile_loop(**options(0.5))
+        def run(model, **how):
+            return model.generate(**how)
+
+        assert torch.equal(run(model, **inputs, max_new_tokens=8, do_sample=False), expected)
+    assert len(report.matched) == 2
+
+
+def test_compile_loop_bare_and_with_bad_settings():
+    assert compile_loop(greedy).__name__ == "greedy"
+    with pytest.raises(ValueError, match=r"unknown setting sparsity; accepted are key_sparsity"):
+        compile_loop(sparsity=0.5)(greedy)
+    with pytest.raises(ValueError, match=r"key_sparsity=1.5 is not accepted"):
+        compile_loop(key_sparsity=1.5)(greedy)
