@@ -1,0 +1,204 @@
+"""The backend as torch.compile sees it: names, modes, options, and what importing it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from compilers import without_inductor
+from models import BufferModel, TupleModel, hf_model, prompt, run_steps
+
+from mustafar_compile import CompressedWriteError, _compat, explain
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def in_fresh_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_name_works_without_an_import():
+    out = in_fresh_python(
+        """
+        import sys, torch
+        assert "mustafar" in torch._dynamo.list_backends()
+        assert "mustafar_compile" not in sys.modules
+        print(torch.compile(lambda x: x + 1, backend="mustafar", options={"cpp_wrapper": False})(torch.ones(2)).tolist())
+        """
+    )
+    assert out.strip().endswith("[2.0, 2.0]")
+
+
+def test_importing_changes_nothing():
+    in_fresh_python(
+        """
+        import torch, torch.nn.functional as F, torch._inductor.config as inductor, torch._functorch.config as functorch
+        import torch._dynamo.config as dynamo
+        before = F.scaled_dot_product_attention, inductor.get_config_copy(), functorch.get_config_copy(), \\
+            dynamo.get_config_copy()
+        import mustafar_compile, mustafar_compile.backend
+        after = F.scaled_dot_product_attention, inductor.get_config_copy(), functorch.get_config_copy(), \\
+            dynamo.get_config_copy()
+        assert before == after
+        assert not torch.cuda.is_initialized()
+        """
+    )
+
+
+def test_the_public_names_resolve():
+    import mustafar_compile
+
+    for name in mustafar_compile.__all__:
+        assert getattr(mustafar_compile, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        mustafar_compile.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"options": {"key_sparsity": 1.0}}, r"key_sparsity=1.0 is not accepted; it must be a number in \[0, 1\)"),
+        ({"options": {"window": -3}}, r"window=-3 is not accepted; it must be an integer of at least 1"),
+        ({"options": {"sparsity": 0.5}}, r"option 'sparsity' is unknown; accepted are key_sparsity, value_sparsity"),
+        ({"mode": "fastest"}, r"mode 'fastest' is unknown; accepted are 'default'.*'reduce-overhead'"),
+    ],
+)
+def test_bad_settings_fail_with_one_clear_error(how, message):
+    with pytest.raises(Exception, match=message):
+        torch.compile(lambda x: x + 1, backend="mustafar", **how)(torch.ones(2))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_modes_reach_inductor(mode, monkeypatch):
+    seen = {}
+
+    def spy(gm, example_inputs):
+        seen.update({key: getattr(_compat.inductor_config, key) for key in ("max_autotune",)})
+        seen["cudagraphs"] = _compat.inductor_config.triton.cudagraphs
+        return gm.forward
+
+    monkeypatch.setattr(_compat, "compile_fx", spy)
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend="mustafar", mode=mode)(torch.ones(2))
+    assert seen["max_autotune"] == mode.startswith("max-autotune")
+    assert seen["cudagraphs"] == (mode in ("reduce-overhead", "max-autotune"))
+
+
+def test_inductor_options_hold_for_the_compilation_only(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        _compat, "compile_fx", lambda gm, _: seen.append(_compat.inductor_config.epilogue_fusion) or gm.forward
+    )
+    torch._dynamo.reset()
+    before = _compat.inductor_config.epilogue_fusion
+    options = {"epilogue_fusion": not before, "key_sparsity": 0.7}
+    torch.compile(lambda x: x + 1, backend="mustafar", options=options)(torch.ones(2))
+    assert seen == [not before]
+    assert _compat.inductor_config.epilogue_fusion == before
+
+
+def test_an_unmatched_graph_goes_to_inductor_untouched(monkeypatch):
+    seen = []
+    monkeypatch.setattr(_compat, "compile_fx", lambda gm, _: seen.append(gm) or gm.forward)
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 3, 8)
+    torch.compile(torch.nn.functional.scaled_dot_product_attention, backend="mustafar")(q, q, q)
+    targets = {str(node.target) for node in seen[0].graph.nodes if node.op == "call_function"}
+    assert not any("aten" in target for target in targets), "this is not Dynamo's graph any more"
+
+
+def test_two_settings_for_one_function_do_not_mix():
+    torch.manual_seed(0)
+    model = TupleModel()
+    inputs = [torch.randn(2, n, 32) for n in (7, 1, 1)]
+    kept = []
+    with without_inductor():
+        for sparsity in (0.5, 0.0):
+            options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": 2}
+            step = torch.compile(model.step, backend="mustafar", options=options)
+            past = None
+            for x in inputs:
+                _, past = step(x, past)
+            kept.append(past[0].values.shape[3])
+    assert kept == [8, 16]
+
+
+def test_a_cache_of_other_settings_continues_with_its_own():
+    """A cache keeps the layout that it was made with; the graph for it is compiled anew."""
+    torch.manual_seed(0)
+    model = TupleModel()
+    with without_inductor():
+        loose = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.0, "window": 2})
+        tight = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.5, "window": 2})
+        _, past = loose(torch.randn(2, 7, 32), None)
+        _, past = tight(torch.randn(2, 1, 32), past)
+    assert past[0].values.shape[3] == 16
+
+
+def test_an_inference_tensor_cache_is_left_alone_and_reported():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = BufferModel()
+        inputs = [torch.randn(2, n, 32) for n in (7, 1, 1)]
+        with without_inductor(), explain() as report:
+            run_steps(model, inputs, torch.compile(model.step, backend="mustafar"))
+    assert not report.matched
+    assert all("inference tensor" in entry.reason for entry in report.missed)
+
+
+def test_inference_mode_generates_compressed():
+    model = hf_model()
+    with torch.inference_mode(), without_inductor(), explain() as report:
+        model.compile(backend="mustafar")
+        model.generate(**prompt(), max_new_tokens=4, do_sample=False)
+    assert len(report.matched) == 2
+
+
+def test_writing_through_a_view_of_a_compressed_cache_is_refused():
+    model = hf_model()
+    with without_inductor():
+        model.compile(backend="mustafar")
+        result = model.generate(**prompt(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    keys = result.past_key_values.layers[0].keys
+    with pytest.raises(CompressedWriteError, match="write through a view"):
+        keys[:, :, :2] = 0
+    with pytest.raises(CompressedWriteError, match="write through a view"):
+        keys[0].zero_()
+
+
+def test_a_write_in_a_graph_that_cannot_be_followed_is_refused():
+    model = hf_model()
+
+    def scale(cache):
+        cache.mul_(2)
+        return torch.softmax(cache, -1)
+
+    with without_inductor():
+        model.compile(backend="mustafar")
+        how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+        result = model.generate(**prompt(), cache_implementation="static", **how)
+        with pytest.raises(Exception, match="writes into a compressed KV cache in a way that cannot be followed"):
+            torch.compile(scale, backend="mustafar")(result.past_key_values.layers[0].keys)
+
+
+def test_the_report_prints_and_logs(caplog):
+    model = hf_model()
+    with without_inductor(), explain() as report, caplog.at_level("INFO", logger="mustafar_compile"):
+        model.compile(backend="mustafar", options={"skip_layers": [1]})
+        model.generate(**prompt(), max_new_tokens=3, do_sample=False)
+    text = str(report)
+    assert "1 of 2 attention layers compressed" in text
+    assert "model.layers.0.self_attn" in text
+    assert "layer 1 is listed in skip_layers" in text
+    assert "layer 0 model.layers.0.self_attn, cache dynamic (cat): compressed (prefill)" in caplog.messages
+    assert report.matched[0].phases == ("prefill", "decode")
+    assert report.matched[0].dense_bytes == 2 * (2 * 2 * 11 * 16 * 4), "K and V of 11 tokens"

@@ -1,0 +1,64 @@
+"""Random models, prompts and settings: tokens equal dense at sparsity 0 and the pruned oracle at 0.5."""
+
+from __future__ import annotations
+
+import torch
+from compilers import without_inductor
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from models import hf_model, prompt
+from reference import pruned_generation
+
+from mustafar_compile import explain
+
+
+@st.composite
+def cases(draw):
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    return {
+        "family": draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "phi3"])),
+        "kv_heads": kv_heads,
+        "heads": kv_heads * draw(st.sampled_from([1, 2, 3])),
+        "head_dim": draw(st.sampled_from([8, 16, 24])),
+        "layers": draw(st.integers(1, 2)),
+        "batch": draw(st.integers(1, 3)),
+        "length": draw(st.integers(1, 20)),
+        "padded": draw(st.booleans()),
+        "window": draw(st.integers(1, 12)),
+        "sparsity": draw(st.sampled_from([0.0, 0.5])),
+        "static": draw(st.booleans()),
+        "new_tokens": draw(st.integers(2, 8)),
+    }
+
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@example(
+    case={
+        "family": "llama", "kv_heads": 1, "heads": 3, "head_dim": 8, "layers": 1, "batch": 1, "length": 1,
+        "padded": False, "window": 1, "sparsity": 0.5, "static": True, "new_tokens": 3,
+    }
+)  # fmt: skip
+@given(case=cases())
+def test_tokens_equal_the_oracle(case):
+    def build():
+        return hf_model(
+            case["family"], hidden_size=case["heads"] * case["head_dim"], num_hidden_layers=case["layers"],
+            num_attention_heads=case["heads"], num_key_value_heads=case["kv_heads"], head_dim=case["head_dim"],
+        )  # fmt: skip
+
+    inputs = prompt(case["batch"], case["length"], case["padded"], seed=case["length"])
+    how = {"max_new_tokens": case["new_tokens"], "do_sample": False}
+    sparsity, window = case["sparsity"], case["window"]
+    with torch.no_grad():
+        with pruned_generation(sparsity, sparsity, window):
+            expected = build().generate(**inputs, **how)
+        if not sparsity:
+            assert torch.equal(expected, build().generate(**inputs, **how))
+        model = build()
+        with without_inductor(), explain() as report:
+            options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": window}
+            model.compile(backend="mustafar", options=options)
+            cache = {"cache_implementation": "static"} if case["static"] else {}
+            assert torch.equal(model.generate(**inputs, **how, **cache), expected)
+    assert len(report.matched) == case["layers"], str(report)
