@@ -17,9 +17,7 @@ _LIBRARY.define(
     "compress(Tensor dense, Tensor tokens, int kept, int window, SymInt capacity)"
     " -> (Tensor values, Tensor bitmap, Tensor window, Tensor counts)"
 )
-_LIBRARY.define(
-    "decompress(Tensor values, Tensor bitmap, Tensor window, Tensor counts, SymInt length) -> Tensor"
-)
+_LIBRARY.define("decompress(Tensor values, Tensor bitmap, Tensor window, Tensor counts, SymInt length) -> Tensor")
 _LIBRARY.define(
     "decode_attention(Tensor query, Tensor key, Tensor value,"
     " Tensor(a!) key_values, Tensor(b!) key_bitmap, Tensor(c!) key_window, Tensor(d!) key_counts,"

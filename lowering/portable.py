@@ -128,7 +128,7 @@ def decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, l
 def append(
     row: Tensor, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, position: Tensor | None
 ) -> None:
-    """Write one token [B, H, 1, D] at ``position`` (default: behind the last); the one that leaves the window is pruned.
+    """Write one token [B, H, 1, D] at ``position`` (default: behind the last) and prune the one that leaves the window.
 
     A position before the last token rewinds the cache to it. What was pruned stays pruned then: the exact rows are
     gone, so the window refills from the tokens written after.
@@ -180,9 +180,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.where((scores == float("-inf")).all(-1, keepdim=True), 0.0, weights)
 
 
-def attend(
-    query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: Tensor | None, scale: float
-) -> Tensor:
+def attend(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
     """Attention of one query token [B, Hq, 1, D] over the compressed tokens and the window, with one softmax."""
     batch, query_heads, _, head_dim = query.shape
     key_values, key_bitmap, key_window, counts = key

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import CompressedKV
     from .errors import CompressedWriteError, MustafarError, NothingMatchedError, StaleCacheError
-    from .report import Report, explain
     from .loop import compile_loop
+    from .report import Report, explain
     from .settings import Settings
     from .stats import CacheStats, cache_stats
 

@@ -87,6 +87,11 @@ def inductor_options(options: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def symbolic_expression(size: torch.SymInt) -> Any:
+    """The sympy expression of a symbolic size."""
+    return size.node.expr
+
+
 def hint(size: int | torch.SymInt) -> int:
     """The value that a symbolic size was traced with, without guarding on it."""
     return size.node.hint if isinstance(size, torch.SymInt) else size

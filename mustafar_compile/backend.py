@@ -10,14 +10,14 @@ from torch.fx import GraphModule, Node
 
 from . import _compat
 from .cache import CompressedKV
-from .errors import NothingMatchedError
 from .convention import with_calling_convention
-from .report import record_failure, record_graph
+from .errors import NothingMatchedError
 from .lowering.layout import CACHE_DTYPES, Layout, grown_capacity
 from .patterns.match import Context, Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
 from .patterns.plan import Plan
 from .patterns.rewrite import Rewriter
+from .report import record_failure, record_graph
 from .runtime import CompiledCall
 from .settings import Settings, read_options
 
@@ -108,7 +108,9 @@ def _layout_of(settings: Settings) -> Callable[[str, int], tuple[int, int]]:
 
 def _require_match(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
     if settings.strict and not any(isinstance(m, Match) for m in found):
-        reasons = "; ".join(dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))) or "no attention was found"
+        reasons = (
+            "; ".join(dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))) or "no attention was found"
+        )
         raise NothingMatchedError(f"mustafar: strict is set and nothing in this graph matched: {reasons}")
 
 

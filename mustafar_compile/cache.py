@@ -44,12 +44,12 @@ class CompressedKV(Tensor):
     history: _History
 
     @staticmethod
-    def __new__(cls, values, bitmap, window, counts, layout, grows, size, stride=None):  # noqa: PLR0917
-        batch, heads, tokens, head_dim = size
+    def __new__(cls, values, bitmap, window, counts, layout, grows, size, stride=None):
+        _, heads, tokens, head_dim = size
         stride = stride or (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
         return Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=window.dtype, device=window.device)
 
-    def __init__(self, values, bitmap, window, counts, layout, grows, size, stride=None):  # noqa: PLR0917
+    def __init__(self, values, bitmap, window, counts, layout, grows, size, stride=None):
         self.values, self.bitmap, self.window, self.counts = values, bitmap, window, counts
         self.row_layout, self.grows = layout, grows
 
@@ -175,10 +175,10 @@ class _ReadOnlyView(Tensor):
         )
 
     def __init__(self, dense):
-        self.values = dense
+        self.held = dense
 
     def __repr__(self) -> str:
-        return repr(self.values)
+        return repr(self.held)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -192,7 +192,7 @@ class _ReadOnlyView(Tensor):
 
 
 def _plain(x: Any) -> Any:
-    return x.values if isinstance(x, _ReadOnlyView) else x
+    return x.held if isinstance(x, _ReadOnlyView) else x
 
 
 def _read_only(x: Any) -> Any:

@@ -74,8 +74,12 @@ class Report:
             return f"mustafar: {self.graphs} graph(s) compiled, no attention found"
         rows = [
             (
-                str(e.layer), e.name, e.form, " + ".join(e.phases) if not e.reason else f"no: {e.reason}",
-                bytes_text(e.dense_bytes), bytes_text(e.stored_bytes),
+                str(e.layer),
+                e.name,
+                e.form,
+                " + ".join(e.phases) if not e.reason else f"no: {e.reason}",
+                bytes_text(e.dense_bytes),
+                bytes_text(e.stored_bytes),
             )
             for e in self._layers()
         ]

@@ -21,8 +21,9 @@ _NO_OP_DROPOUT = aten.dropout.default
 class Attention:
     """One attention of the graph.
 
-    node: the result, [B, Hq, L, Dv]. query: [B, Hq, L, D]. key, value: as the op takes them, with ``key_transposed``
-    where the key comes as [B, H, D, S]. key_reader: the op that takes the key. layer: its number in the model; name: its module path, "" where unknown.
+    node: the result, [B, Hq, L, Dv]. query: [B, Hq, L, D]. key, value: as the op takes them; ``key_transposed`` where
+    the key comes as [B, H, D, S]. key_reader: the op that takes the key. layer: its number in the model. name: its
+    module path, "" where unknown.
     problem: why it can never be matched, or None.
     """
 
@@ -53,7 +54,15 @@ def _from_sdpa(node: Node) -> Attention:
         scale = 1.0 / math.sqrt(query.meta["val"].shape[-1])
     problem = "dropout is active" if options["dropout_p"] else None
     return Attention(
-        node, query, key, value, options["attn_mask"], float(scale), options["is_causal"], False, node,
+        node,
+        query,
+        key,
+        value,
+        options["attn_mask"],
+        float(scale),
+        options["is_causal"],
+        False,
+        node,
         problem=problem,
     )
 
@@ -101,7 +110,15 @@ def _from_softmax(softmax: Node) -> Attention | None:
     if scores is None or weights_dim not in (-1, 3):
         inputs = softmax.args[0]
         return Attention(
-            product, inputs, inputs, product.args[1], None, 1.0, False, True, product,
+            product,
+            inputs,
+            inputs,
+            product.args[1],
+            None,
+            1.0,
+            False,
+            True,
+            product,
             problem="the scores are more than a scaled product and a mask",
         )
     matmul, scale, mask = scores

@@ -153,7 +153,9 @@ def _reads_back(node: Node) -> Node | None:
     source = node.args[0]
     if node.target is not aten.slice.Tensor or source.target is not aten.slice_scatter.default:
         return None
-    same = slice_bounds(node)[0] == 0 and all(a == b or same_size(a, b) for a, b in zip(slice_bounds(node), slice_bounds(source, 2), strict=True))
+    same = slice_bounds(node)[0] == 0 and all(
+        a == b or same_size(a, b) for a, b in zip(slice_bounds(node), slice_bounds(source, 2), strict=True)
+    )
     return source.args[1] if same else None
 
 

@@ -96,9 +96,7 @@ def _sole_reader(m: Match | NoMatch, reads: Counter) -> Match | NoMatch:
     return m
 
 
-def _judge(
-    attention: Attention, functional: Functional, context: Context, readers: Set[Node]
-) -> Match | NoMatch:
+def _judge(attention: Attention, functional: Functional, context: Context, readers: Set[Node]) -> Match | NoMatch:
     key = value = None
     try:
         _require(attention.problem is None, str(attention.problem))

@@ -32,10 +32,8 @@ class Functional:
         return self.module.graph
 
 
-def normalise(
-    gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]
-) -> Functional:
-    """Trace ``gm`` again. ``stand_in`` supplies fakes for inputs that are not plain tensors (see ``_compat.fakify``)."""
+def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> Functional:
+    """Trace ``gm`` again. ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``)."""
     fakes = _compat.fakify(example_inputs, stand_in)
     interpreter = torch.fx.Interpreter(gm)
 

@@ -114,7 +114,12 @@ class Rewriter:
                 position = self._tokens(position, match.key.new)
             result = self._call(
                 ops.decode_attention.default,
-                attention.query, *rows, *buffers, position, attention.mask, attention.scale,
+                attention.query,
+                *rows,
+                *buffers,
+                position,
+                attention.mask,
+                attention.scale,
             )
         result.meta = dict(attention.node.meta)
         attention.node.replace_all_uses_with(result)
@@ -154,13 +159,18 @@ class Rewriter:
         if update.tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
         rows = shape[0]
-        batch = rows if isinstance(rows, int) else Argument(next(i for p, i in self.index.items() if same_size(p, rows)))
+        batch = (
+            rows if isinstance(rows, int) else Argument(next(i for p, i in self.index.items() if same_size(p, rows)))
+        )
         position = self._extract(update.position)
-        self.attached.append(Attached(self.index[update.base], update.tokens_dim, tuple(shape), *layout, batch, position))
+        self.attached.append(
+            Attached(self.index[update.base], update.tokens_dim, tuple(shape), *layout, batch, position)
+        )
 
     def _extract(self, value: Any) -> GraphModule:
         """A graph of the original arguments that computes ``value`` alone."""
-        graph, copies = Graph(), {}
+        graph = Graph()
+        copies: dict[Node, Node] = {}
         needed, todo = set(), [value] if isinstance(value, Node) else []
         while todo:
             node = todo.pop()
@@ -254,7 +264,8 @@ class Rewriter:
 
     def _set_output(self) -> list[Output]:
         """Give the graph its results, write mutated inputs back, and say what each result becomes."""
-        output, nodes = self.graph.output_node(), []
+        output = self.graph.output_node()
+        nodes: list[Any] = []
         final = {value: base for base, value in self.functional.mutated.items() if base not in self.compressed}
         with self.graph.inserting_before(output):
             for value, base in final.items():

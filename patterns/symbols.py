@@ -8,13 +8,15 @@ import sympy
 import torch
 from torch.fx import Node
 
+from mustafar_compile import _compat
+
 
 def expression(size: Any) -> sympy.Expr | None:
     """The size as a sympy expression: of an int, a SymInt, or a node that holds one. None where it is neither."""
     if isinstance(size, Node):
         size = size.meta.get("val")
     if isinstance(size, torch.SymInt):
-        return sympy.expand(size.node.expr)
+        return sympy.expand(_compat.symbolic_expression(size))
     return sympy.Integer(size) if isinstance(size, int) else None
 
 

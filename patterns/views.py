@@ -142,7 +142,7 @@ def read_through(chain: list[Node], source: Node) -> Read | None:
         if node.target is aten.slice.Tensor:
             if is_whole_slice(node):
                 continue
-            dim, start, end, step = slice_bounds(node)
+            dim, start, _, step = slice_bounds(node)
             axes = read.dims[dim]
             if start != 0 or step != 1 or len(axes) != 1 or read.prefix is not None:
                 return None

@@ -8,9 +8,9 @@ import textwrap
 
 import pytest
 import torch
+
 from compilers import without_inductor
 from models import BufferModel, TupleModel, hf_model, prompt, run_steps
-
 from mustafar_compile import CompressedWriteError, _compat, explain
 
 
@@ -32,7 +32,8 @@ def test_the_name_works_without_an_import():
         import sys, torch
         assert "mustafar" in torch._dynamo.list_backends()
         assert "mustafar_compile" not in sys.modules
-        print(torch.compile(lambda x: x + 1, backend="mustafar", options={"cpp_wrapper": False})(torch.ones(2)).tolist())
+        compiled = torch.compile(lambda x: x + 1, backend="mustafar", options={"cpp_wrapper": False})
+        print(compiled(torch.ones(2)).tolist())
         """
     )
     assert out.strip().endswith("[2.0, 2.0]")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from compilers import without_inductor
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from models import hf_model, prompt
-from reference import pruned_generation
 
+from compilers import without_inductor
+from models import hf_model, prompt
 from mustafar_compile import explain
+from reference import pruned_generation
 
 
 @st.composite
@@ -29,7 +29,6 @@ def cases(draw):
         "static": draw(st.booleans()),
         "new_tokens": draw(st.integers(2, 8)),
     }
-
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from compilers import without_inductor
 from models import FAMILIES, full_attention_layers, hf_model, prompt
-from reference import pruned_generation
-
-
 from mustafar_compile import CompressedKV, cache_stats, explain
+from reference import pruned_generation
 
 WINDOW = 4
 NEW_TOKENS = 14
@@ -225,13 +224,9 @@ def test_keys_and_values_have_sparsities_of_their_own():
     with pruned_generation(0.7, 0.0, WINDOW):
         expected = generate(hf_model(), inputs).sequences
     with without_inductor():
-        model.compile(
-            backend="mustafar", options={"key_sparsity": 0.7, "value_sparsity": 0.0, "window": WINDOW}
-        )
+        model.compile(backend="mustafar", options={"key_sparsity": 0.7, "value_sparsity": 0.0, "window": WINDOW})
         result = generate(model, inputs)
     layer = result.past_key_values.layers[0]
     assert torch.equal(result.sequences, expected)
     assert layer.keys.values.shape[3] == 8
     assert layer.values.values.shape[3] == 16
-
-

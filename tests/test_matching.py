@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compilers import without_inductor
-from models import hf_model, prompt
 from torch import nn
 
+from compilers import without_inductor
+from models import hf_model, prompt
 from mustafar_compile import NothingMatchedError, explain
 
 

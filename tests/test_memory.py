@@ -6,9 +6,9 @@ import gc
 
 import pytest
 import torch
+
 from compilers import without_inductor
 from models import hf_model, prompt
-
 from mustafar_compile import cache_stats
 
 

@@ -7,11 +7,11 @@ import functools
 
 import pytest
 import torch
+
 from compilers import without_inductor
 from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
-from reference import pruned_generation, reference_attention
-
 from mustafar_compile import StaleCacheError, cache_stats, compile_loop, explain
+from reference import pruned_generation, reference_attention
 
 WINDOW = 4
 FORMS = {"index_put buffer": BufferModel, "slice buffer": SliceModel, "tuple": TupleModel}
@@ -22,9 +22,7 @@ def options(sparsity: float) -> dict:
 
 
 def oracle(model, inputs, sparsity):
-    attention = functools.partial(
-        reference_attention, key_sparsity=sparsity, value_sparsity=sparsity, window=WINDOW
-    )
+    attention = functools.partial(reference_attention, key_sparsity=sparsity, value_sparsity=sparsity, window=WINDOW)
     return pruned_steps(model, inputs, attention)
 
 
