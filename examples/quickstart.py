@@ -94,7 +94,7 @@ class Stopwatch:
 def fact_prompts() -> list[Prompt]:
     """Source code with facts near its start, once for each question at its end."""
     source = inspect.getsource(textwrap)
-    source = source[: source.index(inspect.getsource(textwrap.fill))][-SOURCE_CHARACTERS:]
+    source = source[: source.index(inspect.getsource(textwrap.shorten))][-SOURCE_CHARACTERS:]
     lines = source.splitlines(keepends=True)[1:]
     for place, (name, value) in enumerate(FACTS.items()):
         lines.insert(1 + 4 * place, f'{name} = "{value}"\n')

@@ -1,0 +1,76 @@
+"""The oracle: plain eager code for what the backend must compute. It shares nothing with the package."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from decimal import ROUND_CEILING, Decimal
+
+import torch
+from torch import Tensor
+
+
+def kept_count(head_dim: int, sparsity: float) -> int:
+    """ceil((1 - sparsity) * head_dim), rounded up to a multiple of 8, at most head_dim."""
+    exact = (Decimal(1) - Decimal(str(sparsity))) * head_dim
+    eights = (exact / 8).to_integral_value(rounding=ROUND_CEILING)
+    return min(int(eights) * 8, head_dim)
+
+
+def prune(x: Tensor, kept: int) -> Tensor:
+    """Rows [..., D] with all but the ``kept`` largest magnitudes set to zero; ties to the lower channel, NaN first."""
+    largest = x.abs().sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    mask = torch.zeros_like(x, dtype=torch.bool).scatter(-1, largest, True)
+    return torch.where(mask, x, torch.zeros_like(x))
+
+
+def pruned_cache(x: Tensor, sparsity: float, window: int) -> Tensor:
+    """A cache tensor [B, H, n, D] in which all tokens but the last ``window`` are pruned."""
+    pruned = max(x.shape[2] - window, 0)
+    return torch.cat([prune(x[:, :, :pruned], kept_count(x.shape[3], sparsity)), x[:, :, pruned:]], dim=2)
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_sparsity: float,
+    value_sparsity: float,
+    window: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Dense attention in ``dtype`` of q [B, Hq, L, D] over the pruned k and v [B, H, n, D]."""
+    group = q.shape[1] // k.shape[1]
+    keys = pruned_cache(k, key_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
+    values = pruned_cache(v, value_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
+    scores = q.to(dtype) @ keys.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
+    return (scores.softmax(-1) @ values).to(q.dtype)
+
+
+@contextmanager
+def pruned_generation(key_sparsity: float, value_sparsity: float, window: int):
+    """Within it, eager HF models over a DynamicCache generate as the pruned model should.
+
+    A decode step prunes the cache, its own token included, before it attends. A step of several tokens attends
+    densely over the past as it was pruned; sliding-window layers stay as they are.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    original = DynamicLayer.update
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        original(self, key_states, value_states, *args, **kwargs)
+        if key_states.shape[2] == 1 and self.keys.shape[2] > 1:
+            self.keys = pruned_cache(self.keys, key_sparsity, window)
+            self.values = pruned_cache(self.values, value_sparsity, window)
+        return self.keys, self.values
+
+    DynamicLayer.update = update
+    try:
+        yield
+    finally:
+        DynamicLayer.update = original
