@@ -15,7 +15,7 @@ from .errors import NothingMatchedError
 from .lowering.layout import CACHE_DTYPES, Layout, grown_capacity
 from .patterns.match import Context, Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
-from .patterns.plan import Plan
+from .patterns.plan import Compressed, Plan
 from .patterns.rewrite import Rewriter
 from .report import record_failure, record_graph
 from .runtime import CompiledCall
@@ -41,7 +41,14 @@ def mustafar(
         if plan is None:
             return _compat.compile_fx(gm, example_inputs)
         module, inputs = with_calling_convention(plan, gm, example_inputs)
-        return _compat.dynamo_disable(CompiledCall(plan, _compat.compile_fx(module, inputs)))
+        with _compat.inductor_options(_for_plan(plan)):
+            return _compat.dynamo_disable(CompiledCall(plan, _compat.compile_fx(module, inputs)))
+
+
+def _for_plan(plan: Plan) -> dict[str, Any]:
+    """A graph that creates a cache must not run as a CUDA graph: its next replay would overwrite that cache."""
+    creates_cache = any(isinstance(output, Compressed) for output in plan.outputs)
+    return {"triton.cudagraphs": False} if creates_cache else {}
 
 
 def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Plan | None:
