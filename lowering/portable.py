@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 
+def _set_bits(byte):
+    """Number of set bits of ``byte``, an int or an integer tensor."""
+    byte = byte - ((byte >> 1) & 0x55)
+    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
+    return (byte + (byte >> 4)) & 0x0F
+
+
 def _rank_code(byte, bit):
     """Rank of channel ``bit`` among the set bits of ``byte``; 128 is added where the channel itself is not set.
 
     Works on ints and on integer tensors alike: the CPU looks the code up, other devices compute it.
     """
-    lower = byte & ((1 << bit) - 1)
-    lower = lower - ((lower >> 1) & 0x55)
-    lower = (lower & 0x33) + ((lower >> 2) & 0x33)
-    lower = (lower + (lower >> 4)) & 0x0F
-    return lower + 128 - (((byte >> bit) & 1) << 7)
+    return _set_bits(byte & ((1 << bit) - 1)) + 128 - (((byte >> bit) & 1) << 7)
 
 
 _RANK_CODES = [_rank_code(byte, bit) for byte in range(256) for bit in range(8)]
@@ -41,13 +44,21 @@ def _rank_codes(bitmap: Tensor) -> Tensor:
     return _rank_code(byte, bit)
 
 
+def _kept_before(bitmap: Tensor) -> Tensor:
+    """Kept channels in the bytes before each byte, in a narrow type: [..., D / 8] uint8 -> [..., D / 8].
+
+    A buffer of its own: what reads it then needs four loads an element in all, few enough for Inductor to expand a row
+    inside the loop of each query head instead of storing it (``should_realize_on_reuse`` in torch/_inductor/ir.py).
+    """
+    dtype = torch.uint8 if bitmap.shape[-1] <= 32 else torch.int16
+    set_bits = _set_bits(bitmap[..., :-1].to(torch.int32)).to(dtype)
+    return torch.nn.functional.pad(set_bits, (1, 0)).cumsum(-1, dtype=dtype)
+
+
 def channel_ranks(bitmap: Tensor) -> tuple[Tensor, Tensor]:
     """For every channel, whether it was kept and its place among the kept: [..., D / 8] -> bool and int32 [..., D]."""
     codes = _rank_codes(bitmap)
-    in_byte = codes & 127
-    set_bits = in_byte[..., 7] + (codes[..., 7] < 128)
-    before = torch.nn.functional.pad(set_bits[..., :-1], (1, 0)).cumsum(-1, dtype=torch.int32)
-    rank = in_byte + before.unsqueeze(-1)
+    rank = (codes & 127) + _kept_before(bitmap).to(torch.int32).unsqueeze(-1)
     return (codes < 128).flatten(-2), rank.flatten(-2)
 
 
@@ -155,10 +166,14 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([(query[:, :, g, None].float() * keys).sum(-1) for g in range(query.shape[2])], dim=2)
 
 
-def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """[B, H, G, C] and [B, H, C, D] -> [B, H, G, D], in float32."""
-    values = values.float()
-    return torch.stack([(weights[:, :, g, :, None] * values).sum(-2) for g in range(weights.shape[2])], dim=2)
+def _weighted_sum(weights: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+    """[B, H, G, C] and [B, H, C, D] -> [B, H, G, D], in float32, over the rows that are ``valid``, a bool [C].
+
+    The others may hold anything, and 0 * NaN is NaN.
+    """
+    values, valid = values.float(), valid.unsqueeze(-1)
+    products = (torch.where(valid, weights[:, :, g, :, None] * values, 0.0) for g in range(weights.shape[2]))
+    return torch.stack([product.sum(-2) for product in products], dim=2)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, valid: Tensor) -> Tensor:
@@ -201,10 +216,9 @@ def attend(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: 
     )
     weights = _softmax(scores)
     split = key_values.shape[2]
-    # Slots that hold nothing may hold anything, and 0 * NaN is NaN.
-    past = torch.where(stored.unsqueeze(-1), expand(value_values, value_bitmap), 0)
-    recent = torch.where(exact.unsqueeze(-1), value_window, 0)
-    out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:], recent)
+    past = _weighted_sum(weights[..., :split], expand(value_values, value_bitmap), stored)
+    recent = _weighted_sum(weights[..., split:], value_window, exact)
+    out = past + recent
     return out.reshape(batch, query_heads, 1, value_window.shape[-1]).to(query.dtype)
 
 
