@@ -103,15 +103,19 @@ class CompressedKV(Tensor):
         size = (*self.shape[:2], tokens, self.shape[3])
         cache = CompressedKV(*self.buffers, self.row_layout, True, size)
         cache.history = self.history
-        cache._reserve(tokens + 1)
+        needed = tokens + 1 - self.row_layout.window
+        if needed > cache.capacity:
+            cache.reserve(grown_capacity(needed))
         return cache._with_marks()
 
-    def _reserve(self, tokens: int) -> None:
-        """Grow the slots where ``tokens`` would not fit. An eighth at a time: see ``grown_capacity``."""
-        needed = tokens - self.row_layout.window
-        if needed <= self.values.shape[2]:
-            return
-        spare = grown_capacity(needed) - self.values.shape[2]
+    @property
+    def capacity(self) -> int:
+        """Compressed slots."""
+        return self.values.shape[2]
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to ``capacity`` slots."""
+        spare = capacity - self.capacity
         self.values = torch.nn.functional.pad(self.values, (0, 0, 0, spare))
         self.bitmap = torch.nn.functional.pad(self.bitmap, (0, 0, 0, spare))
 

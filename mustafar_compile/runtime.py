@@ -20,16 +20,26 @@ class CompiledCall:
         self.plan = plan
         self.compiled = compiled
         self.extended = [output.index for output in plan.outputs if isinstance(output, Extended)]
+        self.growing = sorted({source.index for source in plan.inputs if isinstance(source, Buffer)})
 
     def __call__(self, *arguments: Any) -> list[Any]:
         for index in self.extended:
             arguments[index].check_latest()
+        _level([arguments[index] for index in self.growing if arguments[index].grows])
         states = {a.index: current_state(a, arguments) for a in self.plan.attached}
         inputs = [_bind(source, arguments, states) for source in self.plan.inputs]
         results = self.compiled(*inputs)
         for index, state in states.items():
             state.version = arguments[index]._version
         return [_deliver(output, arguments, results) for output in self.plan.outputs]
+
+
+def _level(caches: list[CompressedKV]) -> None:
+    """Give all growing caches the same number of slots: one symbol stands for it in the compiled graph."""
+    capacities = {cache.capacity for cache in caches}
+    if len(capacities) > 1:
+        for cache in caches:
+            cache.reserve(max(capacities))
 
 
 def _bind(source: Any, arguments: Sequence[Any], states: dict[int, Any]) -> Any:

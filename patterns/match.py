@@ -196,6 +196,7 @@ def _phase(attention: Attention, key: CacheUpdate, value: CacheUpdate, context: 
     )
     length = attention.query_length
     if key.base is None:
+        _check_prefill(attention, key)
         return "prefill"
     if not (isinstance(length, int) and length == 1):
         writes_dense_buffer = not key.grows and key.base not in context.compressed
@@ -209,6 +210,14 @@ def _phase(attention: Attention, key: CacheUpdate, value: CacheUpdate, context: 
     for update in (key, value):
         _check_new_token(update)
     return "decode"
+
+
+def _check_prefill(attention: Attention, key: CacheUpdate) -> None:
+    """A cache begins here; tell self-attention over it from attention to something else."""
+    own = same_size(key.new.meta["val"].shape[key.tokens_dim], attention.query_length)
+    _require(own, "its keys are not those of the query's own tokens, as in cross-attention")
+    causal = attention.is_causal or attention.mask is not None or same_size(attention.query_length, 1)
+    _require(causal, "its attention is not causal")
 
 
 def _check_new_token(update: CacheUpdate) -> None:

@@ -6,10 +6,12 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("default", max_examples=20, deadline=None, derandomize="CI" in os.environ)
-settings.register_profile("long", max_examples=500, deadline=None)
+# The only fixture that property tests take is `device`, a constant.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("default", max_examples=20, derandomize="CI" in os.environ, **_COMMON)
+settings.register_profile("long", max_examples=500, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -17,11 +17,15 @@ def kept_count(head_dim: int, sparsity: float) -> int:
     return min(int(eights) * 8, head_dim)
 
 
-def prune(x: Tensor, kept: int) -> Tensor:
-    """Rows [..., D] with all but the ``kept`` largest magnitudes set to zero; ties to the lower channel, NaN first."""
+def kept_mask(x: Tensor, kept: int) -> Tensor:
+    """True for the ``kept`` largest magnitudes of each row; ties to the lower channel, NaN first."""
     largest = x.abs().sort(dim=-1, descending=True, stable=True).indices[..., :kept]
-    mask = torch.zeros_like(x, dtype=torch.bool).scatter(-1, largest, True)
-    return torch.where(mask, x, torch.zeros_like(x))
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, largest, True)
+
+
+def prune(x: Tensor, kept: int) -> Tensor:
+    """Rows [..., D] with all but the ``kept`` largest magnitudes set to zero."""
+    return torch.where(kept_mask(x, kept), x, torch.zeros_like(x))
 
 
 def pruned_cache(x: Tensor, sparsity: float, window: int) -> Tensor:
@@ -41,14 +45,18 @@ def reference_attention(
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Dense attention in ``dtype`` of q [B, Hq, L, D] over the pruned k and v [B, H, n, D]."""
+    """Dense attention in ``dtype`` of q [B, Hq, L, D] over the pruned k and v [B, H, n, D].
+
+    A query that may attend to nothing gives zeros, as SDPA does.
+    """
     group = q.shape[1] // k.shape[1]
     keys = pruned_cache(k, key_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
     values = pruned_cache(v, value_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
     scores = q.to(dtype) @ keys.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
-    return (scores.softmax(-1) @ values).to(q.dtype)
+    nothing = (scores == float("-inf")).all(-1, keepdim=True)
+    return (scores.softmax(-1).masked_fill(nothing, 0) @ values).to(q.dtype)
 
 
 @contextmanager
@@ -62,11 +70,16 @@ def pruned_generation(key_sparsity: float, value_sparsity: float, window: int):
 
     original = DynamicLayer.update
 
+    def prune_stored(layer):
+        if layer.get_seq_length() > 0:
+            layer.keys = pruned_cache(layer.keys, key_sparsity, window)
+            layer.values = pruned_cache(layer.values, value_sparsity, window)
+
     def update(self, key_states, value_states, *args, **kwargs):
+        prune_stored(self)
         original(self, key_states, value_states, *args, **kwargs)
-        if key_states.shape[2] == 1 and self.keys.shape[2] > 1:
-            self.keys = pruned_cache(self.keys, key_sparsity, window)
-            self.values = pruned_cache(self.values, value_sparsity, window)
+        if key_states.shape[2] == 1:
+            prune_stored(self)
         return self.keys, self.values
 
     DynamicLayer.update = update

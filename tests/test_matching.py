@@ -157,7 +157,25 @@ class DifferentPositions(UnmaskedBuffer):
         return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
 
 
-COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain] + [DifferentPositions]
+class CrossPrefill(Decode):
+    """The first step of an encoder-decoder: keys of the encoder's tokens enter a cache and never grow."""
+
+    reason = "its keys are not those of the query's own tokens, as in cross-attention"
+
+    def forward(self, q, k, v, past):
+        keys, values = torch.cat([torch.tensor([]), past[0] * 2], -2), torch.cat([torch.tensor([]), past[1] * 2], -2)
+        return self.attend(q, keys, values), (keys, values)
+
+
+class Bidirectional(CrossPrefill):
+    reason = "its attention is not causal"
+
+    def inputs(self):
+        _, *rest = super().inputs()
+        return torch.randn(2, 2, 6, 16), *rest
+
+
+COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain] + [DifferentPositions, Bidirectional]
 
 
 @pytest.fixture(autouse=True)
