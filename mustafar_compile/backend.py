@@ -17,7 +17,7 @@ from .patterns.match import Context, Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
 from .patterns.plan import Compressed, Plan
 from .patterns.rewrite import Rewriter
-from .report import record_failure, record_graph
+from .report import record_failure, record_graph, record_untouched
 from .runtime import CompiledCall
 from .settings import Settings, read_options
 
@@ -57,6 +57,7 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
     if not caches and not _may_hold_attention(gm):
         if settings.strict and any(isinstance(x, torch.nn.Parameter) for x in example_inputs):
             raise NothingMatchedError("mustafar: strict is set and this graph holds no attention")
+        record_untouched()
         return None
     try:
         functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,11 +39,21 @@ class Entry:
     stored_bytes: int = 0
 
 
+_NOTHING_RAN = (
+    "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
+    "original module; for generate() use model.compile(backend='mustafar') or model.forward = torch.compile(model.forward, ...)"
+)
+
+
 @dataclass
 class Report:
-    """What the backend did with every graph compiled while the report was open. ``str(report)`` is a table."""
+    """What the backend did while the report was open. ``str(report)`` is a table.
+
+    graphs: graphs compiled. calls: calls of graphs with a compressed cache, also of those compiled before.
+    """
 
     graphs: int = 0
+    calls: int = 0
     _entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -65,11 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.graphs:
-            return (
-                "mustafar: no graph was compiled here. Either everything was compiled before, or the model was not "
-                "called through the compiled object: torch.compile(model).generate() runs the original module; "
-                "use model.compile(backend='mustafar') for generate()."
-            )
+            return _NOTHING_RAN if not self.calls else f"mustafar: nothing new compiled, {self.calls} compressed calls"
         if not self._entries:
             return f"mustafar: {self.graphs} graph(s) compiled, no attention found"
         rows = [
@@ -99,7 +106,8 @@ def _merged(a: Entry, b: Entry) -> Entry:
 def explain() -> Iterator[Report]:
     """Record every graph that the backend compiles within the ``with`` block.
 
-    Yields the report; it may be read at any time, also after the block. Graphs compiled earlier are not in it.
+    Yields the report; it may be read at any time, also after the block. Graphs compiled earlier are not in it. Warns
+    where the block neither compiled anything nor ran a graph with a compressed cache.
     """
     report = Report()
     _active.append(report)
@@ -107,6 +115,14 @@ def explain() -> Iterator[Report]:
         yield report
     finally:
         _active.remove(report)
+    if not report.graphs and not report.calls:
+        warnings.warn(_NOTHING_RAN, stacklevel=3)
+
+
+def record_call() -> None:
+    """Count a call of a rewritten graph."""
+    for report in _active:
+        report.calls += 1
 
 
 def record_graph(

@@ -11,6 +11,7 @@ from .attached import current_state
 from .cache import CompressedKV
 from .lowering.layout import BUFFERS
 from .patterns.plan import Argument, AttachedBuffer, Buffer, Compressed, Extended, Plan, Result, Size
+from .report import record_call
 
 
 class CompiledCall:
@@ -23,6 +24,7 @@ class CompiledCall:
         self.growing = sorted({source.index for source in plan.inputs if isinstance(source, Buffer)})
 
     def __call__(self, *arguments: Any) -> list[Any]:
+        record_call()
         for index in self.extended:
             arguments[index].check_latest()
         _level([arguments[index] for index in self.growing if arguments[index].grows])

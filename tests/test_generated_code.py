@@ -1,0 +1,41 @@
+"""What Inductor makes of a decode step: the cache is read and updated where it lies."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from models import BufferModel, TupleModel
+from torch._inductor.utils import run_and_get_code
+
+SLOTS, HEADS, HEAD_DIM, KEPT = 1000, 2, 32, 16
+
+
+def allocations(code: str) -> list[int]:
+    """Elements of every buffer that the code allocates, a symbolic size counted as the cache's slots."""
+    shapes = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)
+    sizes = [[int(n) if n.strip().isdigit() else SLOTS for n in shape.split(",") if n.strip()] for shape in shapes]
+    return [math.prod(size) for size in sizes]
+
+
+@pytest.mark.parametrize("form", [TupleModel, BufferModel])
+def test_a_decode_step_copies_no_cache(form):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    sizes = {"heads": 4, "kv_heads": HEADS, "head_dim": HEAD_DIM}
+    model = form(**sizes) if form is TupleModel else form(slots=SLOTS, **sizes)
+    prompt, token = torch.randn(2, SLOTS - 100, 32), torch.randn(2, 1, 32)
+    with torch.no_grad():
+        step = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.5, "value_sparsity": 0.5})
+        if form is TupleModel:
+            _, past = step(prompt, None)
+            _, (code,) = run_and_get_code(step, token, past)
+        else:
+            step(prompt, torch.arange(SLOTS - 100))
+            _, (code,) = run_and_get_code(step, token, torch.tensor([SLOTS - 100]))
+    rows = 2 * HEADS * (SLOTS - 100)
+    assert allocations(code), "the pattern finds no allocation at all"
+    assert max(allocations(code)) < rows * KEPT, "a buffer as large as the packed values, or larger"
+    assert "aten.clone" not in code

@@ -1,0 +1,501 @@
+"""The custom ops, eager, against the oracle: pruning and packing exactly, attention to its own rounding error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mustafar_compile.lowering import ops, portable
+from mustafar_compile.lowering.layout import CACHE_DTYPES
+from reference import kept_count, kept_mask, prune, pruned_cache, reference_attention
+
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+NAN, INF = float("nan"), float("inf")
+
+dtypes = st.sampled_from(CACHE_DTYPES)
+seeds = st.integers(0, 2**31)
+sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9, 0.999])
+
+
+def randn(*shape, seed, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_same_bits(actual, expected):
+    """Equal to the last bit: NaN equals NaN and -0.0 is not 0.0."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    actual, expected = (x.masked_fill(x.isnan(), 0).view(BITS[x.dtype]) for x in (actual, expected))
+    assert torch.equal(actual, expected)
+
+
+# ----------------------------------------------------------------------------------------------- rows: prune, pack
+
+
+@st.composite
+def rows(draw):
+    """Rows [n, D] of a few values that are hard to rank, and random ones."""
+    dtype, head_dim, count = draw(dtypes), 8 * draw(st.integers(1, 32)), draw(st.integers(1, 4))
+    limits = torch.finfo(dtype)
+    atoms = [0.0, -0.0, 1.0, -1.0, 1.5, NAN, -NAN, INF, -INF, limits.max, limits.min, limits.tiny]
+    atoms += [limits.smallest_normal * limits.eps, -limits.smallest_normal * limits.eps]  # denormals
+    palette = draw(st.lists(st.sampled_from(atoms), max_size=6))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    x = torch.randn(count, head_dim, generator=generator).to(dtype)
+    if palette:
+        values = torch.tensor(palette, dtype=dtype)
+        chosen = values[torch.randint(len(palette), x.shape, generator=generator)]
+        x = torch.where(torch.rand(x.shape, generator=generator) < draw(st.sampled_from([0.5, 1.0])), chosen, x)
+    return x
+
+
+def row_with(head_dim, channels, dtype=torch.float32):
+    """A row of zeros with ones in ``channels``."""
+    x = torch.zeros(1, head_dim, dtype=dtype)
+    x[:, channels] = 1
+    return x
+
+
+@given(rows(), st.integers(1, 32))
+@example(torch.zeros(2, 64), 4)
+@example(torch.full((1, 128), -0.0), 5)
+@example(torch.ones(1, 256), 31)
+@example(torch.full((1, 64), NAN), 1)
+@example(torch.tensor([[0.0, -0.0] * 8]), 1)
+@example(torch.tensor([[INF, NAN, -INF, -NAN, 3.0, -3.0, 3.0, 1.0] * 2]), 1)
+@example(row_with(64, slice(0, 32)), 4)  # the first half is kept
+@example(row_with(64, slice(32, 64)), 4)  # the last half
+@example(row_with(64, slice(24, 32)), 1)  # one byte of the bitmap
+@example(row_with(256, slice(8, 256)), 31)  # 248 kept channels before the last byte
+@example(torch.tensor([[65504.0, -65504.0, 6e-8, -6e-8, 0.0, 1.0, -1.0, 2.0] * 2], dtype=torch.float16), 1)
+def test_packing_a_row_is_pruning_it(x, eights):
+    kept = min(8 * eights, x.shape[-1])
+    values, bitmap = portable.pack(x, kept)
+    mask = kept_mask(x, kept)
+    weights = 2 ** torch.arange(8)
+    assert bitmap.dtype == torch.uint8
+    assert torch.equal(bitmap, (mask.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8))
+    assert_same_bits(values.reshape(-1), x[mask])
+    assert values.is_contiguous()
+    assert_same_bits(portable.expand(values, bitmap), prune(x, kept))
+
+
+@given(rows(), st.integers(1, 32))
+def test_every_row_keeps_the_same_number(x, eights):
+    kept = min(8 * eights, x.shape[-1])
+    mask = portable.keep_mask(x, kept)
+    assert mask.sum(-1).tolist() == [kept] * len(x)
+    kept_bits = portable.pack(x, kept)[1].tolist()
+    assert [sum(byte.bit_count() for byte in row) for row in kept_bits] == [kept] * len(x)
+
+
+def test_ties_keep_the_lower_channels():
+    x = torch.tensor([[1.0, 2.0, -1.0, 1.0, -2.0, 1.0, 1.0, -1.0] + [1.0] * 8])
+    assert portable.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert portable.keep_mask(x.flip(-1), 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 11, 14]
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_nan_is_kept_before_infinity(dtype):
+    x = torch.full((1, 16), INF, dtype=dtype)
+    x[:, [3, 15]] = NAN
+    assert portable.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 15]
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_every_bitmap_byte_expands(dtype):
+    bitmap = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
+    values = torch.arange(1, 9, dtype=dtype).expand(256, 8)
+    for byte, dense in enumerate(portable.expand(values, bitmap).tolist()):
+        channels = [c for c in range(8) if byte >> c & 1]
+        assert [c for c in range(8) if dense[c]] == channels
+        assert [dense[c] for c in channels] == list(range(1, len(channels) + 1))
+
+
+def test_rows_of_more_than_256_channels():
+    """More kept channels before a byte than a byte counts to."""
+    x = randn(3, 576, seed=0)
+    for kept in (8, 264, 320, 568, 576):
+        assert_same_bits(portable.expand(*portable.pack(x, kept)), prune(x, kept))
+
+
+# ------------------------------------------------------------------------------------------- compress and decompress
+
+
+def strided(x, how):
+    """``x`` [B, H, S, D] in another memory order, as models hand their caches over."""
+    if how == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "channels strided":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if how == "part of a larger one":
+        return torch.nn.functional.pad(x, (8, 8, 1, 1), value=NAN)[:, :, 1:-1, 8:-8]
+    if how == "heads expanded":
+        return x[:, :1].expand_as(x)
+    return x
+
+
+def with_length(x, length):
+    """The first ``length`` tokens of x [B, H, n, D]; zeros behind its last."""
+    return torch.nn.functional.pad(x, (0, 0, 0, max(length - x.shape[2], 0)))[:, :, :length]
+
+
+LAYOUTS = ["plain", "tokens first", "channels strided", "part of a larger one", "heads expanded"]
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 10)),
+    written=st.floats(0, 1),
+    window=st.integers(1, 45),
+    spare=st.integers(-40, 10),
+    sparsity=sparsities,
+    dtype=dtypes,
+    how=st.sampled_from(LAYOUTS),
+    seed=seeds,
+)
+def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, spare, sparsity, dtype, how, seed):
+    batch, heads, length, eights = sizes
+    tokens = round(written * length)
+    capacity = max(length + spare, tokens - window, 1)
+    dense = strided(randn(batch, heads, length, 8 * eights, seed=seed, dtype=dtype), how)
+    expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
+    dense = torch.where(torch.arange(length).unsqueeze(-1) < tokens, dense, NAN)  # what is not written is not read
+    kept = kept_count(8 * eights, sparsity)
+    buffers = ops.compress(strided(dense, how), torch.tensor([tokens]), kept, window, capacity)
+    shapes = [(capacity, kept), (capacity, eights), (window, 8 * eights)]
+    assert [tuple(b.shape) for b in buffers] == [(batch, heads, *shape) for shape in shapes] + [(2,)]
+    assert all(b.is_contiguous() for b in buffers)
+    assert buffers[3].tolist() == [tokens, max(tokens - window, 0)]
+    for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
+        assert_same_bits(ops.decompress(*buffers, asked), with_length(expected, asked))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 12])
+def test_compressing_a_part_of_a_static_cache(device, tokens):
+    dense = randn(2, 2, 12, 16, seed=1, device=device)
+    buffers = ops.compress(dense, torch.tensor([tokens], device=device), 8, 4, 12)
+    assert buffers[3].tolist() == [tokens, max(tokens - 4, 0)]
+    assert_same_bits(ops.decompress(*buffers, 12), with_length(pruned_cache(dense[:, :, :tokens], 0.5, 4), 12))
+
+
+# ------------------------------------------------------------------------------------------------- decode attention
+
+
+@dataclass
+class Case:
+    """One decode step: what is in the cache, what is asked, what must come out."""
+
+    query: torch.Tensor
+    keys: torch.Tensor  # of all tokens, the new one included
+    values: torch.Tensor
+    key_sparsity: float = 0.5
+    value_sparsity: float = 0.5
+    window: int = 4
+    spare: int = 3
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+
+    @property
+    def tokens(self):
+        return self.keys.shape[2]
+
+    @property
+    def scale_number(self):
+        return 1 / math.sqrt(self.query.shape[3]) if self.scale is None else self.scale
+
+    def past(self, role):
+        """Buffers with all but the last token; slots that hold nothing hold NaN."""
+        x = self.keys if role == "key" else self.values
+        sparsity = self.key_sparsity if role == "key" else self.value_sparsity
+        written = self.tokens - 1
+        capacity = max(self.tokens - self.window, 0) + 1 + self.spare
+        kept = kept_count(x.shape[3], sparsity)
+        dense = x[:, :, : max(written, 1)]
+        tokens = torch.tensor([written], device=x.device)
+        buffers = list(ops.compress(dense, tokens, kept, self.window, max(capacity, dense.shape[2])))
+        buffers[:2] = [b[:, :, :capacity].contiguous() for b in buffers[:2]]
+        pruned = max(written - self.window, 0)
+        buffers[0][:, :, pruned:], buffers[1][:, :, pruned:] = NAN, 255
+        buffers[2][:, :, written : self.window] = NAN
+        return buffers
+
+    def step(self, key_buffers=None, value_buffers=None, position=None):
+        new = [x[:, :, -1:] for x in (self.keys, self.values)]
+        key_buffers, value_buffers = key_buffers or self.past("key"), value_buffers or self.past("value")
+        scale = self.scale_number
+        return ops.decode_attention(self.query, *new, *key_buffers, *value_buffers, position, self.mask, scale)
+
+    def expected(self):
+        """The oracle's result in float64."""
+        mask = self.mask if self.mask is None or self.mask.shape[-1] == 1 else self.mask[..., : self.tokens]
+        how = (self.key_sparsity, self.value_sparsity, self.window, mask, self.scale_number, torch.float64)
+        return reference_attention(self.query.double(), self.keys, self.values, *how)
+
+    def allowed_error(self):
+        """What sums in float32 and one rounding of the result may be off by: an error analysis, not a guess."""
+        unit, out = 2.0**-24, torch.finfo(self.query.dtype)
+        absolute = Case(self.query.abs(), self.keys.abs(), self.values.abs(), self.key_sparsity, self.value_sparsity)
+        absolute.window, absolute.scale = self.window, abs(self.scale_number)
+        group = self.query.shape[1] // self.keys.shape[1]
+        keys = pruned_cache(absolute.keys, self.key_sparsity, self.window).double().repeat_interleave(group, 1)
+        sizes = absolute.query.double() @ keys.transpose(2, 3) * absolute.scale
+        in_score = (self.query.shape[3] + 4) * unit * sizes.amax(-1, keepdim=True)
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            in_score = in_score + unit * (self.mask.double().abs().nan_to_num(posinf=0) + 1).clamp(max=1e5).amax()
+        in_weights = torch.expm1(2 * in_score) + (self.tokens + 16) * unit
+        averaged = Case(self.query, self.keys, self.values.abs(), *self.sparsities, self.window)
+        averaged.mask, averaged.scale = self.mask, self.scale
+        expected = self.expected()
+        sums = (in_weights + (self.tokens + 4) * unit) * averaged.expected()
+        return sums + out.eps / 2 * (expected.abs() + sums) + out.tiny * out.eps
+
+    @property
+    def sparsities(self):
+        return self.key_sparsity, self.value_sparsity
+
+
+def assert_close(actual, case, factor=1):
+    assert actual.dtype == case.query.dtype
+    error = (actual.double() - case.expected()).abs()
+    excess = (error / case.allowed_error()).max().item()
+    assert excess <= factor, f"the error is {excess:.2f} times what rounding explains"
+
+
+def make_case(batch=2, heads=2, group=2, head_dim=16, value_dim=16, tokens=11, seed=0, dtype=torch.float32, **how):
+    device = how.pop("device", "cpu")
+    make = {"dtype": dtype, "device": device}
+    return Case(
+        randn(batch, heads * group, 1, head_dim, seed=seed, **make),
+        randn(batch, heads, tokens, head_dim, seed=seed + 1, **make),
+        randn(batch, heads, tokens, value_dim, seed=seed + 2, **make),
+        **how,
+    )
+
+
+def make_mask(kind, shape, seed, density=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.rand(shape, generator=generator) < density
+    if kind == "bool":
+        return allowed
+    if kind == "bias":
+        return torch.randn(shape, generator=generator)
+    lowest = -INF if kind == "-inf" else torch.finfo(torch.float32).min
+    return torch.zeros(shape).masked_fill(~allowed, lowest)
+
+
+@st.composite
+def cases(draw):
+    batch, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 8]))
+    dims = st.sampled_from([8, 16, 24, 64, 80, 128])
+    case = make_case(
+        batch, heads, group, draw(dims), draw(dims), draw(st.integers(1, 40)), draw(seeds), draw(dtypes),
+        key_sparsity=draw(sparsities), value_sparsity=draw(sparsities), window=draw(st.integers(1, 12)),
+        spare=draw(st.integers(0, 9)), scale=draw(st.sampled_from([None, 1.0, 0.3, -0.5])),
+    )  # fmt: skip
+    kind = draw(st.sampled_from([None, "bool", "bias", "-inf", "lowest"]))
+    if kind:
+        length = draw(st.sampled_from([case.tokens, case.tokens + 3, 1]))
+        shapes = [(), (1,), (1, 1, 1), (batch, 1, 1), (1, heads * group, 1), (batch, heads * group, 1), (heads * group, 1)]
+        case.mask = make_mask(kind, (*draw(st.sampled_from(shapes)), length), draw(seeds))
+    return case
+
+
+@given(cases())
+@example(make_case(tokens=1))
+@example(make_case(tokens=5, window=4))  # the first token that is pruned
+@example(make_case(tokens=4, window=4))
+@example(make_case(tokens=9, window=1))
+@example(make_case(group=8, heads=1))
+@example(make_case(spare=0))
+@example(make_case(mask=torch.zeros(2, 1, 1, 11, dtype=torch.bool)))
+@example(make_case(mask=torch.full((11,), -INF)))
+@example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool)))
+def test_a_step_equals_the_oracle(case):
+    assert_close(case.step(), case)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+def test_a_step_equals_the_oracle_on_every_device(device, dtype, group):
+    case = make_case(heads=3, group=group, head_dim=64, value_dim=32, tokens=50, dtype=dtype, device=device, window=7)
+    case.mask = make_mask("bool", (2, 1, 1, 50), 3).to(device)
+    assert_close(case.step(), case)
+
+
+@given(cases())
+def test_nothing_pruned_equals_dense_attention(case):
+    assume(case.mask is None or case.mask.dim() in (0, 1, 4))
+    case.key_sparsity = case.value_sparsity = 0.0
+    case.query, case.keys, case.values = case.query.float(), case.keys.float(), case.values.float()
+    mask = case.mask if case.mask is None else case.mask[..., : case.tokens]
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        case.query, case.keys, case.values, mask, scale=case.scale_number, enable_gqa=True
+    )
+    assert_close(case.step(), case)
+    assert_close(dense, case, factor=2)  # else this test would say nothing
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf"])
+def test_a_row_that_may_attend_to_nothing_gives_zeros_as_sdpa_does(kind):
+    case = make_case(key_sparsity=0.0, value_sparsity=0.0)
+    case.mask = make_mask(kind, (2, 4, 1, 11), 0)
+    case.mask[1, 2] = False if kind == "bool" else -INF
+    how = {"attn_mask": case.mask, "scale": case.scale_number, "enable_gqa": True}
+    dense = torch.nn.functional.scaled_dot_product_attention(case.query, case.keys, case.values, **how)
+    out = case.step()
+    assert dense[1, 2].count_nonzero() == 0
+    assert out[1, 2].count_nonzero() == 0
+    assert_close(out, case)
+
+
+@pytest.mark.parametrize("token", [2, 10], ids=["compressed", "in the window"])
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_a_bad_value_that_is_attended_to_is_not_hidden(role, token):
+    case = make_case()
+    getattr(case, role)[0, 0, token, 5] = NAN
+    out = case.step()
+    assert out[0, :2].isnan().any(-1).all(), "the query heads of the bad KV head"
+    assert not out[0, 2:].isnan().any()
+    assert not out[1].isnan().any()
+
+
+def test_a_bad_key_that_is_masked_out_does_no_harm():
+    """As in a dense score with masked_fill. Its value would: 0 * NaN is NaN there as here."""
+    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
+    case.mask[0, ..., 2] = False
+    clean = case.step()
+    case.keys[0, :, 2] = NAN
+    assert torch.equal(case.step(), clean)
+
+
+@pytest.mark.parametrize("position", [None, "given"])
+@pytest.mark.parametrize(("window", "tokens"), [(1, 9), (4, 3), (4, 4), (4, 5), (4, 23), (32, 40)])
+def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, position, device):
+    case = make_case(tokens=tokens, window=window, head_dim=24, value_dim=16, spare=2, device=device)
+    capacity = max(tokens - window, 1)
+    empty = torch.zeros(1, dtype=torch.int64, device=device)
+    grown = [list(ops.compress(x[:, :, :1], empty, 8, window, capacity)) for x in (case.keys, case.values)]
+    for n in range(tokens):
+        step = Case(case.query, case.keys[:, :, : n + 1], case.values[:, :, : n + 1], window=window)
+        step.key_sparsity, step.value_sparsity = 0.7, 0.5  # 8 of 24 and 8 of 16 channels
+        where = torch.tensor([n], device=device) if position else None
+        assert_close(step.step(*grown, where), step)
+    for x, buffers in zip((case.keys, case.values), grown, strict=True):
+        at_once = ops.compress(x, torch.tensor([tokens], device=device), 8, window, max(capacity, tokens))
+        assert torch.equal(buffers[3], at_once[3])
+        pruned = max(tokens - window, 0)
+        for mine, other in zip(buffers[:2], at_once[:2], strict=True):
+            assert torch.equal(mine[:, :, :pruned], other[:, :, :pruned])
+        assert torch.equal(buffers[2], at_once[2])
+        assert_same_bits(ops.decompress(*buffers, tokens), ops.decompress(*at_once, tokens))
+
+
+class TokenByToken:
+    """The oracle of ``append``: a list of rows, the first ``pruned`` of which are pruned for good."""
+
+    def __init__(self, kept, window):
+        self.kept, self.window, self.rows, self.pruned = kept, window, [], 0
+
+    def write(self, row, position):
+        self.rows = [*self.rows[:position], row]
+        leaving = range(min(self.pruned, position), position + 1 - self.window)
+        for i in leaving:
+            self.rows[i] = prune(self.rows[i], self.kept)
+        self.pruned = max(min(self.pruned, position), position + 1 - self.window)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=25), st.integers(1, 6), seeds)
+@example([1.0] * 9 + [0.0] + [1.0] * 9, 3, 0)  # a new text in the same buffers
+@example([1.0] * 9 + [0.9, 1.0, 1.0], 3, 0)  # back by one, as a rejected draft is
+@example([1.0] * 9 + [0.5] + [1.0] * 6, 3, 0)  # back behind the window
+@example([1.0] * 9 + [0.5, 0.5, 1.0, 0.3, 1.0], 1, 0)
+def test_writing_at_an_earlier_position_rewinds(where, window, seed):
+    """1.0 is the end, 0.0 the start of what is written. What was pruned stays pruned."""
+    row, oracle = {}, {"key": TokenByToken(8, window), "value": TokenByToken(8, window)}
+    start = torch.zeros(2, 1, 1, 24), torch.tensor([0])
+    buffers = {role: list(ops.compress(*start, 8, window, 30)) for role in oracle}
+    for n, fraction in enumerate(where):
+        position = round(fraction * len(oracle["key"].rows))
+        for i, role in enumerate(oracle):
+            row[role] = randn(2, 1, 1, 24, seed=seed + 10 * n + i)
+            oracle[role].write(row[role], position)
+        query = randn(2, 2, 1, 24, seed=seed + 10 * n + 2)
+        arguments = row["key"], row["value"], *buffers["key"], *buffers["value"], torch.tensor([position])
+        out = ops.decode_attention(query, *arguments, None, 0.2)
+        seen = {role: torch.cat(oracle[role].rows, dim=2) for role in oracle}
+        for role, expected in seen.items():
+            assert buffers[role][3].tolist() == [position + 1, oracle[role].pruned]
+            assert_same_bits(ops.decompress(*buffers[role], position + 1), expected)
+        assert_close(out, Case(query, seen["key"], seen["value"], 0.0, 0.0, scale=0.2))
+
+
+def test_only_the_written_slots_change():
+    case = make_case(tokens=11, window=4, spare=5)
+    for role in ("key", "value"):
+        before, after = case.past(role), case.past(role)
+        other = case.past("value" if role == "key" else "key")
+        case.step(*((after, other) if role == "key" else (other, after)))
+        leaves, ring = 11 - 1 - 4, (11 - 1) % 4
+        for i, changed in ((0, leaves), (1, leaves), (2, ring)):
+            same = [s for s in range(before[i].shape[2]) if s != changed]
+            assert torch.equal(before[i][:, :, same].nan_to_num(7), after[i][:, :, same].nan_to_num(7))
+            assert not torch.equal(before[i][:, :, changed], after[i][:, :, changed])
+
+
+# ------------------------------------------------------------------------------------------- tracing and registration
+
+
+def traced_targets(function, *arguments):
+    graph = make_fx(function, tracing_mode="symbolic")(*arguments).graph
+    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+HOST_READS = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "unique")
+
+
+def test_nothing_waits_for_the_device():
+    """No op reads a tensor's value on the host, so lengths may live on the device and CUDA graphs can be captured."""
+    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
+    arguments = case.query, case.keys[:, :, -1:], case.values[:, :, -1:], *case.past("key"), *case.past("value")
+    targets = traced_targets(lambda *xs: ops.decode_attention(*xs, 0.3), *arguments, torch.tensor([10]), case.mask)
+    targets |= traced_targets(lambda x, n: ops.compress(x, n, 8, 4, 20), case.keys, torch.tensor([5]))
+    targets |= traced_targets(lambda *xs: ops.decompress(*xs, 12), *case.past("key"))
+    assert len(targets) > 20
+    assert not [t for t in targets if any(read in t for read in HOST_READS)]
+
+
+def test_shapes_are_known_without_data():
+    with FakeTensorMode():
+        x, q = torch.empty(2, 3, 40, 24, dtype=torch.bfloat16), torch.empty(2, 6, 1, 24, dtype=torch.bfloat16)
+        buffers = [ops.compress(x, torch.empty(1, dtype=torch.int64), 16, 4, 64) for _ in range(2)]
+        out = ops.decode_attention(q, x[:, :, :1], x[:, :, :1], *buffers[0], *buffers[1], None, None, 0.2)
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+        dense = ops.decompress(*buffers[0], 50)
+        assert (dense.shape, dense.dtype) == ((2, 3, 50, 24), x.dtype)
+    expected = [((2, 3, 64, 16), x.dtype), ((2, 3, 64, 3), torch.uint8), ((2, 3, 4, 24), x.dtype), ((2,), torch.int64)]
+    assert [(tuple(b.shape), b.dtype) for b in buffers[0]] == expected
+
+
+@pytest.mark.parametrize("name", ["compress", "decompress", "decode_attention"])
+def test_the_schema_says_what_the_op_does(name):
+    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
+    key, value = case.past("key"), case.past("value")
+    for buffers in (key, value):
+        buffers[0].nan_to_num_(0)  # the check compares, and NaN is unequal to itself
+        buffers[1][:, :, 6:] = 0
+    step = case.query, case.keys[:, :, -1:].clone(), case.values[:, :, -1:].clone(), *key, *value
+    arguments = {
+        "compress": (case.keys, torch.tensor([5]), 8, 4, 20),
+        "decompress": (*key, 12),
+        "decode_attention": (*step, torch.tensor([10]), case.mask, 0.3),
+    }
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(ops, name), arguments[name], test_utils=utils)
