@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -40,8 +40,6 @@ FACTS = {
     'BUILD_IDS["sapphire"]': "k20x8d",
     'COLOR_CODES["garnet"]': "c41e7b",
     'ROUTE_KEYS["lantern"]': "m5q09z",
-    'USER_TOKENS["walnut"]': "x83v2p",
-    'SHELF_LABELS["cedar"]': "b7t60j",
 }
 SOURCE_CHARACTERS = 3600
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,7 +136,10 @@ def encode(tokenizer: Any, model: Any, prompts: Sequence[Prompt], new_tokens: in
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(ids.shape[1] for ids in encoded)
     if limit is not None and longest + new_tokens > limit:
-        fail(f"the prompt has {longest} tokens; with {new_tokens} new ones that is more than the {limit} of this model")
+        fail(
+            f"the prompt has {longest} tokens; with {new_tokens} new ones that is more than the {limit} of this model "
+            "(--prompt takes another text)"
+        )
     return [ids.to(model.device) for ids in encoded]
 
 
@@ -150,9 +151,9 @@ def generate(
 ) -> Result:
     """Greedy decoding of each prompt on its own."""
     outputs, watches = [], []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("tokens", total=len(inputs) * new_tokens)
+        task = progress.add_task(label, total=len(inputs) * new_tokens)
         for ids in inputs:
             watches.append(Stopwatch(lambda: progress.advance(task)))
             output = model.generate(
@@ -165,12 +166,16 @@ def generate(
                 streamer=watches[-1],
             )
             outputs.append(output.sequences[0, ids.shape[1] :].tolist())
+    try:
+        cache = mustafar_compile.cache_stats(output.past_key_values)
+    except TypeError as error:
+        fail(f"this model keeps no KV cache of the usual kind: {error}")
     first = watches[0].times
     return Result(
         label,
         outputs,
         [tokenizer.decode(tokens) for tokens in outputs],
-        mustafar_compile.cache_stats(output.past_key_values),
+        cache,
         statistics.median(seconds for watch in watches for seconds in watch.decode_times()),
         first[-1] - first[0],
     )
@@ -180,13 +185,14 @@ def compare(console: Console, args: argparse.Namespace, model: Any, tokenizer: A
     """One dense result, then one for each sparsity."""
     console.print("\n[bold]dense[/]: plain PyTorch, not compiled")
     results = [generate(console, "dense", model, tokenizer, inputs, args.new_tokens)]
-    for sparsity in args.sparsity:
-        console.print(f"[bold]sparsity {sparsity:g}[/]: compiling first; on a CPU that takes a minute or more")
+    for share in args.sparsity:
+        label = f"sparsity {share:g}"
+        console.print(f"[bold]{label}[/]: compiling first; on a CPU that takes a minute or more")
         torch._dynamo.reset()
-        options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": args.window}
+        options = {"key_sparsity": share, "value_sparsity": share, "window": args.window}
         model.compile(backend="mustafar", options=options)
         with mustafar_compile.explain() as report:
-            results.append(generate(console, f"{sparsity:g}", model, tokenizer, inputs, args.new_tokens))
+            results.append(generate(console, label, model, tokenizer, inputs, args.new_tokens))
         console.print(Text(str(report)))
     return results
 
@@ -272,12 +278,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def fail(message: str) -> Any:
+def fail(message: str) -> NoReturn:
     """Leave with a message."""
     sys.exit(f"quickstart: {message}")
 
 
-def sparsity_argument(text: str) -> float:
+def sparsity(text: str) -> float:
     """A sparsity from the command line."""
     value = float(text)
     if not 0 <= value < 1:
@@ -285,7 +291,7 @@ def sparsity_argument(text: str) -> float:
     return value
 
 
-def count_argument(text: str) -> int:
+def count(text: str) -> int:
     """A number of at least 1 from the command line."""
     value = int(text)
     if value < 1:
@@ -297,13 +303,13 @@ def parse_args() -> argparse.Namespace:
     """The command line, with defaults that fit the machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hugging Face Hub name (default: tiny_llama)")
+    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub name (default: tiny_llama)")
     parser.add_argument("--prompt", metavar="FILE", help="text to continue, - for standard input (default: built in)")
-    parser.add_argument("--new-tokens", type=count_argument, default=64, help="tokens to generate (default: 64)")
+    parser.add_argument("--new-tokens", type=count, default=64, help="tokens to generate (default: 64)")
     parser.add_argument(
-        "--sparsity", type=sparsity_argument, nargs="+", default=[0.5, 0.7], help="for keys and values (default: 0.5 0.7)"
+        "--sparsity", type=sparsity, nargs="+", default=[0.5, 0.7], help="of keys and values (default: 0.5 0.7)"
     )
-    parser.add_argument("--window", type=count_argument, default=32, help="latest tokens kept dense (default: 32)")
+    parser.add_argument("--window", type=count, default=32, help="latest tokens kept dense (default: 32)")
     parser.add_argument("--device", default=device, help=f"(default here: {device})")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, else bfloat16)")
     args = parser.parse_args()
@@ -320,11 +326,13 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 120
     prompts = read_prompts(args.prompt)
-    console.print(f"loading {args.model} ({args.dtype}, {args.device})", highlight=False)
+    console.print(f"loading {args.model} ({args.dtype}, {args.device})", highlight=False, markup=False)
     model, tokenizer = load(args.model, args.device, DTYPES[args.dtype])
     inputs = encode(tokenizer, model, prompts, args.new_tokens)
-    lengths = sorted({ids.shape[1] for ids in inputs})
-    console.print(f"{len(inputs)} prompt(s) of {' to '.join(map(str, lengths))} tokens, {args.new_tokens} new tokens each")
+    longest = max(ids.shape[1] for ids in inputs)
+    console.print(
+        f"{len(inputs)} prompt(s) of up to {longest} tokens, {args.new_tokens} new tokens each", highlight=False
+    )
     show(console, prompts, compare(console, args, model, tokenizer, inputs), args.device)
 
 

@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
-from models import BufferModel, TupleModel
 from torch._inductor.utils import run_and_get_code
+
+from models import BufferModel, TupleModel
 
 SLOTS, HEADS, HEAD_DIM, KEPT = 1000, 2, 32, 16
 

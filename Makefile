@@ -1,0 +1,68 @@
+# make demo | test | lint | clean. `make` alone lists them.
+#
+# PYTHON       interpreter that makes the environment, 3.11 or newer
+# VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
+# TORCH_INDEX  index to take torch from, such as https://download.pytorch.org/whl/cpu (default: as pip is configured)
+# WORKERS      processes of `make test`. Empty: one, without pytest-xdist
+# DEMO, TEST   further arguments of the demo and of pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+WORKERS ?= 2
+DEMO ?=
+TEST ?=
+
+ifeq ($(strip $(VENV)),)
+  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site $(PYTHON)
+  base := build/site/.installed
+  demo := $(base)
+  test := $(base)
+  lint := $(base)
+else
+  python := $(VENV)/bin/python
+  base := $(VENV)/.installed
+  demo := $(base)
+  test := $(VENV)/.installed-test
+  lint := $(VENV)/.installed-dev
+endif
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    compare dense and compressed generation with a small model"
+	@echo "make test    run the tests; on a machine with a GPU also those for it"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove what the other targets made"
+
+demo: $(demo)
+	$(python) examples/quickstart.py $(DEMO)
+
+test: $(test)
+	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile) --durations=15 $(TEST)
+
+lint: $(lint)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(python) -m pip install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==2.13.*'
+	$(python) -m pip install -qq --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(python) -m pip install -qq --editable '.[$*]'
+	@touch $@
+
+# Without an environment the sources are copied, so any change of them installs anew.
+build/site/.installed: pyproject.toml $(wildcard mustafar_compile/*.py lowering/*.py patterns/*.py)
+	rm -rf build
+	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --target build/site .
+	@touch $@

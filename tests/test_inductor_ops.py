@@ -1,0 +1,120 @@
+"""The ops as Inductor compiles them: the results of the eager ops, and code that holds no dense copy of a cache."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+from mustafar_compile.lowering import ops
+
+BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
+
+
+@dataclass
+class Config:
+    """What the generated code depends on."""
+
+    dtype: torch.dtype
+    group: int
+    dims: tuple[int, int]  # of keys and values
+    kept: tuple[int, int]
+    static: bool
+    mask: str | None = None
+
+    def buffers(self, role: int, capacity: int, tokens: int) -> list[torch.Tensor]:
+        dense = torch.randn(BATCH, HEADS, tokens, self.dims[role], dtype=self.dtype)
+        buffers = list(ops.compress(dense, torch.tensor([tokens]), self.kept[role], WINDOW, capacity))
+        if not self.static:
+            torch._dynamo.mark_dynamic(buffers[0], 2)
+            torch._dynamo.mark_dynamic(buffers[1], 2)
+        return buffers
+
+    def token(self) -> list[torch.Tensor]:
+        key, value = (torch.randn(BATCH, HEADS, 1, dim, dtype=self.dtype) for dim in self.dims)
+        return [torch.randn(BATCH, HEADS * self.group, 1, self.dims[0], dtype=self.dtype), key, value]
+
+    def mask_for(self, length: int) -> torch.Tensor | None:
+        if self.mask == "bool":
+            return torch.rand(BATCH, 1, 1, length) < 0.8
+        return torch.randn(BATCH, HEADS * self.group, 1, length) if self.mask == "bias" else None
+
+
+CONFIGS = {
+    "float32, growing": Config(torch.float32, 2, (64, 64), (32, 32), static=False),
+    "bfloat16, static, masked": Config(torch.bfloat16, 4, (128, 128), (40, 64), static=True, mask="bool"),
+    "float16, growing, biased": Config(torch.float16, 1, (64, 32), (24, 16), static=False, mask="bias"),
+}
+
+
+def clone(buffers):
+    """Copies with the marks of the originals, which clone() drops."""
+    copies = [buffer.clone() for buffer in buffers]
+    for copy, buffer in zip(copies, buffers, strict=True):
+        for dim in getattr(buffer, "_dynamo_dynamic_indices", ()):
+            torch._dynamo.mark_dynamic(copy, dim)
+    return copies
+
+
+def allocations(code: str, capacity: int) -> list[int]:
+    """Elements of every buffer that the code allocates. The one symbol in its sizes is the capacity."""
+    shapes = re.findall(r"empty_strided_\w+\(\((.*?)\), \(", code)
+    numbers = [re.sub(r"\bs\d+\b", str(capacity), shape) for shape in shapes]
+    return [math.prod(eval(f"({shape.rstrip(', ')},)")) for shape in numbers]
+
+
+def decode(query, key, value, keys, values, position, mask):
+    return ops.decode_attention(query, key, value, *keys, *values, position, mask, 0.1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
+    torch.manual_seed(0)
+    compiled, code = torch.compile(decode, fullgraph=True), ""
+    for capacity in [CAPACITY] if config.static else [CAPACITY, 2 * CAPACITY]:
+        tokens = capacity - 2
+        eager = [config.buffers(role, capacity, tokens) for role in (0, 1)]
+        mine = [clone(buffers) for buffers in eager]
+        pointers = [buffer.data_ptr() for buffer in (*mine[0], *mine[1])]
+        for n in range(STEPS):
+            position = torch.tensor([tokens + n]) if config.static else None
+            arguments, rest = config.token(), (position, config.mask_for(2 * CAPACITY + STEPS))
+            if code:
+                out = compiled(*arguments, *mine, *rest)
+            else:
+                counters.clear()
+                out, (code,) = run_and_get_code(compiled, *arguments, *mine, *rest)
+            # Both sum in float32, in their own order, and round once.
+            expected = decode(*arguments, *eager, *rest)
+            torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(config.dtype).eps, atol=1e-6)
+            for actual, wanted in zip((*mine[0], *mine[1]), (*eager[0], *eager[1]), strict=True):
+                assert torch.equal(actual, wanted)
+        assert [buffer.data_ptr() for buffer in (*mine[0], *mine[1])] == pointers
+    assert counters["stats"]["unique_graphs"] == 1, "compiled again for another capacity"
+
+    sizes = allocations(code, CAPACITY)
+    assert max(sizes) >= BATCH * HEADS * CAPACITY, "nothing that grows with the cache: is the pattern still right?"
+    packed = BATCH * HEADS * CAPACITY * min(config.kept)
+    assert max(sizes) < packed, f"a buffer of {max(sizes)} elements; the packed values have {packed}"
+    extern = set(re.findall(r"torch\.ops\.(aten\.\w+)", code))
+    assert extern <= {"aten.cumsum", "aten.topk"}, f"{extern} may copy a cache"
+
+
+def test_compiled_compression_equals_the_eager():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    dense, tokens = torch.randn(2, 2, 50, 24, dtype=torch.bfloat16), torch.tensor([40])
+    dense[0, 0, 3, :7] = float("nan")
+    dense[0, 1, 5] = 0
+
+    def both(dense, tokens):
+        buffers = ops.compress(dense, tokens, 8, 4, 64)
+        return *buffers, ops.decompress(*buffers, 60)
+
+    for actual, expected in zip(torch.compile(both, fullgraph=True)(dense, tokens), both(dense, tokens), strict=True):
+        assert torch.equal(actual.nan_to_num(7), expected.nan_to_num(7))

@@ -1,0 +1,129 @@
+"""Settings: what is accepted, what is refused and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mustafar_compile import Settings
+from mustafar_compile.settings import read_options, setting_names
+
+NAN, INF = float("nan"), float("inf")
+SPARSITY, WINDOW = r"a number in \[0, 1\)", "an integer of at least 1"
+LAYERS = "a collection of layer numbers from 0 on"
+
+
+def test_the_defaults_are_the_papers():
+    settings = Settings()
+    assert (settings.key_sparsity, settings.value_sparsity, settings.window) == (0.5, 0.5, 32)
+    assert settings.skip_layers == frozenset()
+    assert settings.strict is False
+
+
+@pytest.mark.parametrize("name", ["key_sparsity", "value_sparsity"])
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, 2, NAN, INF, -INF, "0.5", None, True, False, [0.5], 0.5j])
+def test_sparsities_that_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"mustafar: {name}=.* is not accepted; it must be {SPARSITY}$") as error:
+        Settings(**{name: value})
+    assert f"{name}={value!r} " in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, 32.0, "32", None, True, NAN])
+def test_windows_that_are_refused(value):
+    with pytest.raises(ValueError, match=f"window=.* is not accepted; it must be {WINDOW}$") as error:
+        Settings(window=value)
+    assert f"window={value!r} " in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "yes", []])
+def test_strict_is_true_or_false(value):
+    with pytest.raises(ValueError, match=r"strict=.* is not accepted; it must be True or False$"):
+        Settings(strict=value)
+
+
+@pytest.mark.parametrize("value", [3, "3", "01", None, [-1], [1.0], ["1"], [True], {0: 1}, [[1]], [None], {1.5}])
+def test_skip_layers_that_are_refused(value):
+    with pytest.raises(ValueError, match=f"skip_layers=.* is not accepted; it must be {LAYERS}$") as error:
+        Settings(skip_layers=value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [[0, 2], (2, 0), {0, 2}, frozenset({0, 2}), range(0, 3, 2), [0, 2, 2]])
+def test_skip_layers_may_be_any_collection(layers):
+    assert Settings(skip_layers=layers).skip_layers == frozenset({0, 2})
+
+
+@pytest.mark.parametrize("layers", [[], (), set(), range(0)])
+def test_skipping_no_layer(layers):
+    assert Settings(skip_layers=layers) == Settings()
+
+
+@given(st.floats(0, 1, exclude_max=True) | st.just(0), st.floats(0, 1, exclude_max=True), st.integers(1, 2**20))
+def test_all_that_is_in_range_is_accepted(key, value, window):
+    settings = Settings(key_sparsity=key, value_sparsity=value, window=window)
+    assert settings.sparsity("key") == key
+    assert settings.sparsity("value") == value
+    assert settings.window == window
+
+
+def test_settings_compare_by_value_and_do_not_change():
+    assert hash(Settings(skip_layers=[1])) == hash(Settings(skip_layers={1}))
+    assert Settings(window=8) != Settings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().window = 8
+
+
+def test_nothing_set_is_the_defaults():
+    assert read_options(None, None) == (Settings(), {})
+    assert read_options(None, {}) == (Settings(), {})
+
+
+def test_options_are_told_apart():
+    options = {"key_sparsity": 0.7, "max_autotune": True, "skip-layers": [0], "triton.cudagraphs": True, "strict": True}
+    settings, inductor = read_options(None, options)
+    assert settings == Settings(key_sparsity=0.7, skip_layers=[0], strict=True)
+    assert inductor == {"max_autotune": True, "triton.cudagraphs": True}
+
+
+def test_hyphens_are_read_as_torch_compile_reads_them():
+    assert read_options(None, {"max-autotune": True, "value-sparsity": 0.1}) == (
+        Settings(value_sparsity=0.1),
+        {"max_autotune": True},
+    )
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_modes_are_those_of_torch(mode):
+    assert read_options(mode, None) == (Settings(), torch._inductor.list_mode_options(mode))
+
+
+def test_an_option_goes_before_the_mode():
+    _, inductor = read_options("reduce-overhead", {"triton.cudagraphs": False})
+    assert inductor["triton.cudagraphs"] is False
+    read_again = read_options("reduce-overhead", None)[1]
+    assert read_again["triton.cudagraphs"] is True, "torch's own table was changed"
+
+
+@pytest.mark.parametrize("mode", ["", "fast", "Default", "max_autotune"])
+def test_an_unknown_mode_names_the_known(mode):
+    with pytest.raises(ValueError, match=f"^mustafar: mode {mode!r} is unknown; accepted are ") as error:
+        read_options(mode, None)
+    for name in torch._inductor.list_mode_options():
+        assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sparsity", "Window", "keysparsity", "triton.nonsense", "", "block"])
+def test_an_unknown_option_names_the_known(name):
+    with pytest.raises(ValueError, match=f"^mustafar: option {name!r} is unknown; accepted are ") as error:
+        read_options(None, {name: 1})
+    for known in (*setting_names(), "torch._inductor.config"):
+        assert known in str(error.value)
+
+
+def test_a_bad_value_among_options_is_refused():
+    with pytest.raises(ValueError, match="window=0 is not accepted"):
+        read_options("max-autotune", {"max_autotune": True, "window": 0})
