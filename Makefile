@@ -39,7 +39,7 @@ demo: $(demo)
 	$(python) examples/quickstart.py $(DEMO)
 
 test: $(test)
-	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadfile) --durations=15 $(TEST)
+	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 lint: $(lint)
 	$(python) -m ruff check .

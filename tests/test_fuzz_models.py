@@ -31,7 +31,9 @@ def cases(draw):
     }
 
 
-@settings(max_examples=settings().max_examples // 2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=settings().max_examples // 2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @example(
     case={
         "family": "llama", "kv_heads": 1, "heads": 3, "head_dim": 8, "layers": 1, "batch": 1, "length": 1,
