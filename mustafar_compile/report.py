@@ -41,7 +41,8 @@ class Entry:
 
 _NOTHING_RAN = (
     "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
-    "original module. For generate() use model.compile(backend='mustafar') or model.forward = torch.compile(model.forward, ...)"
+    "original module. For generate() use model.compile(backend='mustafar') or "
+    "model.forward = torch.compile(model.forward, backend='mustafar')"
 )
 
 

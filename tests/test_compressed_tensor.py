@@ -110,9 +110,10 @@ def test_a_copy_is_compressed_and_independent(make, duplicate):
         assert mine.data_ptr() != theirs.data_ptr()
 
 
-def test_copies_of_one_cache_continue_in_different_ways():
+@pytest.mark.parametrize("duplicate", [torch.clone, copy.deepcopy])
+def test_copies_of_one_cache_continue_in_different_ways(duplicate):
     kv, past = growing()
-    other = copy.deepcopy(kv)
+    other = duplicate(kv)
     kv, first = step(kv, seed=1)
     other, second = step(other, seed=2)
     assert torch.equal(kv.dense(), pruned_cache(torch.cat([past, first], 2), 0.5, WINDOW))

@@ -111,6 +111,15 @@ def test_nan_is_kept_before_infinity(dtype):
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_all_nan_tie(dtype):
+    """Whatever bits stand behind them."""
+    infinity = torch.tensor(INF, dtype=dtype).view(BITS[dtype])
+    x = (infinity + torch.arange(1, 17, dtype=BITS[dtype])).view(dtype).unsqueeze(0)
+    assert x.isnan().all()
+    assert portable.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_every_bitmap_byte_expands(dtype):
     bitmap = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
     values = torch.arange(1, 9, dtype=dtype).expand(256, 8)
