@@ -115,6 +115,8 @@ def compress(
     bitmap = torch.nn.functional.pad(bitmap, spare)
     tokens = tokens.reshape(1)
     in_ring = _ring_tokens(tokens, window)
+    if dense.shape[2] == 0:  # a row to select where there is none
+        dense = torch.nn.functional.pad(dense, (0, 0, 0, 1))
     ring = dense.index_select(2, in_ring.clamp(min=0, max=dense.shape[2] - 1))
     ring = torch.where((in_ring >= 0).view(1, 1, -1, 1), ring, torch.zeros((), dtype=dense.dtype, device=dense.device))
     counts = torch.cat([tokens, (tokens - window).clamp(min=0)])

@@ -27,11 +27,6 @@ class AttachedState:
     buffers: dict[str, Tensor]
     version: int = -1
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the buffers really take."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers.values())
-
 
 _states: Any = _compat.WeakTensorKeyDictionary()
 

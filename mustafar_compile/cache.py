@@ -158,8 +158,11 @@ class CompressedKV(Tensor):
             elif func is aten._to_copy.default and kwargs.get("dtype", first.dtype) in (None, first.dtype):
                 device = kwargs.get("device") or first.device
                 return first._mapped(lambda buffer: buffer.to(device, copy=True))
-            elif func._schema.is_mutable:
-                return _write(first, func, args, kwargs)
+            elif func is aten.zero_.default:
+                return _zero(first)
+            elif func is aten.index_copy_.default and args[1] in (2, -2) and not first.grows:
+                return _index_copy(first, func, args, kwargs)
+        _refuse_lost_writes(func, args, kwargs)
         return _on_dense(func, args, kwargs)
 
     def _alias(self) -> CompressedKV:
@@ -186,11 +189,7 @@ class _ReadOnlyView(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and args and isinstance(args[0], _ReadOnlyView):
-            raise CompressedWriteError(
-                f"{func} would write through a view of a compressed KV cache, and the write would be lost. Write into "
-                "a dense copy (cache.dense()) instead"
-            )
+        _refuse_lost_writes(func, args, kwargs or {})
         result = func(*_compat.tree_map(_plain, args), **_compat.tree_map(_plain, kwargs or {}))
         return _compat.tree_map(_read_only, result) if _is_view(func) else result
 
@@ -225,25 +224,44 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     return _compat.tree_map(_read_only, result) if _is_view(func) and not fake[0] else result
 
 
-def _write(cache: CompressedKV, func: Any, args: Any, kwargs: Any) -> CompressedKV:
-    """A write from outside the compiled graphs, where it can be honoured."""
-    if func is aten.zero_.default:
-        for buffer in cache.buffers:
-            buffer.zero_()
-        return cache
-    if func is aten.index_copy_.default and args[1] in (2, -2) and not cache.grows:
-        _warn_once(func)
-        dense, position = cache.dense(), args[2]
-        func(dense, *args[1:], **kwargs)
-        tokens = position.max().reshape(1) + 1
-        packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.values.shape[2])
-        for mine, new in zip(cache.buffers, packed, strict=True):
-            mine.copy_(new)
-        return cache
-    raise CompressedWriteError(
-        f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, index_copy_ along "
-        "dimension 2"
-    )
+def _zero(cache: CompressedKV) -> CompressedKV:
+    """All zeros: of as many tokens where the cache grows, of none where it is static (HF resets its cache so)."""
+    for buffer in cache.buffers[:-1]:
+        buffer.zero_()
+    if not cache.grows:
+        cache.counts.zero_()
+    return cache
+
+
+def _index_copy(cache: CompressedKV, func: Any, args: Any, kwargs: Any) -> CompressedKV:
+    """New tokens in a static cache; what lay behind them is not written any more."""
+    _warn_once(func)
+    dense, position = cache.dense(), args[2]
+    func(dense, *args[1:], **kwargs)
+    tokens = position.max().reshape(1) + 1
+    packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.capacity)
+    for mine, new in zip(cache.buffers, packed, strict=True):
+        mine.copy_(new)
+    return cache
+
+
+def _refuse_lost_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise where ``func`` writes into a compressed cache or a view of one."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[place] if place < len(args) else kwargs.get(argument.name)
+        for target in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(target, _ReadOnlyView):
+                raise CompressedWriteError(
+                    f"{func} would write through a view of a compressed KV cache, and the write would be lost. Write "
+                    "into a dense copy (cache.dense()) instead"
+                )
+            if isinstance(target, CompressedKV):
+                raise CompressedWriteError(
+                    f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, "
+                    "index_copy_ along dimension 2"
+                )
 
 
 def _warn_once(func: Any) -> None:

@@ -51,13 +51,14 @@ def cache_stats(past_key_values: Any) -> CacheStats:
             f"no cache tensors found in a {type(past_key_values).__name__}; accepted are a transformers Cache, nested "
             "tuples, lists or dicts of 4-dimensional tensors, and modules with such buffers"
         )
-    sizes = [_tensor_stats(t) for t in tensors]
+    holdings = [_holding(t) for t in tensors]
+    storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for _, held, _ in holdings for b in held}
     return CacheStats(
-        tokens=max(tokens for tokens, _, _ in sizes),
-        stored_bytes=sum(stored for _, stored, _ in sizes),
+        tokens=max(tokens for tokens, _, _ in holdings),
+        stored_bytes=sum(storage.nbytes() for storage in storages.values()),
         dense_bytes=sum(t.numel() * t.element_size() for t in tensors),
         tensors=len(tensors),
-        compressed_tensors=sum(compressed for _, _, compressed in sizes),
+        compressed_tensors=sum(compressed for _, _, compressed in holdings),
     )
 
 
@@ -80,13 +81,12 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
             yield from _cache_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
-def _tensor_stats(tensor: Tensor) -> tuple[int, int, bool]:
-    """(tokens, stored bytes, whether compressed) of one K or V."""
+def _holding(tensor: Tensor) -> tuple[int, list[Tensor], bool]:
+    """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
     if isinstance(tensor, CompressedKV):
         tokens = tensor.shape[2] if tensor.grows else int(tensor.counts[0])
-        return tokens, tensor.stored_bytes, True
-    dense = tensor.untyped_storage().nbytes()
+        return tokens, tensor.buffers, True
     state = find_state(tensor)
     if state is not None:
-        return int(state.buffers["counts"][0]), dense + state.stored_bytes, True
-    return tensor.shape[2], dense, False
+        return int(state.buffers["counts"][0]), [tensor, *state.buffers.values()], True
+    return tensor.shape[2], [tensor], False

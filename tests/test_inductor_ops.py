@@ -18,7 +18,7 @@ BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
 
 @pytest.fixture(autouse=True)
 def _compile_what_is_there():
-    """AOTAutograd's cache is keyed on the ops' names: it would bring back what they were compiled to before a change."""
+    """AOTAutograd's cache is keyed on the names of ops: it would bring back what they were before a change."""
     torch._dynamo.reset()
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield
