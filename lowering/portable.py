@@ -1,7 +1,7 @@
 """The contract in plain PyTorch: pruning, packing, expanding, and attention over the compressed form.
 
 These functions trace into ATen, so Inductor compiles them for any device. They are written to fuse: expanding a row
-is pointwise (one table look-up and one gather an element), so a score is one reduction over the packed row and no
+is pointwise (some bit operations and one gather an element), so a score is one reduction over the packed row and no
 dense copy of the cache is ever made. Nothing here reads a device value on the host.
 
 Glossary: B batch, H KV heads, G query heads per KV head, C compressed slots, W window slots, D channels of a row,
@@ -16,57 +16,46 @@ import torch
 from torch import Tensor
 
 
-def _set_bits(byte):
-    """Number of set bits of ``byte``, an int or an integer tensor."""
-    byte = byte - ((byte >> 1) & 0x55)
-    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
-    return (byte + (byte >> 4)) & 0x0F
+def _computed_once(x: Tensor) -> Tensor:
+    """``x``. Inductor stores it and does not repeat its computation for each element that depends on it.
 
-
-def _rank_code(byte, bit):
-    """Rank of channel ``bit`` among the set bits of ``byte``; 128 is added where the channel itself is not set.
-
-    Works on ints and on integer tensors alike: the CPU looks the code up, other devices compute it.
+    as_strided is about memory, so Inductor has to have its argument in memory, with the strides that eager gives it.
     """
-    return _set_bits(byte & ((1 << bit) - 1)) + 128 - (((byte >> bit) & 1) << 7)
+    return x.as_strided(x.shape, x.stride())
 
 
-_RANK_CODES = [_rank_code(byte, bit) for byte in range(256) for bit in range(8)]
-
-
-def _rank_codes(bitmap: Tensor) -> Tensor:
-    """``_rank_code`` of every channel: [..., D / 8] uint8 -> [..., D / 8, 8] int32."""
-    byte = bitmap.to(torch.int32).unsqueeze(-1)
-    bit = torch.arange(8, dtype=torch.int32, device=bitmap.device)
-    if bitmap.device.type == "cpu":  # a table in L1 is several times faster there than counting bits
-        table = torch.tensor(_RANK_CODES, dtype=torch.uint8)
-        return table[(byte * 8 + bit).long()].to(torch.int32)
-    return _rank_code(byte, bit)
+def _set_bits(bits: Tensor) -> Tensor:
+    """The number of set bits of integers below 128."""
+    apart = (bits * 0x204081) & 0x1111111  # one bit in every four
+    return ((apart * 0x1111111) >> 24) & 15
 
 
 def _kept_before(bitmap: Tensor) -> Tensor:
     """Kept channels in the bytes before each byte, in a narrow type: [..., D / 8] uint8 -> [..., D / 8].
 
-    A buffer of its own: what reads it then needs four loads an element in all, few enough for Inductor to expand a row
-    inside the loop of each query head instead of storing it (``should_realize_on_reuse`` in torch/_inductor/ir.py).
+    A buffer of its own: expanding a row then takes three loads and under 30 operations an element, few enough for
+    Inductor to do it inside the loop of each query head instead of storing dense rows (``should_realize_on_reuse`` and
+    ``has_large_inner_fn`` in torch/_inductor/ir.py).
     """
     dtype = torch.uint8 if bitmap.shape[-1] <= 32 else torch.int16
-    set_bits = _set_bits(bitmap[..., :-1].to(torch.int32)).to(dtype)
+    earlier = bitmap[..., :-1].to(torch.int64)
+    set_bits = (_set_bits(earlier & 127) + (earlier >> 7)).to(dtype)
     return torch.nn.functional.pad(set_bits, (1, 0)).cumsum(-1, dtype=dtype)
 
 
 def channel_ranks(bitmap: Tensor) -> tuple[Tensor, Tensor]:
-    """For every channel, whether it was kept and its place among the kept: [..., D / 8] -> bool and int32 [..., D]."""
-    codes = _rank_codes(bitmap)
-    rank = (codes & 127) + _kept_before(bitmap).to(torch.int32).unsqueeze(-1)
-    return (codes < 128).flatten(-2), rank.flatten(-2)
+    """For every channel, whether it was kept and its place among the kept: [..., D / 8] -> bool and int64 [..., D]."""
+    byte = bitmap.to(torch.int64).unsqueeze(-1)
+    bit = 1 << torch.arange(8, device=bitmap.device)
+    rank = _set_bits(byte & (bit - 1)) + _kept_before(bitmap).unsqueeze(-1)
+    return (byte & bit).to(torch.bool).flatten(-2), rank.flatten(-2)
 
 
 def expand(values: Tensor, bitmap: Tensor) -> Tensor:
     """Dense rows, zero where pruned: values [..., K] and bitmap [..., D / 8] -> [..., D]."""
     kept, rank = channel_ranks(bitmap)
-    gathered = values.gather(-1, rank.clamp(max=values.shape[-1] - 1).long())
-    return torch.where(kept, gathered, torch.zeros((), dtype=values.dtype, device=values.device))
+    gathered = values.gather(-1, rank.clamp(max=values.shape[-1] - 1))
+    return torch.where(kept, gathered, 0)
 
 
 def _ranking_keys(x: Tensor) -> Tensor:
@@ -163,14 +152,10 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([(query[:, :, g, None].float() * keys).sum(-1) for g in range(query.shape[2])], dim=2)
 
 
-def _weighted_sum(weights: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """[B, H, G, C] and [B, H, C, D] -> [B, H, G, D], in float32, over the rows that are ``valid``, a bool [C].
-
-    The others may hold anything, and 0 * NaN is NaN.
-    """
-    values, valid = values.float(), valid.unsqueeze(-1)
-    products = (torch.where(valid, weights[:, :, g, :, None] * values, 0.0) for g in range(weights.shape[2]))
-    return torch.stack([product.sum(-2) for product in products], dim=2)
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, H, G, C] and [B, H, C, D] -> [B, H, G, D], in float32."""
+    values = values.float()
+    return torch.stack([(weights[:, :, g, :, None] * values).sum(-2) for g in range(weights.shape[2])], dim=2)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, valid: Tensor) -> Tensor:
@@ -211,11 +196,12 @@ def attend(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: 
         ],
         dim=-1,
     )
-    weights = _softmax(scores)
+    weights = _computed_once(_softmax(scores))
     split = key_values.shape[2]
-    past = _weighted_sum(weights[..., :split], expand(value_values, value_bitmap), stored)
-    recent = _weighted_sum(weights[..., split:], value_window, exact)
-    out = past + recent
+    # Slots that hold nothing may hold anything, and 0 * NaN is NaN. Clearing their bitmap is cheaper than their rows.
+    past = expand(value_values, _computed_once(torch.where(stored.unsqueeze(-1), value_bitmap, 0)))
+    recent = torch.where(exact.unsqueeze(-1), value_window, 0)
+    out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:], recent)
     return out.reshape(batch, query_heads, 1, value_window.shape[-1]).to(query.dtype)
 
 

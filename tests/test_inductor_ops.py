@@ -105,12 +105,27 @@ def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
         assert [buffer.data_ptr() for buffer in (*mine[0], *mine[1])] == pointers
     assert counters["stats"]["unique_graphs"] == 1, "compiled again for another capacity"
 
+    check_allocations(config, code)
+    extern = set(re.findall(r"torch\.ops\.(aten\.\w+)", code))
+    assert extern <= {"aten.cumsum", "aten.topk"}, f"{extern} may copy a cache"
+
+
+def check_allocations(config, code):
     sizes = allocations(code, CAPACITY)
     assert max(sizes) >= BATCH * HEADS * CAPACITY, "nothing that grows with the cache: is the pattern still right?"
     packed = BATCH * HEADS * CAPACITY * min(config.kept)
     assert max(sizes) < packed, f"a buffer of {max(sizes)} elements; the packed values have {packed}"
-    extern = set(re.findall(r"torch\.ops\.(aten\.\w+)", code))
-    assert extern <= {"aten.cumsum", "aten.topk"}, f"{extern} may copy a cache"
+
+
+def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either():
+    """Inductor stores what takes more operations than a limit, which is lower for a GPU than for a CPU."""
+    config = CONFIGS["bfloat16, static, masked"]
+    buffers = [config.buffers(role, CAPACITY, CAPACITY - 2) for role in (0, 1)]
+    rest = torch.tensor([CAPACITY - 2]), config.mask_for(CAPACITY)
+    limits = {"realize_opcount_threshold": 30, "realize_acc_reads_threshold": 8}
+    with torch._inductor.config.patch(limits):
+        _, (code,) = run_and_get_code(torch.compile(decode, fullgraph=True), *config.token(), *buffers, *rest)
+    check_allocations(config, code)
 
 
 def test_compiled_compression_equals_the_eager():
