@@ -2,16 +2,23 @@
 
 A cache tensor (K or V of one layer) of logical shape ``[B, H, S, D]`` is kept in four buffers:
 
-=========  ===================  ========  ==========================================================
-buffer     shape                dtype     holds
-=========  ===================  ========  ==========================================================
-values     [B, H, C, kept]      dtype     the kept elements of token ``i``, in channel order, in slot ``i``
-bitmap     [B, H, C, D / 8]     uint8     bit ``c % 8`` of byte ``c // 8`` is set where channel ``c`` was kept
-window     [B, H, W, D]         dtype     ring of the latest tokens, exact; token ``p`` stands in slot ``p % W``
-counts     [2]                  int64     tokens written, and how many of them are pruned (on the device)
-=========  ===================  ========  ==========================================================
+======  ==========================  =====  =====================================================================
+buffer  shape                       dtype  holds
+======  ==========================  =====  =====================================================================
+values  [B, H, N, kept / 8, 32, 8]  dtype  the kept elements: the ``r``-th of token ``t``, in channel order, stands
+                                           at ``[.., t // 32, r // 8, t % 32, r % 8]``
+bitmap  [B, H, N, 32, D / 32]       int32  which channels were kept: bit ``8 * c + i`` of word ``w`` of token ``t``,
+                                           at ``[.., t // 32, t % 32, w]``, is set where channel
+                                           ``32 * w + 4 * i + c`` was (c < 4, i < 8); D / 32 is rounded up
+window  [B, H, W, D]                dtype  ring of the latest tokens, exact; token ``p`` stands in slot ``p % W``
+counts  [3]                         int64  on the device: tokens written; how many of them are pruned; 1 if a row
+                                           with an extreme value (see ``EXTREME``) was ever taken in, else 0
+======  ==========================  =====  =====================================================================
 
-``C`` (capacity) is the number of compressed slots. Slots at or past the pruned count hold nothing that is read.
+``N`` is the number of blocks of 32 tokens. In a block a GPU thread that owns a token loads 8 elements at once, and the
+threads of a warp read what lies side by side. ``word & (0x01010101 << i)`` is a group of four neighbouring channels,
+one in each byte. Bits of channels past ``D`` are 0. Slots of ``values`` and ``bitmap`` at or past the pruned count hold
+nothing that is read, and may hold anything.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a cache may have to be compressed."""
@@ -29,8 +37,27 @@ CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BUFFERS = ("values", "bitmap", "window", "counts")
 """Names of the buffers, in the order in which the ops take them."""
 
-_ROW_MULTIPLE = 8  # kept elements per row: 16-byte rows at 2 bytes an element
+BLOCK_TOKENS = 32
+"""Tokens of a block."""
+
+CHUNK = 8
+"""Kept elements of a token that lie side by side: 16 bytes at 2 bytes an element. Rows keep a multiple of it."""
+
+WORD_CHANNELS = 32
+"""Channels of a word of the bitmap."""
+
+EXTREME = 2.0**121
+"""NaN, infinities and magnitudes from here on are extreme: tricks of fast kernels are not exact with them."""
+
 _CAPACITY_STEP = 64
+
+
+def blocks_for(capacity: Any) -> Any:
+    """Blocks that hold ``capacity`` tokens, at least one.
+
+    ``capacity`` is an int, a SymInt or a sympy expression, which stands for a positive number.
+    """
+    return -(-(capacity or 1) // BLOCK_TOKENS)
 
 
 def kept_elements(head_dim: int, sparsity: float) -> int:
@@ -39,7 +66,7 @@ def kept_elements(head_dim: int, sparsity: float) -> int:
     ``sparsity`` is taken at its decimal value, so that ``0.7`` of 80 channels keeps 24 and not 32.
     """
     exact = (1 - Fraction(repr(float(sparsity)))) * head_dim
-    rounded_up = -(-exact // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    rounded_up = -(-exact // CHUNK) * CHUNK
     return min(int(rounded_up), head_dim)
 
 
@@ -67,18 +94,38 @@ class Layout:
         """The layout for a sparsity in [0, 1)."""
         return cls.interned(head_dim, kept_elements(head_dim, sparsity), window)
 
+    @classmethod
+    def of_buffers(cls, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor) -> Layout:
+        """The layout that these buffers have."""
+        return cls.interned(window.shape[3], CHUNK * values.shape[3], window.shape[2])
+
+    @property
+    def words(self) -> int:
+        """Words of the bitmap of a row."""
+        return -(-self.head_dim // WORD_CHANNELS)
+
+    def buffers(self, batch: Any, heads: Any, capacity: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
+        """(shape, dtype) of each buffer, in the order of ``BUFFERS``. ``capacity`` is in tokens."""
+        blocks = blocks_for(capacity)
+        return [
+            ((batch, heads, blocks, self.kept // CHUNK, BLOCK_TOKENS, CHUNK), dtype),
+            ((batch, heads, blocks, BLOCK_TOKENS, self.words), torch.int32),
+            ((batch, heads, self.window, self.head_dim), dtype),
+            ((3,), torch.int64),
+        ]
+
     def token_bytes(self, itemsize: Any) -> Any:
         """Bytes of one compressed token of one KV head."""
-        return self.kept * itemsize + self.head_dim // 8
+        return self.kept * itemsize + 4 * self.words
 
     def stored_bytes(self, batch: Any, heads: Any, capacity: Any, itemsize: Any) -> Any:
         """Bytes of all buffers of one cache tensor. The arguments may be numbers or sympy symbols."""
-        window_bytes = self.window * self.head_dim * itemsize
-        return batch * heads * (capacity * self.token_bytes(itemsize) + window_bytes) + 2 * 8
+        compressed = blocks_for(capacity) * BLOCK_TOKENS * self.token_bytes(itemsize)
+        return batch * heads * (compressed + self.window * self.head_dim * itemsize) + 3 * 8
 
 
 def grown_capacity(tokens: Any) -> Any:
-    """Compressed slots given to a growing cache that holds ``tokens`` (an int or a SymInt).
+    """Tokens that a growing cache has room for when it holds ``tokens`` (an int or a SymInt).
 
     An eighth more than needed, in steps of 64: growing copies each token about eight times in all, and at most an
     eighth of the memory is slack.

@@ -41,7 +41,8 @@ decode_attention = torch.ops.mustafar.decode_attention.default
 """One decode step of one layer over a compressed cache, in place.
 
 query: [B, Hq, 1, D]. key, value: the new token, [B, H, 1, D] and [B, H, 1, Dv], with Hq a multiple of H. The buffers
-of K and V are updated in place. position: int64, one element, where the token goes; None: behind the last.
+of K and V are updated in place. position: int64, one element, where the token goes, at most the tokens written (what
+lies past that is undefined); None: behind the last.
 mask: boolean (True: attend) or additive, broadcastable to [B, Hq, 1, S]. Returns [B, Hq, 1, Dv] in the dtype of
 ``query``; sums are in float32.
 """

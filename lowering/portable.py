@@ -4,8 +4,10 @@ These functions trace into ATen, so Inductor compiles them for any device. They 
 is pointwise (some bit operations and one gather an element), so a score is one reduction over the packed row and no
 dense copy of the cache is ever made. Nothing here reads a device value on the host.
 
-Glossary: B batch, H KV heads, G query heads per KV head, C compressed slots, W window slots, D channels of a row,
-K kept elements of a row.
+Functions of rows know nothing of blocks, and those that move rows into and out of blocks nothing of what is in them.
+
+Glossary: B batch, H KV heads, G query heads per KV head, N blocks of 32 tokens, W window slots, D channels of a row,
+K kept elements of a row, w words of the bitmap of a row.
 """
 
 from __future__ import annotations
@@ -14,6 +16,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .layout import BLOCK_TOKENS, CHUNK, EXTREME, WORD_CHANNELS, blocks_for
+
+aten = torch.ops.aten
+
+_EACH_BYTE = 0x01010101  # a group of four channels, all kept
 
 
 def _computed_once(x: Tensor) -> Tensor:
@@ -24,36 +32,38 @@ def _computed_once(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def _set_bits(bits: Tensor) -> Tensor:
-    """The number of set bits of integers below 128."""
-    apart = (bits * 0x204081) & 0x1111111  # one bit in every four
-    return ((apart * 0x1111111) >> 24) & 15
+def _groups(words: Tensor) -> Tensor:
+    """Groups of four channels, one channel in each byte, 1 where kept: int32 [..., w] -> int64 [..., w, 8]."""
+    return (words.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=words.device)) & _EACH_BYTE
 
 
-def _kept_before(bitmap: Tensor) -> Tensor:
-    """Kept channels in the bytes before each byte, in a narrow type: [..., D / 8] uint8 -> [..., D / 8].
+def _kept_below(group: Tensor, bit: Tensor | int) -> Tensor:
+    """Kept channels of a group in the bytes below ``bit``, a multiple of 8: those of the product hold the sums."""
+    return ((group * (_EACH_BYTE << 8)) >> bit) & 7
+
+
+def _kept_before(words: Tensor) -> Tensor:
+    """Kept channels before each group of four, in a narrow type: [..., w] -> [..., w, 8].
 
     A buffer of its own: expanding a row then takes three loads and under 30 operations an element, few enough for
     Inductor to do it inside the loop of each query head instead of storing dense rows (``should_realize_on_reuse`` and
     ``has_large_inner_fn`` in torch/_inductor/ir.py).
     """
-    dtype = torch.uint8 if bitmap.shape[-1] <= 32 else torch.int16
-    earlier = bitmap[..., :-1].to(torch.int64)
-    set_bits = (_set_bits(earlier & 127) + (earlier >> 7)).to(dtype)
-    return torch.nn.functional.pad(set_bits, (1, 0)).cumsum(-1, dtype=dtype)
+    dtype = torch.uint8 if words.shape[-1] <= 8 else torch.int16
+    earlier = _kept_below(_groups(words), 32).flatten(-2)[..., :-1].to(dtype)
+    return torch.nn.functional.pad(earlier, (1, 0)).cumsum(-1, dtype=dtype).unflatten(-1, (-1, 8))
 
 
-def channel_ranks(bitmap: Tensor) -> tuple[Tensor, Tensor]:
-    """For every channel, whether it was kept and its place among the kept: [..., D / 8] -> bool and int64 [..., D]."""
-    byte = bitmap.to(torch.int64).unsqueeze(-1)
-    bit = 1 << torch.arange(8, device=bitmap.device)
-    rank = _set_bits(byte & (bit - 1)) + _kept_before(bitmap).unsqueeze(-1)
-    return (byte & bit).to(torch.bool).flatten(-2), rank.flatten(-2)
+def channel_ranks(words: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """For every channel, whether it was kept and its place among the kept: [..., w] -> bool and int64 [..., D]."""
+    group, bit = _groups(words).unsqueeze(-1), torch.arange(0, 32, 8, device=words.device)
+    rank = _kept_below(group, bit) + _kept_before(words).unsqueeze(-1)
+    return (group & (1 << bit)).to(torch.bool).flatten(-3)[..., :head_dim], rank.flatten(-3)[..., :head_dim]
 
 
-def expand(values: Tensor, bitmap: Tensor) -> Tensor:
-    """Dense rows, zero where pruned: values [..., K] and bitmap [..., D / 8] -> [..., D]."""
-    kept, rank = channel_ranks(bitmap)
+def expand(values: Tensor, words: Tensor, head_dim: int) -> Tensor:
+    """Dense rows, zero where pruned: values [..., K] and words [..., w] -> [..., D]."""
+    kept, rank = channel_ranks(words, head_dim)
     gathered = values.gather(-1, rank.clamp(max=values.shape[-1] - 1))
     return torch.where(kept, gathered, 0)
 
@@ -75,15 +85,60 @@ def keep_mask(x: Tensor, kept: int) -> Tensor:
     return keys >= keys.topk(kept, dim=-1).values[..., -1:]
 
 
+def _words(mask: Tensor) -> Tensor:
+    """The bitmap of rows: bool [..., D] -> int32 [..., w]."""
+    bit = torch.arange(8, dtype=torch.int32, device=mask.device).unsqueeze(-1)
+    bit = bit + 8 * torch.arange(4, dtype=torch.int32, device=mask.device)
+    whole = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_CHANNELS))
+    return (whole.unflatten(-1, (-1, 8, 4)).to(torch.int32) << bit).sum((-2, -1), dtype=torch.int32)
+
+
 def pack(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Prune and pack rows: [..., D] -> values [..., K] and bitmap [..., D / 8] uint8."""
+    """Prune and pack rows: [..., D] -> values [..., K] and words [..., w] int32."""
     mask = keep_mask(x, kept)
-    bit = torch.arange(8, dtype=torch.int32, device=x.device)
-    bitmap = (mask.unflatten(-1, (-1, 8)).to(torch.int32) << bit).sum(-1, dtype=torch.int32).to(torch.uint8)
-    _, rank = channel_ranks(bitmap)
-    slot = torch.where(mask, rank, kept).long()  # pruned elements all go to one slot that is cut off
+    words = _words(mask)
+    _, rank = channel_ranks(words, x.shape[-1])
+    slot = torch.where(mask, rank, kept)  # pruned elements all go to one slot that is cut off
     values = x.new_zeros(*x.shape[:-1], kept + 1).scatter(-1, slot, x)
-    return values[..., :kept].contiguous(), bitmap
+    return values[..., :kept].contiguous(), words
+
+
+def extreme(x: Tensor) -> Tensor:
+    """True where NaN, infinite or at least ``EXTREME`` in magnitude."""
+    return ~(x.float().abs() < EXTREME)
+
+
+def _blocked(rows: Tensor) -> Tensor:
+    """Packed rows in blocks: [..., N, 32, K] -> [..., N, K / 8, 32, 8]."""
+    return rows.unflatten(-1, (-1, CHUNK)).transpose(-3, -2)
+
+
+def _unblocked(values: Tensor) -> Tensor:
+    """The inverse of ``_blocked``. Inductor does not store the result."""
+    return values.transpose(-3, -2).flatten(-2)
+
+
+def _place(token: Tensor) -> tuple[Tensor, Tensor]:
+    """The block and the row in it of each token (int64, not negative)."""
+    return token // BLOCK_TOKENS, token % BLOCK_TOKENS
+
+
+def _read_rows(values: Tensor, bitmap: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows of ``token`` (int64 [n]): values [B, H, n, K] and words [B, H, n, w]."""
+    block, row = _place(token)
+    rows = aten.index(values, [None, None, block, None, row])  # [n, B, H, K / 8, 8], as indices stand apart
+    return rows.permute(1, 2, 0, 3, 4).flatten(-2), aten.index(bitmap, [None, None, block, row])
+
+
+def _write_rows(values: Tensor, bitmap: Tensor, token: Tensor, rows: Tensor, words: Tensor) -> None:
+    """Put packed rows [B, H, n, K] and words [B, H, n, w] where ``token`` (int64 [n]) stands.
+
+    One write each, to the buffer itself: Inductor then writes in place. Through a view it would copy the cache.
+    """
+    block, row = _place(token)
+    chunks = rows.unflatten(-1, (-1, CHUNK)).permute(2, 0, 1, 3, 4)
+    aten.index_put_(values, [None, None, block, None, row], chunks)
+    aten.index_put_(bitmap, [None, None, block, row], words)
 
 
 def _ring_tokens(tokens: Tensor, window: int) -> Tensor:
@@ -97,27 +152,36 @@ def compress(
     dense: Tensor, tokens: Tensor, kept: int, window: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Buffers of a cache tensor [B, H, S, D] whose first ``tokens`` (int64, one element) rows are written."""
-    rows = dense[:, :, :capacity]
-    values, bitmap = pack(rows, kept)
-    spare = (0, 0, 0, capacity - rows.shape[2])
-    values = torch.nn.functional.pad(values, spare)
-    bitmap = torch.nn.functional.pad(bitmap, spare)
     tokens = tokens.reshape(1)
+    slots = blocks_for(capacity) * BLOCK_TOKENS
+    rows = dense[:, :, :slots]
+    packed = [torch.nn.functional.pad(x, (0, 0, 0, slots - rows.shape[2])) for x in pack(rows, kept)]
+    values, bitmap = (x.unflatten(2, (-1, BLOCK_TOKENS)) for x in packed)
+    counts = torch.cat([tokens, (tokens - window).clamp(min=0), _has_extreme(dense, tokens)])
+    return _blocked(values).contiguous(), bitmap, _ring(dense, tokens, window), counts
+
+
+def _ring(dense: Tensor, tokens: Tensor, window: int) -> Tensor:
+    """The latest ``window`` of the first ``tokens`` rows of [B, H, S, D] in their slots; zeros where there is none."""
     in_ring = _ring_tokens(tokens, window)
     if dense.shape[2] == 0:  # a row to select where there is none
         dense = torch.nn.functional.pad(dense, (0, 0, 0, 1))
     ring = dense.index_select(2, in_ring.clamp(min=0, max=dense.shape[2] - 1))
-    ring = torch.where((in_ring >= 0).view(1, 1, -1, 1), ring, torch.zeros((), dtype=dense.dtype, device=dense.device))
-    counts = torch.cat([tokens, (tokens - window).clamp(min=0)])
-    return values, bitmap, ring, counts
+    return torch.where((in_ring >= 0).unsqueeze(-1), ring, torch.zeros_like(ring))
+
+
+def _has_extreme(dense: Tensor, tokens: Tensor) -> Tensor:
+    """Whether the first ``tokens`` rows of [B, H, S, D] have an extreme value: int64 [1], 1 or 0."""
+    written = torch.arange(dense.shape[2], device=dense.device) < tokens
+    return (extreme(dense) & written.unsqueeze(-1)).any().reshape(1).to(torch.int64)
 
 
 def decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, length: int) -> Tensor:
     """Dense [B, H, length, D]: pruned tokens with zeros, window tokens exact, zero past the tokens written."""
     token = torch.arange(length, device=values.device)
     in_ring = window.index_select(2, torch.remainder(token, window.shape[2]))
-    slot = token.clamp(max=values.shape[2] - 1)
-    pruned = expand(values.index_select(2, slot), bitmap.index_select(2, slot))
+    slot = token.clamp(max=values.shape[2] * BLOCK_TOKENS - 1)
+    pruned = expand(*_read_rows(values, bitmap, slot), window.shape[3])
     written = torch.where((token < counts[0]).view(1, 1, -1, 1), in_ring, torch.zeros_like(in_ring))
     return torch.where((token < counts[1]).view(1, 1, -1, 1), pruned, written)
 
@@ -135,27 +199,29 @@ def append(
     pruned = torch.minimum(counts[1:2], position)
     leaving = position + 1 - ring_slots > pruned
     ring_slot = torch.remainder(position, ring_slots)
-    new_values, new_bitmap = pack(window.index_select(2, ring_slot), values.shape[-1])
-    slot = (position - ring_slots).clamp(min=0, max=values.shape[2] - 1)
-    values.index_copy_(2, slot, torch.where(leaving, new_values, values.index_select(2, slot)))
-    bitmap.index_copy_(2, slot, torch.where(leaving, new_bitmap, bitmap.index_select(2, slot)))
+    slot = (position - ring_slots).clamp(min=0, max=values.shape[2] * BLOCK_TOKENS - 1)
+    packed = pack(window.index_select(2, ring_slot), values.shape[3] * CHUNK)
+    stays = _read_rows(values, bitmap, slot)
+    _write_rows(values, bitmap, slot, *(torch.where(leaving, new, old) for new, old in zip(packed, stays, strict=True)))
     window.index_copy_(2, ring_slot, row)
-    counts.copy_(torch.cat([position + 1, torch.maximum(pruned, position + 1 - ring_slots)]))
+    flag = torch.maximum(counts[2:3], extreme(row).any().reshape(1).to(torch.int64))
+    counts.copy_(torch.cat([position + 1, torch.maximum(pruned, position + 1 - ring_slots), flag]))
 
 
 def _scores(query: Tensor, keys: Tensor) -> Tensor:
-    """[B, H, G, D] and [B, H, C, D] -> [B, H, G, C], in float32.
+    """[B, H, G, D] and blocks of n rows [B, H, N, n, D] -> [B, H, G, N * n], in float32.
 
     One reduction for each query head of the group: they fuse into one loop that expands each key once.
     """
-    keys = keys.float()
-    return torch.stack([(query[:, :, g, None].float() * keys).sum(-1) for g in range(query.shape[2])], dim=2)
+    keys, query = keys.float(), query.float()
+    return torch.stack([(query[:, :, g, None, None] * keys).sum(-1).flatten(2) for g in range(query.shape[2])], dim=2)
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """[B, H, G, C] and [B, H, C, D] -> [B, H, G, D], in float32."""
+    """[B, H, G, N * n] and blocks of n rows [B, H, N, n, D] -> [B, H, G, D], in float32."""
     values = values.float()
-    return torch.stack([(weights[:, :, g, :, None] * values).sum(-2) for g in range(weights.shape[2])], dim=2)
+    weights = weights.unflatten(-1, values.shape[2:4]).unsqueeze(-1)
+    return torch.stack([(weights[:, :, g] * values).sum((-3, -2)) for g in range(weights.shape[2])], dim=2)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, valid: Tensor) -> Tensor:
@@ -186,21 +252,23 @@ def attend(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: 
     grouped = query.reshape(batch, heads, query_heads // heads, head_dim)
     tokens, pruned = counts[0:1], counts[1:2]
 
-    slot = torch.arange(key_values.shape[2], device=query.device)
+    slot = torch.arange(key_values.shape[2] * BLOCK_TOKENS, device=query.device)
     in_ring = _ring_tokens(tokens, key_window.shape[2])
     stored, exact = slot < pruned, in_ring >= pruned
+    past = expand(_unblocked(key_values), key_bitmap, head_dim)
     scores = torch.cat(
         [
-            _masked(_scores(grouped, expand(key_values, key_bitmap)) * scale, mask, slot, stored),
-            _masked(_scores(grouped, key_window) * scale, mask, in_ring, exact),
+            _masked(_scores(grouped, past) * scale, mask, slot, stored),
+            _masked(_scores(grouped, key_window.unsqueeze(2)) * scale, mask, in_ring, exact),
         ],
         dim=-1,
     )
     weights = _computed_once(_softmax(scores))
-    split = key_values.shape[2]
+    split = slot.shape[0]
     # Slots that hold nothing may hold anything, and 0 * NaN is NaN. Clearing their bitmap is cheaper than their rows.
-    past = expand(value_values, _computed_once(torch.where(stored.unsqueeze(-1), value_bitmap, 0)))
-    recent = torch.where(exact.unsqueeze(-1), value_window, 0)
+    words = _computed_once(torch.where(stored.view(-1, BLOCK_TOKENS, 1), value_bitmap, 0))
+    past = expand(_unblocked(value_values), words, value_window.shape[3])
+    recent = torch.where(exact.unsqueeze(-1), value_window, 0).unsqueeze(2)
     out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:], recent)
     return out.reshape(batch, query_heads, 1, value_window.shape[-1]).to(query.dtype)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _compat
 from .lowering import ops
-from .lowering.layout import BUFFERS
+from .lowering.layout import BUFFERS, Layout
 from .patterns.plan import Attached
 
 
@@ -58,5 +58,5 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
 
 
 def _fits(state: AttachedState, attached: Attached, batch: int) -> bool:
-    values, window = state.buffers["values"], state.buffers["window"]
-    return (values.shape[0], values.shape[3], window.shape[2]) == (batch, attached.kept, attached.window)
+    layout = Layout.of_buffers(**state.buffers)
+    return (state.buffers["values"].shape[0], layout.kept, layout.window) == (batch, attached.kept, attached.window)

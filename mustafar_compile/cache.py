@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import _compat
 from .errors import CompressedWriteError, StaleCacheError
 from .lowering import ops
-from .lowering.layout import BUFFERS, Layout, grown_capacity
+from .lowering.layout import BLOCK_TOKENS, BUFFERS, Layout, blocks_for, grown_capacity
 
 aten = torch.ops.aten
 _reported: set[str] = set()
@@ -22,6 +23,18 @@ class _History:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of plain tensors; one that several share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _with_blocks(buffer: Tensor, blocks: int) -> Tensor:
+    """``buffer`` [B, H, N, ...] with zeros behind, up to ``blocks`` blocks."""
+    spare = blocks - buffer.shape[2]
+    return torch.nn.functional.pad(buffer, (*(0, 0) * (buffer.dim() - 3), 0, spare))
 
 
 class CompressedKV(Tensor):
@@ -56,9 +69,8 @@ class CompressedKV(Tensor):
     @classmethod
     def from_buffers(cls, buffers: list[Tensor], tokens: int, grows: bool) -> CompressedKV:
         """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
-        values, _, window, _ = buffers
-        layout = Layout.interned(window.shape[3], values.shape[3], window.shape[2])
-        size = (*window.shape[:2], tokens, window.shape[3])
+        layout, values = Layout.of_buffers(*buffers), buffers[0]
+        size = (*values.shape[:2], tokens, layout.head_dim)
         cache = cls(*buffers, layout, grows, size)
         cache.history = _History(tokens)
         return cache._with_marks()
@@ -82,7 +94,7 @@ class CompressedKV(Tensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes that the buffers really take."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers)
+        return storage_bytes(self.buffers)
 
     def dense(self) -> Tensor:
         """The dense tensor that this stands for: pruned elements and unwritten tokens are zero."""
@@ -110,14 +122,13 @@ class CompressedKV(Tensor):
 
     @property
     def capacity(self) -> int:
-        """Compressed slots."""
-        return self.values.shape[2]
+        """Tokens that the compressed part has room for."""
+        return BLOCK_TOKENS * self.values.shape[2]
 
     def reserve(self, capacity: int) -> None:
-        """Grow to ``capacity`` slots."""
-        spare = capacity - self.capacity
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, spare))
-        self.bitmap = torch.nn.functional.pad(self.bitmap, (0, 0, 0, spare))
+        """Grow to room for ``capacity`` tokens."""
+        blocks = blocks_for(capacity)
+        self.values, self.bitmap = _with_blocks(self.values, blocks), _with_blocks(self.bitmap, blocks)
 
     def _with_marks(self) -> CompressedKV:
         """Tell Dynamo which sizes change from call to call, so that it compiles for any."""

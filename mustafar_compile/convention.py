@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import _compat
-from .lowering.layout import BUFFERS
+from .lowering.layout import BLOCK_TOKENS, BUFFERS, Layout
 from .patterns.plan import Argument, Plan, Size
 
 _CARRIED_META = ("tensor_dict", "grapharg", "example_value")
@@ -69,33 +69,31 @@ class _Examples:
 
     def _attached(self, index: int) -> dict[str, torch.Tensor]:
         attached = self.attached[index]
-        return self._buffers(index, attached.shape, attached.kept, attached.window)
+        batch, heads, capacity, head_dim = attached.shape
+        layout = Layout.interned(head_dim, attached.kept, attached.window)
+        return self._buffers(index, layout, batch, heads, capacity)
 
     def _compressed(self, index: int) -> dict[str, torch.Tensor]:
-        cache, (batch, heads, _, head_dim) = self.given[index], self.logical[index].shape
-        capacity = self._capacity(cache)
-        return self._buffers(index, (batch, heads, capacity, head_dim), cache.row_layout.kept, cache.row_layout.window)
+        cache, (batch, heads, _, _) = self.given[index], self.logical[index].shape
+        return self._buffers(index, cache.row_layout, batch, heads, self._capacity(cache))
 
     def _capacity(self, cache: Any) -> Any:
-        """The slots of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""
+        """The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""
         if not cache.grows:
-            return cache.values.shape[2]
+            return cache.capacity
         if self.growing_capacity is None:
             symbolic = _compat.TracingContext.get().tensor_to_context[cache.values]
             fake = self.mode.from_tensor(
                 cache.values, static_shapes=False, symbolic_context=symbolic, source=symbolic.tensor_source
             )
-            self.growing_capacity = fake.shape[2]
+            self.growing_capacity = BLOCK_TOKENS * fake.shape[2]
         return self.growing_capacity
 
-    def _buffers(self, index: int, shape: tuple[Any, ...], kept: int, window: int) -> dict[str, torch.Tensor]:
-        batch, heads, capacity, head_dim = shape
+    def _buffers(self, index: int, layout: Layout, batch: Any, heads: Any, capacity: Any) -> dict[str, torch.Tensor]:
         like = self.logical[index]
         with self.mode:
-            buffers = (
-                torch.empty(batch, heads, capacity, kept, dtype=like.dtype, device=like.device),
-                torch.empty(batch, heads, capacity, head_dim // 8, dtype=torch.uint8, device=like.device),
-                torch.empty(batch, heads, window, head_dim, dtype=like.dtype, device=like.device),
-                torch.empty(2, dtype=torch.int64, device=like.device),
-            )
+            buffers = [
+                torch.empty(shape, dtype=dtype, device=like.device)
+                for shape, dtype in layout.buffers(batch, heads, capacity, like.dtype)
+            ]
         return dict(zip(BUFFERS, buffers, strict=True))

@@ -37,7 +37,7 @@ class CompiledCall:
 
 
 def _level(caches: list[CompressedKV]) -> None:
-    """Give all growing caches the same number of slots: one symbol stands for it in the compiled graph."""
+    """Give all growing caches the same number of blocks: one symbol stands for it in the compiled graph."""
     capacities = {cache.capacity for cache in caches}
     if len(capacities) > 1:
         for cache in caches:

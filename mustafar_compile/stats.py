@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attached import find_state
-from .cache import CompressedKV
+from .cache import CompressedKV, storage_bytes
 from .text import bytes_text
 
 
@@ -52,10 +52,9 @@ def cache_stats(past_key_values: Any) -> CacheStats:
             "tuples, lists or dicts of 4-dimensional tensors, and modules with such buffers"
         )
     holdings = [_holding(t) for t in tensors]
-    storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for _, held, _ in holdings for b in held}
     return CacheStats(
         tokens=max(tokens for tokens, _, _ in holdings),
-        stored_bytes=sum(storage.nbytes() for storage in storages.values()),
+        stored_bytes=storage_bytes(plain for _, held, _ in holdings for plain in held),
         dense_bytes=sum(t.numel() * t.element_size() for t in tensors),
         tensors=len(tensors),
         compressed_tensors=sum(compressed for _, _, compressed in holdings),

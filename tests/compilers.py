@@ -1,7 +1,9 @@
-"""What stands behind the backend in tests."""
+"""What stands behind the backend in tests, and how to read what it makes."""
 
 from __future__ import annotations
 
+import math
+import re
 from contextlib import contextmanager
 
 import torch
@@ -36,3 +38,10 @@ def without_inductor():
     finally:
         _compat.compile_fx = original
         torch._dynamo.reset()
+
+
+def allocations(code: str, blocks: int) -> list[int]:
+    """Bytes of every buffer that Inductor's code allocates. The one symbol in its sizes is the number of blocks."""
+    found = re.findall(r"empty_strided_\w+\(\((.*?)\), \(.*?\), torch\.(\w+)\)", code)
+    numbers = [(re.sub(r"\bs\d+\b", str(blocks), shape), getattr(torch, dtype)) for shape, dtype in found]
+    return [math.prod(eval(f"[{shape}]")) * dtype.itemsize for shape, dtype in numbers]

@@ -89,9 +89,13 @@ def test_stored_bytes_are_what_is_allocated(tokens, dtype):
     assert kv.stored_bytes == sum(buffer.numel() * buffer.element_size() for buffer in kv.buffers)
 
 
-def test_a_static_cache_allocates_a_slot_for_each_token():
-    kv, _ = static(slots=12)
-    assert kv.stored_bytes == Layout.of(16, 0.5, WINDOW).stored_bytes(2, 3, 12, 4)
+@pytest.mark.parametrize(("slots", "capacity"), [(12, 32), (32, 32), (33, 64)])
+def test_a_static_cache_allocates_a_slot_for_each_token_in_whole_blocks(slots, capacity):
+    kv, _ = static(slots=slots)
+    assert kv.capacity == capacity
+    layout = Layout.of(16, 0.5, WINDOW)
+    assert kv.stored_bytes == layout.stored_bytes(2, 3, slots, 4) == layout.stored_bytes(2, 3, capacity, 4)
+    assert [(tuple(b.shape), b.dtype) for b in kv.buffers] == layout.buffers(2, 3, slots, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- copies and moves
@@ -266,10 +270,13 @@ def test_no_write_is_lost_silently(write):
 
 
 def test_zero_empties_a_static_cache():
-    kv, _ = static()
+    dense = randn(2, 3, 12, 16)
+    dense[0, 0, 0, 0] = float("inf")
+    kv = CompressedKV.from_dense(dense, 0.5, WINDOW, tokens=7)
+    assert kv.counts.tolist() == [7, 3, 1]
     pointers = [buffer.data_ptr() for buffer in kv.buffers]
     assert kv.zero_() is kv
-    assert kv.counts.tolist() == [0, 0]
+    assert kv.counts.tolist() == [0, 0, 0]
     assert kv.dense().count_nonzero() == 0
     assert [buffer.data_ptr() for buffer in kv.buffers] == pointers, "compiled code holds on to the buffers"
 
@@ -292,7 +299,7 @@ def test_index_copy_into_a_static_cache(dim, positions):
         assert kv.index_copy_(dim, where, rows) is kv
     written = positions[-1] + 1
     expected = pruned_cache(expected.index_copy(2, where, rows)[:, :, :written], 0.5, WINDOW)
-    assert kv.counts.tolist() == [written, max(written - WINDOW, 0)]
+    assert kv.counts.tolist() == [written, max(written - WINDOW, 0), 0]
     assert torch.equal(kv.dense()[:, :, :written], expected)
     assert kv.dense()[:, :, written:].count_nonzero() == 0
     assert [buffer.data_ptr() for buffer in kv.buffers] == pointers
@@ -363,7 +370,7 @@ def test_stats_of_a_compressed_cache():
     assert stats.stored_bytes == key.stored_bytes + value.stored_bytes
     assert stats.dense_bytes == 2 * 2 * 3 * 500 * 16 * 4
     assert stats.ratio == stats.stored_bytes / stats.dense_bytes
-    assert 0.53 < stats.ratio < 0.7, "34 of 64 bytes a row and some slack"
+    assert 0.56 < stats.ratio < 0.7, "36 of 64 bytes a row and some slack"
 
 
 def test_stats_of_a_dense_cache():

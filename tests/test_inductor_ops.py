@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -11,7 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from compilers import allocations
 from mustafar_compile.lowering import ops
+from mustafar_compile.lowering.layout import BLOCK_TOKENS, blocks_for
 
 BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
 
@@ -57,6 +58,7 @@ CONFIGS = {
     "float32, growing": Config(torch.float32, 2, (64, 64), (32, 32), static=False),
     "bfloat16, static, masked": Config(torch.bfloat16, 4, (128, 128), (40, 64), static=True, mask="bool"),
     "float16, growing, biased": Config(torch.float16, 1, (64, 32), (24, 16), static=False, mask="bias"),
+    "bfloat16, growing, no whole words": Config(torch.bfloat16, 2, (80, 40), (40, 24), static=False),
 }
 
 
@@ -67,13 +69,6 @@ def clone(buffers):
         for dim in getattr(buffer, "_dynamo_dynamic_indices", ()):
             torch._dynamo.mark_dynamic(copy, dim)
     return copies
-
-
-def allocations(code: str, capacity: int) -> list[int]:
-    """Elements of every buffer that the code allocates. The one symbol in its sizes is the capacity."""
-    shapes = re.findall(r"empty_strided_\w+\(\((.*?)\), \(", code)
-    numbers = [re.sub(r"\bs\d+\b", str(capacity), shape) for shape in shapes]
-    return [math.prod(eval(f"({shape.rstrip(', ')},)")) for shape in numbers]
 
 
 def decode(query, key, value, keys, values, position, mask):
@@ -111,10 +106,11 @@ def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
 
 
 def check_allocations(config, code):
-    sizes = allocations(code, CAPACITY)
-    assert max(sizes) >= BATCH * HEADS * CAPACITY, "nothing that grows with the cache: is the pattern still right?"
-    packed = BATCH * HEADS * CAPACITY * min(config.kept)
-    assert max(sizes) < packed, f"a buffer of {max(sizes)} elements; the packed values have {packed}"
+    blocks = blocks_for(CAPACITY)
+    sizes, slots = allocations(code, blocks), BLOCK_TOKENS * blocks
+    assert max(sizes) >= 4 * BATCH * HEADS * slots, "no scores, one to a slot: is the pattern still right?"
+    packed = BATCH * HEADS * slots * min(config.kept) * config.dtype.itemsize
+    assert max(sizes) < packed, f"a buffer of {max(sizes)} bytes; the packed values have {packed}"
 
 
 def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either():
@@ -135,8 +131,20 @@ def test_compiled_compression_equals_the_eager():
     dense[0, 1, 5] = 0
 
     def both(dense, tokens):
-        buffers = ops.compress(dense, tokens, 8, 4, 64)
+        buffers = ops.compress(dense, tokens, 8, 4, 70)
         return *buffers, ops.decompress(*buffers, 60)
 
     for actual, expected in zip(torch.compile(both, fullgraph=True)(dense, tokens), both(dense, tokens), strict=True):
         assert torch.equal(actual.nan_to_num(7), expected.nan_to_num(7))
+    assert expected.shape == (2, 2, 60, 24)
+
+
+def test_compiled_steps_set_the_extreme_flag():
+    config = Config(torch.bfloat16, 1, (32, 32), (16, 16), static=True)
+    compiled = torch.compile(decode, fullgraph=True)
+    keys, values = (config.buffers(role, 64, 20) for role in (0, 1))
+    for value, flag in ((1.0, 0), (2.0**121 * (1 - 2**-8), 0), (-(2.0**121), 1), (1.0, 1)):
+        query, key, row = config.token()
+        key[0, 1, 0, 31] = value
+        compiled(query, key, row, keys, values, None, None)
+        assert (keys[3][2].item(), values[3][2].item()) == (flag, 0)

@@ -9,7 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import CACHE_DTYPES, Layout, grown_capacity, kept_elements
+from mustafar_compile.lowering.layout import (
+    BLOCK_TOKENS,
+    BUFFERS,
+    CACHE_DTYPES,
+    Layout,
+    blocks_for,
+    grown_capacity,
+    kept_elements,
+)
 from reference import kept_count
 
 head_dims = st.integers(1, 64).map(lambda eights: 8 * eights)
@@ -52,24 +60,45 @@ def test_equal_layouts_are_one_object():
     assert Layout.of(128, 0.5, 32) != Layout.of(128, 0.5, 31)
 
 
+@pytest.mark.parametrize(("capacity", "blocks"), [(0, 1), (1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (500, 16)])
+def test_blocks_of_known_cases(capacity, blocks):
+    assert BLOCK_TOKENS == 32
+    assert blocks_for(capacity) == blocks
+
+
+@pytest.mark.parametrize(("head_dim", "words"), [(8, 1), (32, 1), (40, 2), (64, 2), (80, 3), (128, 4), (576, 18)])
+def test_buffers_of_known_cases(head_dim, words):
+    layout = Layout.of(head_dim, 0.5, 5)
+    kept = layout.kept
+    assert dict(zip(BUFFERS, layout.buffers(2, 3, 70, torch.bfloat16), strict=True)) == {
+        "values": ((2, 3, 3, kept // 8, 32, 8), torch.bfloat16),
+        "bitmap": ((2, 3, 3, 32, words), torch.int32),
+        "window": ((2, 3, 5, head_dim), torch.bfloat16),
+        "counts": ((3,), torch.int64),
+    }
+
+
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), head_dims, sparsities, st.integers(1, 40),
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 90), head_dims, sparsities, st.integers(1, 40),
     st.sampled_from(CACHE_DTYPES),
 )  # fmt: skip
 def test_stored_bytes_are_those_of_the_buffers(batch, heads, capacity, head_dim, sparsity, window, dtype):
     layout = Layout.of(head_dim, sparsity, window)
     dense = torch.zeros(batch, heads, 3, head_dim, dtype=dtype)
     buffers = ops.compress(dense, torch.tensor([0]), layout.kept, window, capacity)
+    assert [(tuple(b.shape), b.dtype) for b in buffers] == layout.buffers(batch, heads, capacity, dtype)
     real = sum(buffer.untyped_storage().nbytes() for buffer in buffers)
     assert layout.stored_bytes(batch, heads, capacity, dtype.itemsize) == real
-    assert layout.token_bytes(dtype.itemsize) == sum(b[0, 0, 0].numel() * b.element_size() for b in buffers[:2])
+    assert 32 * layout.token_bytes(dtype.itemsize) == sum(b[0, 0, 0].numel() * b.element_size() for b in buffers[:2])
+    assert Layout.of_buffers(*buffers) is layout
 
 
 def test_stored_bytes_take_symbols():
     layout = Layout.of(128, 0.7, 32)
     batch, capacity = sympy.symbols("batch capacity", integer=True, positive=True)
     expression = layout.stored_bytes(batch, 8, capacity, 2)
-    assert int(expression.subs({batch: 3, capacity: 4096})) == layout.stored_bytes(3, 8, 4096, 2)
+    for tokens in (1, 31, 32, 33, 4096, 4097):
+        assert int(expression.subs({batch: 3, capacity: tokens})) == layout.stored_bytes(3, 8, tokens, 2)
     assert layout.token_bytes(2) == 96, "37.5% of 256 bytes"
 
 

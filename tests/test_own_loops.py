@@ -143,7 +143,7 @@ def test_one_past_continued_twice_raises_unless_copied():
 
 def test_cache_stats_of_a_tuple():
     torch.manual_seed(0)
-    model, inputs = TupleModel(), embeddings(prefill=700, steps=1)
+    model, inputs = TupleModel(head_dim=32), embeddings(prefill=700, steps=1)
     with without_inductor():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         past = None
