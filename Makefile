@@ -63,7 +63,7 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@touch $@
 
 # Without an environment the sources are copied, so any change of them installs anew.
-build/site/.installed: pyproject.toml $(wildcard mustafar_compile/*.py lowering/*.py patterns/*.py)
+build/site/.installed: pyproject.toml $(wildcard mustafar_compile/*.py lowering/*.py lowering/ptx/*.py lowering/templates/* patterns/*.py)
 	rm -rf build
 	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --target build/site .
 	@touch $@

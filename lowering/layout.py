@@ -46,7 +46,7 @@ CHUNK = 8
 WORD_CHANNELS = 32
 """Channels of a word of the bitmap."""
 
-EXTREME = 2.0**121
+EXTREME = 2.0**97
 """NaN, infinities and magnitudes from here on are extreme: tricks of fast kernels are not exact with them."""
 
 _CAPACITY_STEP = 64

@@ -1,31 +1,95 @@
 """The custom ops: the stable boundary between graph rewriting and kernels, and the handle of the test oracle.
 
-They are registered as composites of ``portable``: eager runs it, and Inductor sees through the op and compiles it.
-A device that has kernels of its own registers them under its dispatch key; schema, rewriting and tests stay as
-they are.
+``compress``, ``decompress`` and ``decode_attention`` are composites. Where kernels of our own can do the work
+(``kernels.supports``) they become the op of the same name with ``_kernel`` behind it, which stays whole in a traced
+graph and launches them; elsewhere they become the plain PyTorch of ``portable``, which Inductor compiles. Both follow
+from device, dtypes and shapes alone, so tracing decides as eager does.
 """
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
+from torch import Tensor
 
 from . import portable
+from .layout import Layout
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_LIBRARY.define(
-    "compress(Tensor dense, Tensor tokens, int kept, int window, SymInt capacity)"
-    " -> (Tensor values, Tensor bitmap, Tensor window, Tensor counts)"
-)
-_LIBRARY.define("decompress(Tensor values, Tensor bitmap, Tensor window, Tensor counts, SymInt length) -> Tensor")
-_LIBRARY.define(
-    "decode_attention(Tensor query, Tensor key, Tensor value,"
+_SCHEMAS = {
+    "compress": "(Tensor dense, Tensor tokens, int kept, int window, SymInt capacity)"
+    " -> (Tensor values, Tensor bitmap, Tensor window, Tensor counts)",
+    "decompress": "(Tensor values, Tensor bitmap, Tensor window, Tensor counts, SymInt length) -> Tensor",
+    "decode_attention": "(Tensor query, Tensor key, Tensor value,"
     " Tensor(a!) key_values, Tensor(b!) key_bitmap, Tensor(c!) key_window, Tensor(d!) key_counts,"
     " Tensor(e!) value_values, Tensor(f!) value_bitmap, Tensor(g!) value_window, Tensor(h!) value_counts,"
-    " Tensor? position, Tensor? mask, float scale) -> Tensor"
-)
-for _name in ("compress", "decompress", "decode_attention"):
-    _LIBRARY.impl(_name, getattr(portable, _name), "CompositeImplicitAutograd")
+    " Tensor? position, Tensor? mask, float scale, float softcap=0.0) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.define(f"{_name}_kernel{_schema}")
+
+
+def _kernels_for(*caches: Tensor) -> bool:
+    """Whether kernels take cache tensors with the dtype, device and channels of these [B, H, S, D]."""
+    if not _HAS_TRITON or caches[0].device.type != "cuda":
+        return False
+    from . import kernels  # imports Triton, which nothing else needs
+
+    return kernels.supports(*caches)
+
+
+def _compress(dense: Tensor, tokens: Tensor, kept: int, window: int, capacity: int) -> tuple[Tensor, ...]:
+    compress = torch.ops.mustafar.compress_kernel if _kernels_for(dense) else portable.compress
+    return compress(dense, tokens, kept, window, capacity)
+
+
+def _decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, length: int) -> Tensor:
+    decompress = torch.ops.mustafar.decompress_kernel if _kernels_for(window) else portable.decompress
+    return decompress(values, bitmap, window, counts, length)
+
+
+def _decode_attention(query: Tensor, key: Tensor, value: Tensor, *rest, **options) -> Tensor:
+    key_window, value_window = rest[2], rest[6]
+    use_kernels = query.dtype == key_window.dtype and _kernels_for(key_window, value_window)
+    attention = torch.ops.mustafar.decode_attention_kernel if use_kernels else portable.decode_attention
+    return attention(query, key, value, *rest, **options)
+
+
+def _launch(name: str):
+    def launch(*arguments):
+        from . import kernels
+
+        return getattr(kernels, name)(*arguments)
+
+    return launch
+
+
+for _name, _composite in zip(_SCHEMAS, (_compress, _decompress, _decode_attention), strict=True):
+    _LIBRARY.impl(_name, _composite, "CompositeImplicitAutograd")
+    _LIBRARY.impl(f"{_name}_kernel", _launch(_name), "CUDA")
+
+
+@torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
+def _(dense, tokens, kept, window, capacity):
+    batch, heads, _, head_dim = dense.shape
+    shapes = Layout.interned(head_dim, kept, window).buffers(batch, heads, capacity, dense.dtype)
+    return tuple(dense.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+@torch.library.register_fake("mustafar::decompress_kernel", lib=_LIBRARY)
+def _(values, bitmap, window, counts, length):
+    batch, heads, _, head_dim = window.shape
+    return window.new_empty(batch, heads, length, head_dim)
+
+
+@torch.library.register_fake("mustafar::decode_attention_kernel", lib=_LIBRARY)
+def _(query, key, value, *rest, **options):
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
 
 compress = torch.ops.mustafar.compress.default
 """Prune and pack a dense cache tensor.
@@ -43,6 +107,7 @@ decode_attention = torch.ops.mustafar.decode_attention.default
 query: [B, Hq, 1, D]. key, value: the new token, [B, H, 1, D] and [B, H, 1, Dv], with Hq a multiple of H. The buffers
 of K and V are updated in place. position: int64, one element, where the token goes, at most the tokens written (what
 lies past that is undefined); None: behind the last.
-mask: boolean (True: attend) or additive, broadcastable to [B, Hq, 1, S]. Returns [B, Hq, 1, Dv] in the dtype of
-``query``; sums are in float32.
+mask: boolean (True: attend) or additive, broadcastable to [B, Hq, 1, S]. softcap: scores become
+``softcap * tanh(score / softcap)`` before the mask; 0: they stay. Returns [B, Hq, 1, Dv] in the dtype of ``query``;
+sums are in float32.
 """

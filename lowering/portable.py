@@ -243,7 +243,18 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.where((scores == float("-inf")).all(-1, keepdim=True), 0.0, weights)
 
 
-def attend(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
+def _bounded(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def attend(
+    query: Tensor,
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
     """Attention of one query token [B, Hq, 1, D] over the compressed tokens and the window, with one softmax."""
     batch, query_heads, _, head_dim = query.shape
     key_values, key_bitmap, key_window, counts = key
@@ -258,8 +269,8 @@ def attend(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], mask: 
     past = expand(_unblocked(key_values), key_bitmap, head_dim)
     scores = torch.cat(
         [
-            _masked(_scores(grouped, past) * scale, mask, slot, stored),
-            _masked(_scores(grouped, key_window.unsqueeze(2)) * scale, mask, in_ring, exact),
+            _masked(_bounded(_scores(grouped, past) * scale, softcap), mask, slot, stored),
+            _masked(_bounded(_scores(grouped, key_window.unsqueeze(2)) * scale, softcap), mask, in_ring, exact),
         ],
         dim=-1,
     )
@@ -288,10 +299,11 @@ def decode_attention(
     position: Tensor | None,
     mask: Tensor | None,
     scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """One decode step of one layer: append the new token's key and value, then attend. See ``ops.py``."""
     key_buffers = (key_values, key_bitmap, key_window, key_counts)
     value_buffers = (value_values, value_bitmap, value_window, value_counts)
     append(key, *key_buffers, position)
     append(value, *value_buffers, position)
-    return attend(query, key_buffers, value_buffers, mask, scale)
+    return attend(query, key_buffers, value_buffers, mask, scale, softcap)
