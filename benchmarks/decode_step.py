@@ -1,0 +1,238 @@
+"""A whole decode step of a model of the shape of Llama 3 8B with random weights, and its time to first token.
+
+    python benchmarks/decode_step.py
+    python benchmarks/decode_step.py --batch 4 --context 4096 --only ours --sparsity 0.7
+    python benchmarks/decode_step.py --ttft
+
+hf     the model as Hugging Face compiles it: a static cache, torch.compile with mode="reduce-overhead"
+dense  the best dense step that could be built: fused, no mask, heads not repeated, one CUDA graph
+ours   the model of hf with backend="mustafar", over a compressed static cache
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import dense
+import llama
+import torch
+from timing import DEVICE, ON_GPU, Function, cold, free, median_ms, parser, read, synchronize, write
+from transformers import DynamicCache
+
+import mustafar_compile
+
+NAME = "decode_step"
+WAYS = ("hf", "dense", "ours")
+_WARM_UPS = 5  # compiling, then warming up and recording CUDA graphs, then replaying
+_STEPS = 20
+_ROUNDS = 3
+
+Row = dict[str, Any]
+
+
+def reserved_bytes() -> int:
+    """What the process holds of the device's memory, CUDA graphs included."""
+    free()
+    return torch.cuda.memory_reserved() if ON_GPU else 0
+
+
+def measured(step: Function) -> Row:
+    """Time of one step among many, as in generation: the host may run ahead of the device.
+
+    host_ms is what the host needs to launch a step. Where it comes near the time of the step, the host is what limits.
+    """
+    for _ in range(_WARM_UPS):
+        step()
+    synchronize()
+    rounds = [_round(step) for _ in range(_ROUNDS)]
+    whole, host = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return {"ms": whole, "host_ms": host}
+
+
+def _round(step: Function) -> tuple[float, float]:
+    start = time.perf_counter()
+    for _ in range(_STEPS):
+        step()
+    launched = time.perf_counter()
+    synchronize()
+    return (1e3 * (time.perf_counter() - start) / _STEPS, 1e3 * (launched - start) / _STEPS)
+
+
+def inputs(batch: int, first: int, tokens: int) -> dict[str, Any]:
+    """Random ids at positions from ``first`` on."""
+    ids = torch.randint(1, 100, (batch, tokens), device=DEVICE)
+    positions = torch.arange(first, first + tokens, device=DEVICE).expand(batch, -1)
+    return {"input_ids": ids, "position_ids": positions, "use_cache": True, "logits_to_keep": 1}
+
+
+def hf_step(compiled: Any, cache: Any, batch: int, context: int) -> Function:
+    """One step of an HF model into the last slot of ``cache``, again and again."""
+    given, rewind = inputs(batch, context - 1, 1), llama.rewinder(cache)
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(**given, past_key_values=cache)
+        rewind()
+
+    return step
+
+
+def options_of(sparsity: float, **inductor: Any) -> Row:
+    """Options of the backend."""
+    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": llama.WINDOW, **inductor}
+
+
+def run_hf(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+    """(i) As HF compiles it."""
+    cache = llama.dense_cache(model, given.batch, given.context)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    return measured(hf_step(compiled, cache, given.batch, given.context)) | held(given)
+
+
+def run_dense(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+    """(ii) The best dense step, with whichever of PyTorch's attentions is the fastest."""
+    name = fastest_attention(model, given.batch, given.context)
+    decoder = llama.DenseDecoder(model, given.batch, given.context, dense.sdpa_attentions()[name])
+    step = decoder.graphed()
+    return measured(step) | held(given) | {"note": f"attention: {name}"}
+
+
+def fastest_attention(model: Any, batch: int, context: int) -> str:
+    """The name of the fastest for a layer of this model."""
+    config, how = model.config, {"dtype": torch.bfloat16, "device": DEVICE}
+    query = torch.randn(batch, config.num_attention_heads, 1, config.head_dim, **how)
+    key, value = (torch.randn(batch, config.num_key_value_heads, context, config.head_dim, **how) for _ in range(2))
+    times = dense.measure(query, key, value)
+    return min(dense.sdpa_attentions().keys() & times.keys(), key=times.__getitem__)
+
+
+def run_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+    """(iii) The model of (i) over a compressed cache."""
+    cache = llama.compressed_cache(model, given.batch, given.context, sparsity)
+    options = options_of(sparsity, **{"triton.cudagraphs": ON_GPU})
+    compiled = torch.compile(model, backend="mustafar", options=options)
+    with mustafar_compile.explain() as report:
+        row = measured(hf_step(compiled, cache, given.batch, given.context)) | held(given)
+    print(report)
+    return row | {"cache_GB": mustafar_compile.cache_stats(cache).stored_bytes / 1e9, "note": matched(report, given)}
+
+
+def matched(report: Any, given: argparse.Namespace) -> str:
+    """How many layers ran compressed. The numbers are ours only where that is all of them."""
+    return f"matched: {len(report.matched)} of {given.layers}"
+
+
+def held(given: argparse.Namespace) -> Row:
+    """Memory in use while decoding: weights, cache, and what CUDA graphs need. What compiling took is given back."""
+    return {"memory_GB": (reserved_bytes() - given.reserved) / 1e9}
+
+
+def prefill(compiled: Any, model: Any, given: argparse.Namespace) -> Row:
+    """Time from the prompt to the first new token, and the most memory that it took."""
+    prompt = inputs(given.batch, 0, given.prompt)
+
+    def first_token() -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        return compiled(**prompt, past_key_values=cache).logits[:, -1].argmax(-1)
+
+    taken = median_ms(first_token, runs=10)
+    free()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    first_token()
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
+    return {"ms": taken, "memory_GB": (peak - given.allocated) / 1e9}
+
+
+def prefill_hf(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+    """Prefill with plain Inductor."""
+    return prefill(torch.compile(model), model, given)
+
+
+def prefill_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+    """Prefill that leaves a compressed cache behind."""
+    compiled = torch.compile(model, backend="mustafar", options=options_of(sparsity))
+    with mustafar_compile.explain() as report:
+        row = prefill(compiled, model, given)
+    return row | {"note": matched(report, given)}
+
+
+DECODE = {"hf": run_hf, "dense": run_dense, "ours": run_ours}
+PREFILL = {"hf": prefill_hf, "ours": prefill_ours}
+
+
+def run(way: str, sparsity: float | None, given: argparse.Namespace) -> Row | None:
+    """One row, from a model of its own. None where it fails: the others may still run."""
+    runner: Callable[..., Row] = (PREFILL if given.ttft else DECODE)[way]
+    tokens = given.prompt if given.ttft else given.context
+    print(f"{way}, sparsity {sparsity}", flush=True)
+    torch._dynamo.reset()
+    cold()  # its buffer is there from now on, and no row's memory
+    given.reserved, given.allocated = reserved_bytes(), torch.cuda.memory_allocated() if ON_GPU else 0
+    try:
+        row = runner(llama.build(given.layers, tokens, given.tiny), given, sparsity)
+    except Exception:
+        traceback.print_exc()
+        return None
+    what = {"phase": "first token" if given.ttft else "decode step", "way": way, "sparsity": sparsity}
+    sizes = {"batch": given.batch, "context": tokens, "layers": given.layers}
+    speed = {} if given.ttft else {"tokens/s": 1e3 * given.batch / row["ms"]}
+    row = what | sizes | row | speed
+    print(row, flush=True)
+    return row
+
+
+def key_of(row: Row) -> tuple:
+    """What a row is about."""
+    return tuple(row[name] for name in ("phase", "batch", "context", "layers", "way", "sparsity"))
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """How many times faster each row is than the dense ones of the same sizes."""
+    rows = sorted(rows, key=lambda row: (*key_of(row)[:4], WAYS.index(row["way"]), row["sparsity"] or 0))
+    reference = {key_of(row)[:5]: row["ms"] for row in rows if row["way"] != "ours"}
+    for row in rows:
+        for way in ("hf", "dense"):
+            baseline = reference.get((*key_of(row)[:4], way))
+            if baseline is not None:
+                row[f"over_{way}"] = baseline / row["ms"]
+    return rows
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked for."""
+    options = parser(__doc__)
+    options.add_argument("--batch", type=int, help="default: 32; with --ttft 4")
+    options.add_argument("--context", type=int, default=8192, help="tokens in the cache, the new one included")
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--sparsity", type=float, action="append", help="default: 0.5 and 0.7")
+    options.add_argument("--only", choices=WAYS, nargs="+", help="default: all")
+    options.add_argument("--ttft", action="store_true", help="time to first token in place of a decode step")
+    options.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt, with --ttft")
+    options.add_argument("--keep", action="store_true", help="keep other rows of earlier runs in the results")
+    options.add_argument("--tiny", action="store_true", help="a very small model, to try this script out")
+    given = options.parse_args()
+    given.batch = given.batch or (4 if given.ttft else 32)
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    ways = [way for way in (PREFILL if given.ttft else DECODE) if way in (given.only or WAYS)]
+    cases = [(way, s) for way in ways for s in (given.sparsity or [0.5, 0.7] if way == "ours" else [None])]
+    rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
+    for case in cases:
+        row = run(*case, given)
+        if row is not None:
+            rows[key_of(row)] = row
+    write(NAME, with_ratios(list(rows.values())))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,99 @@
+"""Dense attention for one decode step in every way that the machine offers: what ours competes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timing import ON_GPU, graphed, median_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_PAGE = 16  # tokens of a page of FlashInfer's cache
+_reported: set[str] = set()
+
+
+def _sdpa(backend: SDPBackend) -> Attention:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+
+    return attention
+
+
+def _packed(attention: Attention) -> Attention:
+    """The query heads of a KV head as so many query tokens: without a mask that is the same attention."""
+
+    def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, _, head_dim = query.shape
+        rows = query.reshape(batch, key.shape[1], heads // key.shape[1], head_dim)
+        return attention(rows, key, value).reshape(batch, heads, 1, value.shape[3])
+
+    return packed
+
+
+def sdpa_attentions() -> dict[str, Attention]:
+    """PyTorch's own, by name."""
+    if not ON_GPU:
+        return {"math": _sdpa(SDPBackend.MATH)}
+    plain = {name: _sdpa(backend) for name, backend in _BACKENDS.items()}
+    return plain | {f"{name}, packed": _packed(attention) for name, attention in plain.items()}
+
+
+def flex_attention() -> Attention:
+    """FlexAttention, which generates a kernel for the shape that it sees."""
+    from torch.nn.attention import flex_attention as flex
+
+    torch._dynamo.reset()  # after eight shapes it would give up and run the slow uncompiled code
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
+    return lambda query, key, value: compiled(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def flashinfer(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """FlashInfer over the same tokens in pages. Raises ImportError where it is not installed."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    batch, heads, tokens, head_dim = key.shape
+    query_heads, pages = query.shape[1], tokens // _PAGE
+    paged = tuple(
+        x.view(batch, heads, pages, _PAGE, head_dim).transpose(1, 2).reshape(-1, heads, _PAGE, head_dim)
+        for x in (key, value)
+    )
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=key.device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=query_heads // heads >= 4)
+    of_request = torch.arange(batch + 1, dtype=torch.int32, device=key.device) * pages
+    page = torch.arange(batch * pages, dtype=torch.int32, device=key.device)
+    filled = torch.full((batch,), _PAGE, dtype=torch.int32, device=key.device)
+    types = {"q_data_type": query.dtype, "kv_data_type": key.dtype}
+    wrapper.plan(of_request, page, filled, query_heads, heads, head_dim, _PAGE, **types)
+    rows = query[:, :, 0].contiguous()
+    return lambda: wrapper.run(rows, paged)
+
+
+def measure(query: Tensor, key: Tensor, value: Tensor, flex: bool = False) -> dict[str, float]:
+    """Milliseconds of each way that works, in a CUDA graph. flex: FlexAttention too, which takes seconds to compile."""
+    ways = sdpa_attentions() | ({"flex": flex_attention()} if flex else {})
+    times = {}
+    for name, attention in ways.items():
+        _try(name, times, lambda attention=attention: lambda: attention(query, key, value))
+    if ON_GPU and key.shape[2] % _PAGE == 0:
+        _try("flashinfer", times, lambda: flashinfer(query, key, value))
+    if not times:
+        raise RuntimeError("no dense attention runs here")
+    return times
+
+
+def _try(name: str, times: dict[str, float], make: Callable[[], Callable[[], Tensor]]) -> None:
+    """Time what ``make`` returns. Not every way takes every shape and dtype; each reason is printed once."""
+    try:
+        times[name] = median_ms(graphed(make()))
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        reason = f"dense attention by {name} is left out: {type(error).__name__}: {first_line}"
+        if reason not in _reported:
+            print(reason, flush=True)
+        _reported.add(reason)

@@ -1,0 +1,209 @@
+"""A model of the shape of Llama 3 8B with random weights, its caches, and a dense decode step built by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import DEVICE, graphed, operations
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+from mustafar_compile import CompressedKV
+from mustafar_compile.lowering.layout import kept_elements
+
+WINDOW = 32
+SHAPE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+}
+TINY = {  # to try the scripts out
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 100,
+}
+
+
+def build(layers: int, positions: int, tiny: bool) -> Any:
+    """The model, in bfloat16, made on the device itself: the weights are random and need not be loaded."""
+    config = AutoConfig.for_model(
+        "llama",
+        **(TINY if tiny else SHAPE),
+        num_hidden_layers=layers,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.eval()
+
+
+def fill(cache: StaticCache, model: Any, batch: int, change: Callable[[Tensor], Tensor]) -> None:
+    """Random keys and values in all slots but the last, which is the next to be written.
+
+    change: what a layer is to hold in place of its dense tensor. One layer after the other, so that the dense tensors
+    of all layers need not exist at the same time.
+    """
+    config = model.config
+    like = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=torch.bfloat16, device=DEVICE)
+    for layer in cache.layers:
+        layer.lazy_initialization(like, like)
+        layer.keys, layer.values = change(layer.keys.normal_()), change(layer.values.normal_())
+        layer.cumulative_length.fill_(layer.max_cache_len - 1)
+
+
+def dense_cache(model: Any, batch: int, context: int) -> StaticCache:
+    """A static cache that one more token fills."""
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    fill(cache, model, batch, lambda dense: dense)
+    return cache
+
+
+def compressed_cache(model: Any, batch: int, context: int, sparsity: float) -> StaticCache:
+    """The same, compressed as the backend leaves it behind."""
+    kept = kept_elements(model.config.head_dim, sparsity)
+    written = torch.tensor([context - 1], device=DEVICE)
+
+    def compress(dense: Tensor) -> CompressedKV:
+        buffers = operations().compress(dense, written, kept, WINDOW, context)
+        return CompressedKV.from_buffers(list(buffers), context, grows=False)
+
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    fill(cache, model, batch, compress)
+    return cache
+
+
+def rewinder(cache: StaticCache) -> Callable[[], None]:
+    """A function that makes the last slot the next to be written again, in one or two kernels for all layers."""
+    lengths = [layer.cumulative_length for layer in cache.layers]
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    counts = [x.counts for x in tensors if isinstance(x, CompressedKV)]
+    if not counts:
+        return lambda: torch._foreach_sub_(lengths, 1)
+    start = [x.clone() for x in counts]
+
+    def rewind() -> None:
+        torch._foreach_sub_(lengths, 1)
+        torch._foreach_copy_(counts, start)
+
+    return rewind
+
+
+@dataclass
+class Layer:
+    """Weights of one layer. qkv and gate_up: matrices that read the same input, as one."""
+
+    norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    @classmethod
+    def taken_from(cls, layer: Any) -> Layer:
+        """The weights of an HF layer, which loses those that are joined: they would take the memory twice."""
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        return cls(norms[0].data, qkv, attention.o_proj.weight.data, norms[1].data, gate_up, mlp.down_proj.weight.data)
+
+
+class DenseDecoder:
+    """The decode step that a careful engineer would write: no mask, no repeated heads, few and fused kernels.
+
+    Attention reads buffers of just the right length. What stands between two attentions is one compiled function that
+    serves all layers, and the whole step is one CUDA graph. It takes the weights out of ``model``, which is of no use
+    afterwards.
+    """
+
+    def __init__(self, model: Any, batch: int, context: int, attention: Callable[..., Tensor]) -> None:
+        config = model.config
+        self.attention, self.dims = attention, (config.head_dim, config.num_attention_heads, config.rms_norm_eps)
+        self.embedding, self.head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+        self.norm = model.model.norm.weight.data
+        self.layers = [Layer.taken_from(layer) for layer in model.model.layers]
+        shape = (2, batch, config.num_key_value_heads, context, config.head_dim)
+        self.caches = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in self.layers]
+        position = torch.full((batch, 1), context - 1, device=DEVICE)
+        self.rotation = model.model.rotary_emb(self.embedding, position)  # from the position alone: made once
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
+        self.enter, self.between, self.finish = (
+            torch.compile(f, dynamic=False, fullgraph=True) for f in (_enter, _between, _finish)
+        )
+
+    def step(self) -> Tensor:
+        """Logits of the next token [B, 1, vocabulary]. The token's keys and values go to the last slot."""
+        x = F.embedding(self.ids, self.embedding)
+        query = self.enter(x, self.layers[0], self._slot(0), self.rotation, self.dims)
+        for i, after in enumerate(self.layers[1:]):
+            attended = self._attend(query, i)
+            x, query = self.between(attended, x, self.layers[i], after, self._slot(i + 1), self.rotation, self.dims)
+        attended = self._attend(query, len(self.layers) - 1)
+        return self.finish(attended, x, self.layers[-1], self.norm, self.head, self.dims)
+
+    def graphed(self) -> Callable[[], None]:
+        """The step as a CUDA graph."""
+        self.step()  # compiles
+        return graphed(self.step)
+
+    def _slot(self, i: int) -> Tensor:
+        return self.caches[i][:, :, :, -1:]
+
+    def _attend(self, query: Tensor, i: int) -> Tensor:
+        key, value = self.caches[i]
+        return self.attention(query, key, value)
+
+
+def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+def _enter(x: Tensor, layer: Layer, slot: Tensor, rotation: tuple[Tensor, Tensor], dims: tuple) -> Tensor:
+    """From a layer's input to its query [B, heads, 1, D]; keys and values go to ``slot`` [2, B, KV heads, 1, D]."""
+    head_dim, heads, epsilon = dims
+    kv_heads = slot.shape[2]
+    joined = F.linear(_rms(x, layer.norm, epsilon), layer.qkv).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    query, key, value = joined.split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = (r.unsqueeze(1) for r in rotation)
+    slot[0].copy_(_rotated(key, cos, sin))
+    slot[1].copy_(value)
+    return _rotated(query, cos, sin)
+
+
+def _leave(attended: Tensor, x: Tensor, layer: Layer, dims: tuple) -> Tensor:
+    """From the result of attention to the layer's output."""
+    x = x + F.linear(attended.transpose(1, 2).flatten(2), layer.out)
+    gate, up = F.linear(_rms(x, layer.mlp_norm, dims[2]), layer.gate_up).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * up, layer.down)
+
+
+def _between(
+    attended: Tensor, x: Tensor, layer: Layer, after: Layer, slot: Tensor, rotation: tuple[Tensor, Tensor], dims: tuple
+) -> tuple[Tensor, Tensor]:
+    x = _leave(attended, x, layer, dims)
+    return x, _enter(x, after, slot, rotation, dims)
+
+
+def _finish(attended: Tensor, x: Tensor, layer: Layer, norm: Tensor, head: Tensor, dims: tuple) -> Tensor:
+    return F.linear(_rms(_leave(attended, x, layer, dims), norm, dims[2]), head)
