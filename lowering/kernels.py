@@ -1,9 +1,10 @@
 """The ops on a GPU: which kernel runs, with which constants, on which grid.
 
 Each function has the arguments and the results of its namesake in ``portable``. A decode step is three launches:
-``append`` (new token, pruning, attention over the window), ``attend`` (over the compressed tokens, split over the
-GPU), ``combine`` (one softmax; moves the counts on). Nothing is read on the host, so they can be captured in a CUDA
-graph, and the work follows the length that the device holds, not the capacity.
+``attend`` (over the tokens pruned before, split over the GPU), ``append`` (the new token, pruning, attention over the
+window and the leaving token; where the GPU can, beside ``attend``), ``combine`` (one softmax; moves the counts on).
+Nothing is read on the host, so they can be captured in a CUDA graph, and the work follows the length that the device
+holds, not the capacity.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _prunes_by_lane(dense: Tensor, prune: Prune) -> bool:
     """Whether the tuned kernel can take ``dense``: whole bitmap words, rows of 16-byte units, registers for a row."""
     strides = dense.stride()
     aligned = dense.data_ptr() % 16 == 0 and strides[3] == 1 and all(s % 8 == 0 for s in strides[:3])
-    whole = dense.shape[3] % 32 == 0 and dense.shape[3] <= 128 and dense.dtype != torch.float32
+    whole = dense.is_cuda and dense.shape[3] % 32 == 0 and dense.shape[3] <= 128 and dense.dtype != torch.float32
     return whole and aligned and prune.shared_bytes <= _STATIC_SHARED_BYTES and torch.version.hip is None
 
 
@@ -134,8 +135,8 @@ class Step:
 
     @property
     def window_parts(self) -> int:
-        """Programs that attend to the window, and so partial results."""
-        return _cdiv(self.window, _SLOTS_A_WARP * self.append_warps)
+        """Partial results of the appending kernel: of the leaving token, and of each piece of the window."""
+        return 1 + _cdiv(self.window, _SLOTS_A_WARP * self.append_warps)
 
     def constants(self) -> dict[str, Any]:
         """What the templates of a step have in common."""
@@ -154,7 +155,7 @@ class Step:
         }
 
     def append(self, overlap: bool) -> ModuleType:
-        """Kernel ``append``. overlap: the kernel behind it may start beside it."""
+        """Kernel ``append``. overlap: it runs beside ``attend``."""
         return _module("append", **self.constants(), overlap=overlap)
 
     def portable(self) -> ModuleType:
@@ -213,7 +214,7 @@ class Tuned:
         return enough and decode.shared_bytes <= _STATIC_SHARED_BYTES
 
     def module(self, overlap: bool) -> ModuleType:
-        """The kernel. overlap: it may start beside the one before it."""
+        """The kernel. overlap: ``append`` runs beside it."""
         decode = self.decode
         blocks = {
             "SETUP": decode.setup(),
@@ -295,7 +296,7 @@ def decode_attention(
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     sums = torch.empty(rows, parts, step.group, value_dim, dtype=torch.float32, device=query.device)
     states = torch.empty(rows, parts, step.group, 2, dtype=torch.float32, device=query.device)
-    moved = torch.empty(2, dtype=torch.int64, device=query.device)
+    moved = torch.empty(3, dtype=torch.int64, device=query.device)
     keys, values, at = (
         (key_values, key_bitmap),
         (value_values, value_bitmap),
@@ -304,28 +305,38 @@ def decode_attention(
     given, *strides = _mask_arguments(mask, batch, query_heads)
     rest = (key_blocks, value_blocks, *strides, scale, softcap)
 
-    step.append(overlap).append[rows, 2 + step.window_parts](
-        query, key, value, *keys, key_window, key_counts, *values, value_window, value_counts, at, given, sums, states,
-        moved, splits, *rest, num_warps=step.append_warps,
-    )  # fmt: skip
     if tuned is not None:
         _tuned_module(tuned, overlap).attend[rows * tuned.chunks, splits](
             query.view(torch.int32), *keys, *values, key_counts, at, given, sums, states, splits, *rest,
-            num_warps=tuned.warps, maxnreg=tuned.registers, launch_pdl=overlap,
+            num_warps=tuned.warps, maxnreg=tuned.registers,
         )  # fmt: skip
     else:
         step.portable().attend[rows, splits](query, *keys, *values, key_counts, at, given, sums, states, splits, *rest)
-    channels = 16 if parts > 16 else 32
-    step.combine(parts, channels, tuned is not None, overlap).combine[batch * query_heads, _cdiv(value_dim, channels)](
+    early = {"launch_pdl": True} if overlap else {}
+    step.append(overlap).append[rows, step.window_parts](
+        query, key, value, *keys, key_window, key_counts, *values, value_window, value_counts, at, given, sums, states,
+        moved, splits, *rest, num_warps=step.append_warps, **early,
+    )  # fmt: skip
+    channels = _channels_to_combine(batch * query_heads, value_dim, _multiprocessors(query.device))
+    combine = step.combine(parts, channels, tuned is not None, overlap)
+    combine.combine[batch * query_heads, _cdiv(value_dim, channels)](
         query, *keys, *values, given, sums, states, moved, result, key_counts, value_counts, parts, *rest,
-        **({"launch_pdl": True} if overlap else {}),
+        **early,
     )  # fmt: skip
     return result
 
 
+def _channels_to_combine(heads: int, head_dim: int, multiprocessors: int) -> int:
+    """Channels to a program of the combining kernel: all of them, or fewer where there are few heads."""
+    channels = _padded(head_dim)
+    while channels > 16 and heads * _cdiv(head_dim, channels) < 2 * multiprocessors:
+        channels //= 2
+    return channels
+
+
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel can start before the one ahead of it has ended (programmatic dependent launch)."""
+    """Whether a kernel can start while the one ahead of it runs (programmatic dependent launch)."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
