@@ -44,6 +44,7 @@ def reference_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Dense attention in ``dtype`` of q [B, Hq, L, D] over the pruned k and v [B, H, n, D].
 
@@ -53,6 +54,8 @@ def reference_attention(
     keys = pruned_cache(k, key_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
     values = pruned_cache(v, value_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
     scores = q.to(dtype) @ keys.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
     nothing = (scores == float("-inf")).all(-1, keepdim=True)

@@ -1,0 +1,293 @@
+"""What the tests of the ops and of their kernels have in common: tensors, decode steps, and what must come out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from hypothesis import strategies as st
+
+from mustafar_compile.lowering import ops
+from mustafar_compile.lowering.layout import CACHE_DTYPES
+from reference import kept_count, prune, pruned_cache, reference_attention
+
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+NAN, INF = float("nan"), float("inf")
+
+dtypes = st.sampled_from(CACHE_DTYPES)
+seeds = st.integers(0, 2**31)
+sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9, 0.999])
+
+
+def randn(*shape, seed, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_same_bits(actual, expected):
+    """Equal to the last bit: NaN equals NaN and -0.0 is not 0.0."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    actual, expected = (x.masked_fill(x.isnan(), 0).view(BITS[x.dtype]) for x in (actual, expected))
+    assert torch.equal(actual, expected)
+
+
+@st.composite
+def rows(draw, dtypes=dtypes):
+    """Rows [n, D] of a few values that are hard to rank, and random ones."""
+    dtype, head_dim, count = draw(dtypes), 8 * draw(st.integers(1, 32)), draw(st.integers(1, 4))
+    limits = torch.finfo(dtype)
+    atoms = [0.0, -0.0, 1.0, -1.0, 1.5, NAN, -NAN, INF, -INF, limits.max, limits.min, limits.tiny]
+    atoms += [limits.smallest_normal * limits.eps, -limits.smallest_normal * limits.eps]  # denormals
+    palette = draw(st.lists(st.sampled_from(atoms), max_size=6))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    x = torch.randn(count, head_dim, generator=generator).to(dtype)
+    if palette:
+        values = torch.tensor(palette, dtype=dtype)
+        chosen = values[torch.randint(len(palette), x.shape, generator=generator)]
+        x = torch.where(torch.rand(x.shape, generator=generator) < draw(st.sampled_from([0.5, 1.0])), chosen, x)
+    return x
+
+
+def hard_rows(head_dim, kept, dtype):
+    """Rows [n, D] in which ties, bits and places are as awkward as they can be."""
+    limits = torch.finfo(dtype)
+    infinity = torch.tensor(INF, dtype=dtype).view(BITS[dtype])
+    channel = torch.arange(head_dim)
+    places = [channel < kept, channel >= head_dim - kept, channel // 32 == 0, channel // 32 == (head_dim - 1) // 32]
+    places += [(channel < kept // 2) | (channel >= head_dim - kept // 2), channel % 2 == 1, channel == head_dim - 1]
+    ones = torch.ones(head_dim)
+    rows = [0 * ones, -0.0 * ones, ones, -ones, INF * ones, NAN * ones, limits.max * ones, (channel % 3) - 1.0]
+    rows += [torch.where(at, 1.0, 0.0) for at in places] + [torch.where(at, NAN, INF) for at in places]
+    rows += [torch.where(at, -2.0, 1.0) for at in places]
+    rows += [torch.randint(-2, 3, (head_dim,), generator=torch.Generator().manual_seed(i)).float() for i in range(4)]
+    rows = torch.stack(rows).to(dtype)
+    nans = (infinity + 1 + channel.to(BITS[dtype])).view(dtype)
+    denormals = (channel + 1).to(BITS[dtype]).view(dtype)
+    return torch.cat([rows, nans[None], denormals[None], -denormals.flip(0)[None]])
+
+
+def strided(x, how):
+    """``x`` [B, H, S, D] in another memory order, as models hand their caches over."""
+    if how == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "channels strided":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if how == "part of a larger one":
+        return torch.nn.functional.pad(x, (8, 8, 1, 1), value=NAN)[:, :, 1:-1, 8:-8]
+    if how == "heads expanded":
+        return x[:, :1].expand_as(x)
+    return x
+
+
+def with_length(x, length):
+    """The first ``length`` tokens of x [B, H, n, D]; zeros behind its last."""
+    return torch.nn.functional.pad(x, (0, 0, 0, max(length - x.shape[2], 0)))[:, :, :length]
+
+
+def rows_of(buffers):
+    """What the slots hold, each in a row [B, H, slots, n]: values and words."""
+    values, bitmap, *_ = buffers
+    return values.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3), bitmap.flatten(2, 3)
+
+
+LAYOUTS = ["plain", "tokens first", "channels strided", "part of a larger one", "heads expanded"]
+
+
+def border(dtype):
+    """Values on both sides of what is extreme, and whether they are."""
+    yield from [(0.0, 0), (NAN, 1), (INF, 1), (-INF, 1)]
+    if dtype == torch.float16:  # its largest number is far below
+        yield from [(65504.0, 0), (-65504.0, 0)]
+    else:
+        before = 2.0**97 * (1 - torch.finfo(dtype).eps / 2)
+        yield from [(2.0**97, 1), (-(2.0**97), 1), (before, 0), (-before, 0), (torch.finfo(dtype).max, 1)]
+
+
+BORDERS = [(dtype, value, flag) for dtype in CACHE_DTYPES for value, flag in border(dtype)]
+
+
+def row_holding(value, dtype, device="cpu"):
+    """A token [2, 2, 1, 40] with ``value`` in its last channel."""
+    row = randn(2, 2, 1, 40, seed=9, dtype=dtype, device=device)
+    row[1, 1, 0, 39] = value
+    return row
+
+
+@dataclass
+class Case:
+    """One decode step: what is in the cache, what is asked, what must come out."""
+
+    query: torch.Tensor
+    keys: torch.Tensor  # of all tokens, the new one included
+    values: torch.Tensor
+    key_sparsity: float = 0.5
+    value_sparsity: float = 0.5
+    window: int = 4
+    spare: int = 3
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+
+    def to(self, device):
+        """The same case there."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in held.items() if isinstance(x, torch.Tensor)})
+
+    @property
+    def tokens(self):
+        return self.keys.shape[2]
+
+    @property
+    def scale_number(self):
+        return 1 / math.sqrt(self.query.shape[3]) if self.scale is None else self.scale
+
+    def past(self, role):
+        """Buffers with all but the last token; slots that hold nothing hold NaN."""
+        x = self.keys if role == "key" else self.values
+        sparsity = self.key_sparsity if role == "key" else self.value_sparsity
+        written = self.tokens - 1
+        capacity = max(self.tokens - self.window, 0) + 1 + self.spare
+        kept = kept_count(x.shape[3], sparsity)
+        dense = x[:, :, : max(written, 1)]
+        tokens = torch.tensor([written], device=x.device)
+        buffers = list(ops.compress(dense, tokens, kept, self.window, capacity))
+        values, bitmap, window, _ = buffers
+        empty = torch.arange(32 * values.shape[2], device=x.device).view(-1, 32, 1) >= max(written - self.window, 0)
+        values.masked_fill_(empty.unsqueeze(1), NAN)
+        bitmap.masked_fill_(empty, -1)
+        window[:, :, written:] = NAN
+        return buffers
+
+    def step(self, key_buffers=None, value_buffers=None, position=None, decode=ops.decode_attention):
+        """The result of ``decode``, which updates the buffers."""
+        new = [x[:, :, -1:] for x in (self.keys, self.values)]
+        key_buffers, value_buffers = key_buffers or self.past("key"), value_buffers or self.past("value")
+        how = position, self.mask, self.scale_number, self.softcap
+        return decode(self.query, *new, *key_buffers, *value_buffers, *how)
+
+    def expected(self):
+        """The oracle's result in float64."""
+        mask = self.mask if self.mask is None or self.mask.shape[-1] == 1 else self.mask[..., : self.tokens]
+        how = (*self.sparsities, self.window, mask, self.scale_number, torch.float64, self.softcap)
+        return reference_attention(self.query.double(), self.keys, self.values, *how)
+
+    def allowed_error(self, rounds_weights=False):
+        """What sums in float32 and one rounding of the result may be off by: an error analysis, not a guess.
+
+        rounds_weights: the weights are rounded to the dtype of the cache before they meet the values.
+        """
+        unit, out = 2.0**-24, torch.finfo(self.query.dtype)
+        group = self.query.shape[1] // self.keys.shape[1]
+        keys = pruned_cache(self.keys, self.key_sparsity, self.window).double().abs().repeat_interleave(group, 1)
+        sizes = self.query.double().abs() @ keys.transpose(2, 3) * abs(self.scale_number)
+        # Where one score is beyond all others, it or its absence makes weights of exactly 0 and 1.
+        sizes = torch.where(sizes < 2.0**60, sizes, 0)
+        in_score = (self.query.shape[3] + 4) * unit * sizes.amax(-1, keepdim=True) + 8 * unit * self.softcap
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            in_score = in_score + unit * (self.mask.double().abs().nan_to_num(posinf=0) + 1).clamp(max=1e5).amax()
+        in_weights = torch.expm1(2 * in_score) + (self.tokens + 16) * unit
+        expected, averaged = self.expected(), replace(self, values=self.values.abs()).expected()
+        sums = (in_weights + (self.tokens + 4) * unit) * averaged
+        if rounds_weights:
+            values = pruned_cache(self.values, self.value_sparsity, self.window).double().abs()
+            lost = 2.0**-25 if self.values.dtype == torch.float16 else 2.0**-100  # weights too small for the dtype
+            sums = sums + lost * values.sum(2, keepdim=True).repeat_interleave(group, 1)
+            if self.values.dtype != torch.float32:
+                sums = sums + torch.finfo(self.values.dtype).eps * averaged
+        return sums + out.eps / 2 * (expected.abs() + sums) + out.tiny * out.eps
+
+    @property
+    def sparsities(self):
+        return self.key_sparsity, self.value_sparsity
+
+
+def assert_close(actual, case, factor=1, rounds_weights=False):
+    """Equal to the oracle's result up to rounding, with NaN and infinities where it has them."""
+    assert actual.dtype == case.query.dtype
+    expected, allowed = case.expected(), case.allowed_error(rounds_weights)
+    actual = actual.to(expected.device, torch.float64)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.isnan(), expected.isnan())
+    exact = expected.isnan() | expected.isinf()
+    assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
+    assert allowed[~exact].isfinite().all(), "else this would say nothing"
+    excess = ((actual - expected).abs() / allowed).masked_fill(exact, 0).max().item()
+    assert excess <= factor, f"the error is {excess:.2f} times what rounding explains"
+
+
+def assert_same_cache(actual, expected):
+    """Buffers that hold the same: all but the slots that nothing reads, to the last bit."""
+    assert actual[3].tolist() == expected[3].tolist()
+    pruned = expected[3][1].item()
+    mine, other = ([x[:, :, :pruned].to(expected[0].device) for x in rows_of(b)] for b in (actual, expected))
+    assert_same_bits(mine[0], other[0])
+    assert torch.equal(mine[1], other[1])
+    assert_same_bits(actual[2].to(expected[2].device), expected[2])
+
+
+def sparsity_for(head_dim, kept):
+    """A sparsity at which ``kept`` of ``head_dim`` channels are kept."""
+    return (head_dim - kept + 4) / head_dim
+
+
+def make_case(batch=2, heads=2, group=2, head_dim=16, value_dim=16, tokens=11, seed=0, dtype=torch.float32, **how):
+    device = how.pop("device", "cpu")
+    make = {"dtype": dtype, "device": device}
+    return Case(
+        randn(batch, heads * group, 1, head_dim, seed=seed, **make),
+        randn(batch, heads, tokens, head_dim, seed=seed + 1, **make),
+        randn(batch, heads, tokens, value_dim, seed=seed + 2, **make),
+        **how,
+    )
+
+
+def make_mask(kind, shape, seed, density=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.rand(shape, generator=generator) < density
+    if kind == "bool":
+        return allowed
+    if kind == "bias":
+        return torch.randn(shape, generator=generator)
+    lowest = -INF if kind == "-inf" else torch.finfo(torch.float32).min
+    return torch.zeros(shape).masked_fill(~allowed, lowest)
+
+
+@st.composite
+def masks(draw, case):
+    """A mask for ``case``, or none, of any shape that broadcasts."""
+    kind = draw(st.sampled_from([None, "bool", "bias", "-inf", "lowest"]))
+    if not kind:
+        return None
+    (batch, query_heads), length = case.query.shape[:2], draw(st.sampled_from([case.tokens, case.tokens + 3, 1]))
+    shapes = [(), (1,), (1, 1, 1), (batch, 1, 1), (1, query_heads, 1), (batch, query_heads, 1), (query_heads, 1)]
+    return make_mask(kind, (*draw(st.sampled_from(shapes)), length), draw(seeds))
+
+
+@st.composite
+def cases(draw, dtypes=dtypes, dims=(8, 16, 24, 64, 80, 128), windows=tuple(range(1, 13))):
+    batch, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 8]))
+    dims, dtype = st.sampled_from(dims), draw(dtypes)
+    case = make_case(
+        batch, heads, group, draw(dims), draw(dims), draw(st.integers(1, 80)), draw(seeds), dtype,
+        key_sparsity=draw(sparsities), value_sparsity=draw(sparsities), window=draw(st.sampled_from(windows)),
+        spare=draw(st.integers(0, 9)), scale=draw(st.sampled_from([None, 1.0, 0.3, -0.5])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 20.0])),
+    )  # fmt: skip
+    case.mask = draw(masks(case))
+    return case
+
+
+class TokenByToken:
+    """The oracle of ``append``: a list of rows, the first ``pruned`` of which are pruned for good."""
+
+    def __init__(self, kept, window):
+        self.kept, self.window, self.rows, self.pruned = kept, window, [], 0
+
+    def write(self, row, position):
+        self.rows = [*self.rows[:position], row]
+        leaving = range(min(self.pruned, position), position + 1 - self.window)
+        for i in leaving:
+            self.rows[i] = prune(self.rows[i], self.kept)
+        self.pruned = max(min(self.pruned, position), position + 1 - self.window)

@@ -1,0 +1,327 @@
+"""The plain Triton kernels in Triton's interpreter, on the CPU. ``test_kernels.py`` runs this in a process of its own.
+
+bfloat16 is for the GPU: the interpreter's products of it are wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import triton
+from cases import (
+    BORDERS,
+    INF,
+    LAYOUTS,
+    NAN,
+    TokenByToken,
+    assert_close,
+    assert_same_bits,
+    assert_same_cache,
+    cases,
+    hard_rows,
+    make_case,
+    make_mask,
+    randn,
+    row_holding,
+    rows,
+    seeds,
+    sparsities,
+    sparsity_for,
+    strided,
+    with_length,
+)
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from mustafar_compile.lowering import kernels, portable
+from reference import kept_count, pruned_cache
+
+assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
+
+# Without shrinking, which takes minutes here.
+phases = Phase.explicit, Phase.generate
+few = settings(max_examples=10, deadline=None, phases=phases, suppress_health_check=list(HealthCheck))
+narrow = st.sampled_from([torch.float32, torch.float16])
+portable_kernels = functools.partial(kernels.decode_attention, variant="portable")
+
+
+def stepped(case, position=None):
+    """The result of a step through the kernels; the caches must become what ``portable`` makes of them."""
+    ours, theirs = ([case.past("key"), case.past("value")] for _ in range(2))
+    out = case.step(*ours, position, decode=portable_kernels)
+    case.step(*theirs, position, decode=portable.decode_attention)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_same_cache(mine, other)
+    return out
+
+
+# ------------------------------------------------------------------------------------------- compress and decompress
+
+
+def check_compressed(dense, tokens, kept, window, capacity):
+    tokens = torch.tensor([tokens])
+    buffers = kernels.compress(dense, tokens, kept, window, capacity)
+    expected = portable.compress(dense, tokens, kept, window, capacity)
+    assert [(b.shape, b.dtype) for b in buffers] == [(b.shape, b.dtype) for b in expected]
+    assert_same_cache(buffers, expected)
+    return buffers
+
+
+@few
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 70), st.sampled_from([1, 3, 4, 8, 10, 16])),
+    written=st.floats(0, 1),
+    window=st.sampled_from([1, 7, 32, 40, 100]),
+    spare=st.integers(-40, 10),
+    sparsity=sparsities,
+    dtype=narrow,
+    how=st.sampled_from(LAYOUTS),
+    seed=seeds,
+)
+def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, spare, sparsity, dtype, how, seed):
+    batch, heads, length, eights = sizes
+    tokens, head_dim = round(written * length), 8 * eights
+    dense = strided(randn(batch, heads, length, head_dim, seed=seed, dtype=dtype), how)
+    expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
+    dense = strided(torch.where(torch.arange(length).unsqueeze(-1) < tokens, dense, NAN), how)
+    kept, capacity = kept_count(head_dim, sparsity), max(length + spare, tokens - window, 0)
+    buffers = check_compressed(dense, tokens, kept, window, capacity)
+    assert buffers[3].tolist() == [tokens, max(tokens - window, 0), 0], "NaN that is not written is not extreme"
+    for asked in {tokens, length + 7, max(tokens - 1, 0)}:
+        assert_same_bits(kernels.decompress(*buffers, asked), with_length(expected, asked))
+
+
+@few
+@given(rows(dtypes=narrow), st.integers(1, 32))
+def test_rows_of_all_kinds(x, eights):
+    kept = min(8 * eights, x.shape[-1])
+    buffers = check_compressed(x[None, None], len(x), kept, 1, len(x))
+    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1)
+    assert_same_bits(kernels.decompress(*buffers, len(x)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "kept"), [(8, 8), (24, 8), (64, 32), (80, 40), (128, 8), (128, 120)])
+def test_rows_that_are_hard_to_rank(head_dim, kept, dtype):
+    """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends."""
+    dense = hard_rows(head_dim, kept, dtype)[None, None]
+    length = dense.shape[2]
+    buffers = check_compressed(dense, length, kept, 1, length)
+    expected = pruned_cache(dense, sparsity_for(head_dim, kept), 1)
+    assert_same_bits(kernels.decompress(*buffers, length), expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 40, 64])
+def test_compressing_a_part_of_a_static_cache(tokens):
+    dense = randn(1, 2, 64, 24, seed=1)
+    buffers = check_compressed(dense, tokens, 8, 7, 64)
+    assert_same_bits(kernels.decompress(*buffers, 64), with_length(pruned_cache(dense[:, :, :tokens], 0.7, 7), 64))
+
+
+def test_compressing_no_rows():
+    buffers = kernels.compress(torch.zeros(1, 2, 0, 16), torch.tensor([0]), 8, 4, 10)
+    assert buffers[3].tolist() == [0, 0, 0]
+    assert not buffers[2].any()
+    assert kernels.decompress(*buffers, 0).shape == (1, 2, 0, 16)
+    assert not kernels.decompress(*buffers, 3).any()
+
+
+@pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
+def test_the_flag_of_extreme_values(dtype, value, flag):
+    """Set by compressing where it is written, and by appending to the cache that gets it; and it stays."""
+    plain, row = (row_holding(v, dtype)[1:, 1:] for v in (0, value))
+    for place, tokens in ((0, 6), (5, 5), (5, 6)):
+        dense = torch.cat([row if i == place else plain for i in range(6)], dim=2)
+        counts = kernels.compress(dense, torch.tensor([tokens]), 8, 2, 6)[3]
+        assert counts.tolist() == [tokens, tokens - 2, flag if place < tokens else 0]
+    if dtype == torch.bfloat16:
+        return
+    for role in (0, 1):
+        buffers = [portable.compress(plain, torch.tensor([1]), 8, 2, 9) for _ in range(2)]
+        new = [row if i == role else plain for i in range(2)]
+        portable_kernels(plain, *new, *buffers[0], *buffers[1], None, None, 0.1)
+        assert [b[3].tolist() for b in buffers] == [[2, 0, flag if i == role else 0] for i in range(2)]
+        if role == 0 and flag:
+            portable_kernels(plain, plain, plain, *buffers[0], *buffers[1], None, None, 0.1)
+            assert [b[3].tolist() for b in buffers] == [[3, 1, 1], [3, 1, 0]]
+
+
+# ------------------------------------------------------------------------------------------------- decode attention
+
+
+@settings(few, max_examples=10)
+@given(cases(narrow, (8, 24, 64, 80, 128), (1, 7, 32, 40, 100)), st.booleans())
+@example(make_case(tokens=1), False)
+@example(make_case(tokens=5, window=4), True)  # the first token that is pruned
+@example(make_case(tokens=4, window=4), False)
+@example(make_case(tokens=9, window=1), False)
+@example(make_case(tokens=33, window=1, batch=1), False)
+@example(make_case(tokens=34, window=1, batch=1), False)
+@example(make_case(tokens=70, window=100, batch=1), False)
+@example(make_case(group=20, heads=1, tokens=45, window=7), False)
+@example(make_case(batch=1, heads=1, tokens=140, group=3), True)  # several splits
+@example(make_case(mask=torch.zeros(2, 1, 1, 11, dtype=torch.bool)), False)
+@example(make_case(mask=torch.full((11,), -INF)), False)
+@example(make_case(mask=torch.full((1, 1, 1, 11), torch.finfo(torch.float32).min)), False)
+@example(make_case(mask=torch.full((1, 1, 1, 11), -65504.0, dtype=torch.float16), dtype=torch.float16), False)
+@example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool)), False)
+def test_a_step_equals_the_oracle(case, position):
+    out = stepped(case, torch.tensor([case.tokens - 1]) if position else None)
+    assert_close(out, case, rounds_weights=True)
+
+
+def test_a_mask_of_each_head_and_batch_entry():
+    case = make_case(heads=3, group=2, tokens=50)
+    case.mask = make_mask("bool", (2, 6, 1, 50), 3, density=0.2)
+    assert_close(stepped(case), case, rounds_weights=True)
+    case.mask = make_mask("bias", (6, 2, 1, 50), 4).transpose(0, 1)
+    assert_close(stepped(case), case, rounds_weights=True)
+
+
+def test_what_may_attend_to_nothing_gives_zeros():
+    case = make_case(tokens=40)
+    case.mask = torch.ones(2, 4, 1, 40, dtype=torch.bool)
+    case.mask[1, 2] = False
+    case.mask[0, 1, :, :38] = False  # nothing but the window
+    case.mask[0, 2, :, 3:] = False  # nothing but the compressed part
+    out = stepped(case)
+    assert out[1, 2].count_nonzero() == 0
+    assert_close(out, case, rounds_weights=True)
+
+
+def test_inputs_of_any_strides():
+    case = make_case(batch=1, tokens=38)
+    clean = stepped(case)
+    for how in LAYOUTS[1:-1]:
+        case.query, case.keys, case.values = (strided(x, how) for x in (case.query, case.keys, case.values))
+        assert torch.equal(stepped(case), clean)
+
+
+def test_caches_of_different_capacity():
+    case = make_case(tokens=70, batch=2)
+    larger = make_case(tokens=70, batch=2, spare=100)
+    for buffers in ((case.past("key"), larger.past("value")), (larger.past("key"), case.past("value"))):
+        assert_close(case.step(*buffers, decode=portable_kernels), case, rounds_weights=True)
+
+
+@pytest.mark.parametrize("position", [None, "given"])
+@pytest.mark.parametrize(("window", "tokens"), [(1, 5), (4, 6), (3, 36)])
+def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, position):
+    case = make_case(batch=1, heads=1, tokens=tokens, head_dim=24, value_dim=16)
+    start = max(0, tokens - 6)
+    grown = [list(portable.compress(x, torch.tensor([start]), 8, window, tokens)) for x in (case.keys, case.values)]
+    for n in range(start, tokens):
+        new = case.keys[:, :, n : n + 1], case.values[:, :, n : n + 1]
+        portable_kernels(case.query, *new, *grown[0], *grown[1], torch.tensor([n]) if position else None, None, 0.2)
+    for x, buffers in zip((case.keys, case.values), grown, strict=True):
+        assert_same_cache(buffers, portable.compress(x, torch.tensor([tokens]), 8, window, tokens))
+
+
+@pytest.mark.parametrize(
+    ("where", "window"),
+    [
+        ([1.0] * 5 + [0.0] + [1.0] * 3, 3),  # a new text in the same buffers
+        ([1.0] * 6 + [0.9, 1.0, 1.0], 3),  # back by one, as a rejected draft is
+        ([1.0] * 6 + [0.5] + [1.0] * 4, 3),  # back behind the window
+        ([1.0] * 5 + [0.5, 0.5, 1.0, 0.3, 1.0], 1),
+    ],
+)
+def test_writing_at_an_earlier_position_rewinds(where, window):
+    oracles = [TokenByToken(8, window) for _ in range(2)]
+    buffers = [list(portable.compress(torch.zeros(1, 1, 1, 24), torch.tensor([0]), 8, window, 30)) for _ in oracles]
+    for n, fraction in enumerate(where):
+        position = round(fraction * len(oracles[0].rows))
+        new = [randn(1, 1, 1, 24, seed=10 * n + i) for i in range(2)]
+        for oracle, row in zip(oracles, new, strict=True):
+            oracle.write(row, position)
+        query = randn(1, 2, 1, 24, seed=10 * n + 2)
+        out = portable_kernels(query, *new, *buffers[0], *buffers[1], torch.tensor([position]), None, 0.2)
+        seen = [torch.cat(oracle.rows, dim=2) for oracle in oracles]
+        for mine, oracle, expected in zip(buffers, oracles, seen, strict=True):
+            assert mine[3].tolist() == [position + 1, oracle.pruned, 0]
+            assert_same_bits(portable.decompress(*mine, position + 1), expected)
+        case = make_case(1, 1, 2, key_sparsity=0.0, value_sparsity=0.0, scale=0.2)
+        case.query, (case.keys, case.values) = query, seen
+        assert_close(out, case, rounds_weights=True)
+
+
+# --------------------------------------------------------------------------------------- values that are not ordinary
+
+SPOILT = [NAN, INF, -INF, 1e38, -3e38, 2.0**96, 2.0**98]
+
+
+@pytest.mark.parametrize("token", [2, 39], ids=["compressed", "in the window"])
+@pytest.mark.parametrize("role", ["keys", "values"])
+@pytest.mark.parametrize("value", SPOILT)
+def test_extreme_values_count_as_in_the_oracle(role, token, value):
+    case = make_case(tokens=41, batch=1)
+    case.query = case.query / 64  # no score overflows
+    getattr(case, role)[0, 0, token, 5] = value
+    assert_close(stepped(case), case, rounds_weights=True)
+
+
+def test_a_channel_of_huge_values():
+    """Their sum is no float32, their average is one."""
+    case = make_case(tokens=90, batch=1, window=40)
+    case.values[..., 3] = 3e38
+    assert_close(stepped(case), case, rounds_weights=True)
+
+
+def test_a_bad_key_that_is_masked_out_does_no_harm():
+    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
+    case.mask[0, ..., [2, 9]] = False
+    clean = stepped(case)
+    case.keys[0, :, [2, 9]] = NAN
+    assert torch.equal(stepped(case), clean)
+
+
+@pytest.fixture
+def exact_for_extremes(monkeypatch):
+    """Kernels of a step with a tuned ``attend``, whose results are lost: only what is done again can be right."""
+    combine = kernels.Step.combine
+
+    def with_repetition(self, parts, channels, exact_for_extremes, overlap):
+        assert not exact_for_extremes, "the plain kernel is exact"
+        return combine(self, parts, channels, True, overlap)
+
+    class Lossy:
+        def __init__(self, step):
+            self.step = step
+
+        def __getitem__(self, grid):
+            def attend(*arguments):
+                rows, splits = grid
+                shape = (rows, splits + self.step.window_parts, self.step.group)
+                results = [a for a in arguments if isinstance(a, torch.Tensor) and a.shape[:3] == shape]
+                assert len(results) == 2
+                for x in results:
+                    x[:, :splits] = NAN
+
+            return attend
+
+    monkeypatch.setattr(kernels.Step, "combine", with_repetition)
+    monkeypatch.setattr(kernels.Step, "portable", lambda step: type("Module", (), {"attend": Lossy(step)}))
+
+
+@pytest.mark.parametrize("value", SPOILT)
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_a_step_with_extreme_values_is_done_again(role, value, exact_for_extremes):
+    case = make_case(tokens=75, group=3, batch=1, window=17)
+    case.query = case.query / 64
+    case.mask = make_mask("bias", (1, 6, 1, 75), 5)
+    getattr(case, role)[0, 1, 7, 5] = value
+    out = case.step(decode=portable_kernels)
+    if value == 2.0**96:
+        assert out.isnan().all(), "not extreme: taken from the splits"
+    else:
+        assert_close(out, case, rounds_weights=True)
+
+
+@settings(few, max_examples=6)
+@given(cases(narrow, (8, 24, 64), (1, 7, 40)))
+def test_doing_a_step_again_equals_the_oracle(exact_for_extremes, case):
+    key, value = case.past("key"), case.past("value")
+    value[3][2] = 1
+    assert_close(case.step(key, value, decode=portable_kernels), case, rounds_weights=True)

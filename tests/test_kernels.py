@@ -1,0 +1,675 @@
+"""The kernels: the plain ones in Triton's interpreter; on a GPU both variants, against oracle and ``portable``."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    BORDERS,
+    INF,
+    LAYOUTS,
+    NAN,
+    TokenByToken,
+    assert_close,
+    assert_same_bits,
+    assert_same_cache,
+    hard_rows,
+    make_case,
+    make_mask,
+    randn,
+    row_holding,
+    rows,
+    seeds,
+    sparsity_for,
+    strided,
+    with_length,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mustafar_compile.lowering import ops, portable
+from reference import prune, pruned_cache
+
+pytest.importorskip("triton")
+from mustafar_compile.lowering import kernels
+
+HALVES = (torch.bfloat16, torch.float16)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_the_plain_kernels_in_the_interpreter():
+    """Whether Triton interprets is decided when it is imported, so not in this process but in two of its own."""
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    how = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    parts = [subprocess.Popen([*command, "-k", part], text=True, **how) for part in ("step", "not step")]
+    outputs = [part.communicate()[0] for part in parts]
+    for part, output in zip(parts, outputs, strict=True):
+        assert part.returncode == 0, output[-8000:]
+
+
+# -------------------------------------------------------------------------------------------------- which kernel runs
+
+
+def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
+    value_dim = value_dim or key_dim
+    kept = kept or key_dim // 2
+    fixed = {"window": 32, "kv_heads": 8, "mask": "none", "position": False, "softcap": False}
+    return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 20])
+def test_the_tuned_kernel_serves_the_usual_shapes(head_dim, group, dtype):
+    sparsest, densest = 8, head_dim // 2
+    for kept in (sparsest, densest):
+        for mask in ("none", "boolean", "additive"):
+            tuned = step_of(head_dim, kept=kept, group=group, dtype=dtype, mask=mask).tuned()
+            assert tuned is not None
+            assert tuned.chunks * tuned.decode.heads >= group
+            assert tuned.decode.shared_bytes <= 48 * 1024
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"dtype": "fp32"},
+        {"key_dim": 80},
+        {"key_dim": 24},
+        {"key_dim": 128, "value_dim": 80},
+        {"key_dim": 80, "value_dim": 128},
+        {"key_dim": 256, "kept": 256},  # more shared memory than there is
+        {"key_dim": 256, "kept": 8, "value_kept": 256},
+    ],
+)
+def test_the_tuned_kernel_serves_nothing_else(how):
+    assert step_of(**how).tuned() is None
+
+
+def test_fewer_warps_where_shared_memory_is_short():
+    few, many = step_of(kept=128).tuned(), step_of(kept=64).tuned()
+    assert (few.warps, many.warps) == (2, 4)
+
+
+def test_which_caches_have_kernels():
+    x = torch.zeros(1, 2, 3, 64)
+    for dtype in (torch.float32, *HALVES):
+        assert kernels.supports(x.to(dtype))
+        assert kernels.supports(x.to(dtype), torch.zeros(1, 2, 3, 80, dtype=dtype))
+        assert kernels.supports(torch.zeros(1, 2, 3, 256, dtype=dtype))
+    assert not kernels.supports(x.double())
+    assert not kernels.supports(x[..., :12])
+    assert not kernels.supports(torch.zeros(1, 2, 3, 264))
+    assert not kernels.supports(x, x.half())
+    assert not kernels.supports(x, x[:, :1])
+
+
+def test_a_gpu_is_filled_once_and_no_split_is_empty():
+    for rows_, blocks, programs, a_round in itertools.product((1, 3, 64, 1000), (1, 5, 4096), (4, 528), (1, 4)):
+        splits = kernels._splits(rows_, blocks, programs, a_round)
+        assert 1 <= splits <= math.ceil(blocks / a_round)
+        assert splits == 1 or splits * rows_ <= programs
+
+
+# ------------------------------------------------------------------------------------------------------- on the GPU
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for; the rest varies from example to example."""
+
+    dtype: torch.dtype
+    dims: tuple[int, int]  # of K and V
+    kept: tuple[int, int]
+    group: int
+    window: int
+    mask: str | None = None
+    position: bool = False
+    softcap: float = 0.0
+
+    def __str__(self):
+        how = [self.mask or "", "at" * self.position, "cap" * bool(self.softcap)]
+        sizes = "-".join(f"{k}of{d}" for k, d in zip(self.kept, self.dims, strict=True))
+        return "-".join([str(self.dtype)[6:], sizes, f"g{self.group}", f"w{self.window}", *filter(None, how)])
+
+    def case(self, batch, heads, tokens, seed, **how):
+        key_sparsity, value_sparsity = (sparsity_for(d, k) for d, k in zip(self.dims, self.kept, strict=True))
+        how = {"window": self.window, "softcap": self.softcap} | how
+        how |= {"key_sparsity": key_sparsity, "value_sparsity": value_sparsity}
+        return make_case(batch, heads, self.group, *self.dims, tokens, seed, self.dtype, **how)
+
+    def position_of(self, case):
+        return torch.tensor([case.tokens - 1], device="cuda") if self.position else None
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [
+    Shape(BF16, (128, 128), (64, 64), 4, 32),
+    Shape(BF16, (128, 128), (40, 40), 4, 32, "bool", position=True),
+    Shape(BF16, (128, 128), (64, 40), 8, 7, "bias"),
+    Shape(FP16, (128, 128), (64, 64), 1, 1, "-inf"),
+    Shape(BF16, (64, 64), (32, 32), 7, 40, "lowest"),
+    Shape(FP16, (64, 64), (8, 64), 2, 100, position=True),
+    Shape(FP16, (64, 128), (24, 72), 3, 33, "bool", softcap=20.0),
+    Shape(BF16, (96, 96), (48, 48), 4, 32, softcap=5.0),
+    Shape(BF16, (256, 256), (128, 128), 2, 32, "bool"),
+    Shape(FP16, (256, 128), (8, 16), 16, 64),
+    Shape(BF16, (128, 128), (128, 128), 16, 32, "bias", position=True),
+    Shape(BF16, (32, 32), (16, 8), 1, 5),
+    Shape(BF16, (80, 80), (40, 24), 4, 32, "bool"),
+    Shape(FP16, (24, 24), (8, 16), 3, 7),
+    Shape(FP32, (128, 128), (64, 64), 4, 32, "bias"),
+    Shape(FP32, (64, 80), (32, 40), 16, 7, position=True),
+]
+TUNED = [s for s in SHAPES if s.dtype != FP32 and all(d % 32 == 0 for d in s.dims)]
+WITH_VARIANTS = [(s, v) for s in SHAPES for v in ("tuned", "portable") if v == "portable" or s in TUNED]
+variants = pytest.mark.parametrize(("shape", "variant"), WITH_VARIANTS, ids=[f"{s}-{v}" for s, v in WITH_VARIANTS])
+tuned_and_portable = pytest.mark.parametrize("variant", ["tuned", "portable"])
+some = settings(max_examples=max(25, settings.default.max_examples), deadline=None)
+
+lengths = st.one_of(
+    st.integers(1, 40), st.integers(1, 700), st.sampled_from([1, 2, 32, 33, 34, 64, 65, 66, 128, 129, 1025, 2500])
+)
+
+
+def decode(variant):
+    return functools.partial(kernels.decode_attention, variant=variant)
+
+
+def pasts(case):
+    """The caches of K and V before the step, made on the CPU."""
+    return [[b.cuda() for b in case.past(role)] for role in ("key", "value")]
+
+
+def copies(caches):
+    return [[b.clone() for b in buffers] for buffers in caches]
+
+
+def stepped(case, variant, position=None, caches=None):
+    """The result of a step of ``case`` (on the CPU) on the GPU; the caches must become what ``portable`` makes."""
+    ours = caches or pasts(case)
+    theirs = [[b.cpu() for b in buffers] for buffers in ours]
+    out = case.to("cuda").step(*ours, position, decode=decode(variant))
+    for x, buffers in zip((case.keys, case.values), theirs, strict=True):
+        portable.append(x[:, :, -1:], *buffers, position if position is None else position.cpu())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_same_cache(mine, other)
+    return out
+
+
+def check(out, case):
+    """``out`` is what the oracle says. It reckons on the GPU too, for speed."""
+    assert_close(out, case.to("cuda"), rounds_weights=True)
+
+
+@needs_gpu
+@variants
+@some
+@given(data=st.data())
+def test_a_step_equals_the_oracle(shape, variant, data):
+    batch, heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(lengths)
+    scale = data.draw(st.sampled_from([None, 0.3, -0.1]))
+    case = shape.case(batch, heads, tokens, data.draw(seeds), spare=data.draw(st.sampled_from([0, 1, 40, 5000])))
+    case.scale = scale
+    if shape.mask:
+        query_heads = heads * shape.group
+        leading = data.draw(
+            st.sampled_from([(), (1, 1, 1), (batch, 1, 1), (1, query_heads, 1), (batch, query_heads, 1)])
+        )
+        length = data.draw(st.sampled_from([tokens, tokens + 3, 1]))
+        density = data.draw(st.sampled_from([0.0, 0.01, 0.5, 1.0]))
+        case.mask = make_mask(shape.mask, (*leading, length), data.draw(seeds), density)
+        if shape.mask == "lowest":  # of the cache's dtype, as transformers makes it
+            case.mask = case.mask.clamp(min=torch.finfo(shape.dtype).min).to(shape.dtype)
+    caches = pasts(case)
+    again = copies(caches)
+    out = stepped(case, variant, shape.position_of(case), caches)
+    check(out, case)
+    assert_same_bits(case.to("cuda").step(*again, shape.position_of(case), decode=decode(variant)), out)
+    for mine, other in zip(again, caches, strict=True):
+        assert_same_cache(mine, other)
+
+
+@needs_gpu
+@variants
+def test_many_tokens(shape, variant):
+    """Several rounds of every split, and a batch that leaves one split a row."""
+    for batch, tokens in ((1, 20_011), (64 // shape.group, 1500)):
+        case = shape.case(batch, 4, tokens, seed=batch)
+        if shape.mask:
+            case.mask = make_mask(shape.mask, (batch, 1, 1, tokens), 1)
+        check(stepped(case, variant, shape.position_of(case)), case)
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_token_is_read_exactly(variant, dtype):
+    """A mask that allows one token to each head: its pruned row comes out, to the last bit, whatever the bits are."""
+    head_dim, tokens, window, kv_heads, group = 128, 540, 32, 2, 8
+    case = make_case(1, kv_heads, group, head_dim, head_dim, tokens, 3, dtype, window=window)
+    patterns = torch.randperm(2**16, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(torch.int16)
+    patterns = patterns.view(dtype)
+    tame = patterns[(patterns.float().abs() < 2.0**97) & ~patterns.isnan()]
+    assert len(tame) > 2**15 * 1.2
+    case.values = tame.repeat(3)[: case.values.numel()].view(case.values.shape).clone()
+    rows_ = pruned_cache(case.values, 0.5, window)
+    caches, query_heads = pasts(case), kv_heads * group
+    assert caches[1][3][2] == 0
+    at = torch.tensor([tokens - 1], device="cuda")
+    moved = case.to("cuda")
+    for first in range(0, tokens, group):
+        allowed = [min(first + h % group, tokens - 1) for h in range(query_heads)]
+        moved.mask = torch.zeros(1, query_heads, 1, tokens, dtype=torch.bool, device="cuda")
+        moved.mask[0, range(query_heads), 0, allowed] = True
+        out = moved.step(*caches, at, decode=decode(variant)).cpu()
+        expected = torch.stack([rows_[0, h // group, t] for h, t in enumerate(allowed)])[None, :, None]
+        # What float32 may lose of such numbers, the plain kernel with weights of 2^-24.
+        below = 0 if dtype == torch.float16 else 2.0**-125 if variant == "tuned" else 2.0**-100
+        torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=below)
+        large = expected.float().abs() > below
+        assert torch.equal(out[large], expected[large])
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("dtype", [*HALVES, FP32])
+def test_masks_that_leave_whole_splits_out(variant, dtype):
+    case = make_case(2, 2, 4, 128, 128, 3000, 1, dtype, window=32)
+    case.mask = torch.zeros(2, 8, 1, 3000, dtype=torch.bool)
+    for head, allowed in enumerate([[0], [2999], [1500, 1501], [31, 32, 2967], [], range(2968), range(2968, 3000)]):
+        case.mask[:, head, 0, list(allowed)] = True
+    case.mask[1, 7, 0, ::37] = True
+    out = stepped(case, variant)
+    assert out[:, 4].count_nonzero() == 0
+    assert out[0, 7].count_nonzero() == 0
+    check(out, case)
+    case.mask = torch.zeros(3000).masked_fill(~case.mask, -INF)
+    check(stepped(case, variant), case)
+    case.mask = torch.full((2, 1, 1, 3000), torch.finfo(dtype).min, dtype=dtype)  # nothing is left: all alike
+    check(stepped(case, variant), case)
+
+
+@needs_gpu
+@tuned_and_portable
+def test_scores_that_grow_and_fall_along_the_cache(variant):
+    """The running maximum rises in every block, in one only, or never again."""
+    for direction in (1, -1, 0):
+        case = make_case(1, 2, 4, 64, 64, 4000, 2, BF16, key_sparsity=0.0, window=32, scale=1.0)
+        slope = torch.linspace(-4, 4, 4000) * direction if direction else torch.zeros(4000)
+        slope[1234] += 8 * (direction == 0)
+        case.query = torch.ones_like(case.query)
+        case.keys = (slope[None, None, :, None] + randn(1, 2, 4000, 64, seed=3) / 16).to(BF16)
+        check(stepped(case, variant), case)
+
+
+@needs_gpu
+@variants
+def test_static_caches_of_any_capacity(shape, variant):
+    for tokens in (1, 2, shape.window, shape.window + 1, shape.window + 2, 70):
+        for spare in (0, 20_000):
+            case = shape.case(2, 2, tokens, seed=tokens, spare=spare)
+            if shape.mask:
+                case.mask = make_mask(shape.mask, (tokens,), 2, density=0.8)
+            check(stepped(case, variant, shape.position_of(case)), case)
+
+
+@needs_gpu
+@tuned_and_portable
+def test_caches_of_different_capacity(variant):
+    case = make_case(2, 2, 4, 64, 64, 300, 5, BF16, window=8)
+    larger = make_case(2, 2, 4, 64, 64, 300, 5, BF16, window=8, spare=700)
+    for key, value in ((case, larger), (larger, case)):
+        caches = [[b.cuda() for b in key.past("key")], [b.cuda() for b in value.past("value")]]
+        check(stepped(case, variant, caches=caches), case)
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("dtype", [*HALVES, FP32])
+@pytest.mark.parametrize("how", LAYOUTS[1:-1])
+def test_inputs_of_any_strides(how, dtype, variant):
+    case = make_case(2, 3, 4, 64, 128, 200, 6, dtype, window=32)
+    case.mask = make_mask("bias", (2, 12, 1, 200), 1)
+    clean = stepped(case, variant)
+    moved = case.to("cuda")
+    moved.query, moved.keys, moved.values = (strided(x, how) for x in (moved.query, moved.keys, moved.values))
+    moved.mask = strided(moved.mask, how)
+    assert_same_bits(moved.step(*pasts(case), decode=decode(variant)), clean)
+    check(clean, case)
+
+
+# Values that are not ordinary
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("dtype", [*HALVES, FP32])
+@pytest.mark.parametrize("role", ["keys", "values"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38, -3e38, 2.0**96, -(2.0**96), 2.0**98])
+def test_extreme_values_count_as_in_the_oracle(value, role, dtype, variant):
+    if dtype == torch.float16 and math.isfinite(value):
+        value = math.copysign(65504.0, value)
+    for head_dim, token in itertools.product((64, 128), (0, 77, 280, 299)):  # compressed, in the window, the new one
+        case = make_case(2, 2, 4, head_dim, head_dim, 300, 7, dtype, window=32)
+        case.query = case.query / 64  # no score overflows
+        getattr(case, role)[1, 0, token, head_dim - 3] = value
+        out = stepped(case, variant)
+        check(out, case)
+        assert not out[0].isnan().any()
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("value", [2.0**96, 3e38])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_channel_of_huge_values(value, dtype, variant):
+    """Their sum is no float32, their average is one."""
+    case = make_case(1, 2, 4, 128, 128, 5000, 7, dtype, window=100)
+    case.values[..., 3] = value
+    case.values[..., 99] = -value
+    check(stepped(case, variant), case)
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("group", [1, 4, 8, 16, 20])
+def test_extreme_values_with_any_group(group, variant):
+    for mask in (None, "bool", "bias"):
+        case = make_case(2, 2, group, 64, 64, 500, 8, BF16, window=70)
+        case.mask = make_mask(mask, (2, 2 * group, 1, 500), 1) if mask else None
+        case.values[1, 1, 100, 7] = -3e38
+        case.values[0, 0, 100, 7] = NAN
+        check(stepped(case, variant), case)
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("dtype", [*HALVES, FP32])
+def test_a_bad_key_that_is_masked_out_does_no_harm(dtype, variant):
+    case = make_case(2, 2, 4, 128, 128, 300, 9, dtype, window=32)
+    case.mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    case.mask[0, ..., [2, 280]] = False
+    clean = stepped(case, variant)
+    check(clean, case)
+    case.keys[0, :, [2, 280]] = NAN
+    spoilt = stepped(case, variant)
+    assert not spoilt.isnan().any()
+    # The tuned kernel leaves the flagged cache to one that is exact, which rounds otherwise.
+    case.keys[0, :, [2, 280]] = 0
+    check(spoilt, case)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
+def test_the_flag_of_extreme_values(dtype, value, flag):
+    """Set by compressing where it is written, and by appending to the cache that gets it; and it stays."""
+    plain, row = (torch.nn.functional.pad(row_holding(v, dtype, "cuda"), (24, 0)) for v in (0, value))
+    assert plain.shape[3] == 64
+    for place, tokens, unaligned in itertools.product((0, 3, 69), (0, 3, 69, 70), (0, 1)):
+        dense = torch.cat([row if i == place else plain for i in range(70)], dim=2)
+        dense = torch.nn.functional.pad(dense, (unaligned, 0))[..., unaligned:]
+        counts = kernels.compress(dense, torch.tensor([tokens], device="cuda"), 8, 2, 70)[3]
+        assert counts.tolist() == [tokens, max(tokens - 2, 0), flag if place < tokens else 0]
+    for role in (0, 1):
+        buffers = [kernels.compress(plain, torch.tensor([1], device="cuda"), 8, 2, 9) for _ in range(2)]
+        new = [row if i == role else plain for i in range(2)]
+        for n in (2, 3):
+            kernels.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, 0.1)
+            expected = [[n, max(n - 2, 0), flag if i == role else 0] for i in range(2)]
+            assert [b[3].tolist() for b in buffers] == expected
+            new = [plain, plain]
+
+
+# Steps in sequence
+
+
+@needs_gpu
+@variants
+def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
+    tokens, capacity = shape.window + 75, shape.window + 90
+    case = shape.case(2, 2, tokens, seed=11)
+    empty = torch.zeros(1, dtype=torch.int64, device="cuda")
+    grown = [
+        list(kernels.compress(x[:, :, :1].cuda(), empty, kept, shape.window, capacity))
+        for x, kept in zip((case.keys, case.values), shape.kept, strict=True)
+    ]
+    for n in range(tokens):
+        step = shape.case(2, 2, 1, seed=0)
+        step.query, step.keys, step.values = case.query, case.keys[:, :, : n + 1], case.values[:, :, : n + 1]
+        if shape.mask:
+            step.mask = make_mask(shape.mask, (2, 1, 1, n + 1), n, density=0.9)
+        out = step.to("cuda").step(*grown, shape.position_of(step), decode=decode(variant))
+        check(out, step)
+    for x, kept, buffers in zip((case.keys, case.values), shape.kept, grown, strict=True):
+        assert_same_cache(buffers, portable.compress(x, torch.tensor([tokens]), kept, shape.window, capacity))
+
+
+@needs_gpu
+@tuned_and_portable
+@some
+@given(st.lists(st.floats(0, 1) | st.just(1.0), min_size=1, max_size=40), st.sampled_from([1, 3, 32]), seeds)
+def test_writing_at_an_earlier_position_rewinds(variant, where, window, seed):
+    """1.0 is the end, 0.0 the start of what is written. What was pruned stays pruned."""
+    oracles, tokens = [TokenByToken(16, window) for _ in range(2)], 60
+    start = randn(2, 2, tokens, 64, seed=seed, dtype=BF16)
+    buffers = [kernels.compress(start.cuda(), torch.tensor([tokens], device="cuda"), 16, window, 200) for _ in oracles]
+    for oracle in oracles:
+        oracle.rows = list(pruned_cache(start, sparsity_for(64, 16), window).split(1, dim=2))
+        oracle.pruned = tokens - window
+    for n, fraction in enumerate([*where, 1.0]):
+        position = round(fraction * len(oracles[0].rows))
+        new = [randn(2, 2, 1, 64, seed=seed + 10 * n + i, dtype=BF16) for i in range(2)]
+        for oracle, row in zip(oracles, new, strict=True):
+            oracle.write(row, position)
+        case = make_case(2, 2, 2, 64, 64, 1, seed + 10 * n + 2, BF16, key_sparsity=0.0, value_sparsity=0.0)
+        case.keys, case.values = (torch.cat(oracle.rows, dim=2) for oracle in oracles)
+        at = torch.tensor([position], device="cuda")
+        check(case.to("cuda").step(*buffers, at, decode=decode(variant)), case)
+        for mine, oracle, expected in zip(buffers, oracles, (case.keys, case.values), strict=True):
+            assert mine[3].tolist() == [position + 1, oracle.pruned, 0]
+            assert_same_bits(kernels.decompress(*mine, position + 1).cpu(), expected)
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("given_position", [False, True])
+def test_a_cuda_graph_replayed_equals_eager_steps(given_position, variant):
+    start, steps = 90, 40  # over the border of a block
+    case = make_case(2, 2, 4, 128, 128, start + steps, 12, BF16, window=32).to("cuda")
+    tokens = torch.tensor([start], device="cuda")
+    both = case.keys[:, :, :start], case.values[:, :, :start]
+    eager = [kernels.compress(x, tokens, 64, 32, start + steps) for x in both]
+    replayed = copies(eager)
+    position = tokens.clone() if given_position else None
+    mask = make_mask("bool", (2, 1, 1, start + steps), 1).cuda()
+    query, key, value = case.query.clone(), case.keys[:, :, :1].clone(), case.values[:, :, :1].clone()
+
+    def step(caches):
+        return decode(variant)(query, key, value, *caches[0], *caches[1], position, mask, 0.1)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(copies(eager))  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(replayed)
+    for n in range(start, start + steps):
+        query.copy_(randn(*query.shape, seed=n))
+        key.copy_(case.keys[:, :, n : n + 1])
+        value.copy_(case.values[:, :, n : n + 1])
+        if given_position:
+            position.fill_(n)
+        graph.replay()
+        assert_same_bits(out, step(eager))
+    for mine, other in zip(replayed, eager, strict=True):
+        assert other[3].tolist() == [start + steps, start + steps - 32, 0]
+        assert_same_cache(mine, other)
+
+
+@needs_gpu
+def test_the_ops_take_the_kernels():
+    case = make_case(2, 2, 4, 128, 128, 300, 13, BF16, window=32)
+    caches = pasts(case)
+    again = copies(caches)
+    out = case.to("cuda").step(*caches, decode=decode("tuned"))
+    assert_same_bits(case.to("cuda").step(*again, decode=ops.decode_attention), out)
+    tokens = torch.tensor([300], device="cuda")
+    arguments = case.keys.cuda(), tokens, 64, 32, 300
+    assert_same_cache(ops.compress(*arguments), kernels.compress(*arguments))
+    assert_same_bits(ops.decompress(*again[0], 310), kernels.decompress(*caches[0], 310))
+
+
+# Compressing
+
+
+COMPRESSED = [
+    *itertools.product(HALVES, [(32, 8), (32, 32), (64, 24), (64, 32), (96, 48), (128, 8), (128, 40), (128, 64)], [0]),
+    *itertools.product(HALVES, [(64, 24), (128, 64)], [1]),
+    *itertools.product(HALVES, [(128, 128), (256, 128), (80, 40), (24, 8), (8, 8)], [0]),
+    *itertools.product([FP32], [(32, 8), (128, 64), (80, 24), (256, 256)], [0]),
+]
+compressed_shapes = pytest.mark.parametrize(("dtype", "sizes", "shift"), COMPRESSED)
+
+
+def shifted(x, by):
+    """``x`` with rows that start ``by`` elements off 16 bytes: that is for the plain kernel."""
+    return torch.nn.functional.pad(x, (by, 8 - by))[..., by : by + x.shape[3]] if by else x
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_the_tuned_compressor_serves_aligned_rows(head_dim, dtype):
+    dense = torch.zeros(2, 2, 40, head_dim, dtype=dtype, device="cuda")
+    prune_ = kernels.Prune(head_dim // 32, head_dim // 2, 4, kernels.DTYPE_NAMES[dtype])
+    assert kernels._prunes_by_lane(dense, prune_)
+    assert kernels._prunes_by_lane(strided(dense, "tokens first"), prune_)
+    assert not kernels._prunes_by_lane(shifted(dense, 1), prune_)
+    assert not kernels._prunes_by_lane(strided(dense, "channels strided"), prune_)
+    assert not kernels._prunes_by_lane(dense.float(), prune_)
+
+
+@needs_gpu
+@compressed_shapes
+@some
+@given(
+    sizes_=st.tuples(st.integers(1, 3), st.integers(1, 4), lengths),
+    written=st.sampled_from([0.0, 0.3, 0.97, 1.0]),
+    window=st.sampled_from([1, 7, 32, 100]),
+    spare=st.integers(-100, 100),
+    how=st.sampled_from(LAYOUTS),
+    seed=seeds,
+)
+def test_a_compressed_cache_stands_for_the_pruned_one(dtype, sizes, shift, sizes_, written, window, spare, how, seed):
+    (head_dim, kept), (batch, heads, length) = sizes, sizes_
+    tokens = round(written * length)
+    capacity = max(length + spare, tokens - window, 0)
+    plain = randn(batch, heads, length, head_dim, seed=seed, dtype=dtype)
+    plain = strided(plain, "heads expanded") if how == "heads expanded" else plain
+    expected = pruned_cache(plain[:, :, :tokens], sparsity_for(head_dim, kept), window)
+    plain = torch.where(torch.arange(length).unsqueeze(-1) < tokens, plain, NAN)  # what is not written is not read
+    dense = strided(shifted(plain.cuda(), shift), how)
+    buffers = kernels.compress(dense, torch.tensor([tokens], device="cuda"), kept, window, capacity)
+    assert buffers[3].tolist() == [tokens, max(tokens - window, 0), 0], "NaN that is not written is not extreme"
+    assert_same_cache(buffers, portable.compress(plain, torch.tensor([tokens]), kept, window, capacity))
+    for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
+        assert_same_bits(kernels.decompress(*buffers, asked).cpu(), with_length(expected, asked))
+
+
+@needs_gpu
+@compressed_shapes
+def test_rows_that_are_hard_to_rank(dtype, sizes, shift):
+    """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends; every bit pattern."""
+    head_dim, kept = sizes
+    dense = hard_rows(head_dim, kept, dtype)
+    if dtype != FP32:
+        every = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype)
+        order = torch.randperm(2**16, generator=torch.Generator().manual_seed(kept))
+        rows_ = torch.cat([every, every[order]])
+        dense = torch.cat([dense, rows_[: len(rows_) // head_dim * head_dim].view(-1, head_dim)])
+    few = torch.randint(0, 4, (500, head_dim), generator=torch.Generator().manual_seed(1)).to(dtype) - 1
+    dense = torch.cat([dense, few, torch.where(few == 2, NAN, few), few * (few.abs().cumsum(-1) < kept)])[None, None]
+    length = dense.shape[2]
+    tokens = torch.tensor([length])
+    buffers = kernels.compress(shifted(dense.cuda(), shift), tokens.cuda(), kept, 1, length)
+    assert_same_cache(buffers, portable.compress(dense, tokens, kept, 1, length))
+    expected = torch.cat([prune(dense[:, :, :-1], kept), dense[:, :, -1:]], dim=2)
+    assert_same_bits(kernels.decompress(*buffers, length).cpu(), expected)
+
+
+@needs_gpu
+@some
+@given(rows(), st.integers(1, 32))
+def test_rows_of_all_kinds(x, eights):
+    kept = min(8 * eights, x.shape[-1])
+    dense = x[None, None]
+    tokens = torch.tensor([len(x)])
+    buffers = kernels.compress(dense.cuda(), tokens.cuda(), kept, 1, len(x))
+    assert_same_cache(buffers, portable.compress(dense, tokens, kept, 1, len(x)))
+
+
+# Past 2^31 elements
+
+HUGE = 32, 2**17, 128, 64  # heads, tokens, channels, kept: eight batch entries are 2^31 kept values
+
+
+@pytest.fixture
+def much_memory():
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB")
+    yield
+    torch.cuda.empty_cache()
+
+
+@needs_gpu
+@tuned_and_portable
+def test_a_step_on_more_values_than_an_int32_counts(variant, much_memory):
+    heads, capacity, head_dim, kept = HUGE
+    tokens, window = 500, 32
+    case = make_case(1, heads, 4, head_dim, head_dim, tokens, 14, BF16, window=window)
+    caches = []
+    for last in pasts(case):
+        shapes = [(9, *b.shape[1:]) for b in last[:3]]
+        shapes[0], shapes[1] = ((9, heads, capacity // 32, *shape[3:]) for shape in shapes[:2])
+        whole = [torch.zeros(shape, dtype=b.dtype, device="cuda") for shape, b in zip(shapes, last, strict=False)]
+        for x, b in zip(whole, last, strict=False):
+            x[8:, :, : b.shape[2]] = b
+        caches.append([*whole, last[3]])
+    assert caches[0][0][:8].numel() == 2**31
+    new = case.query, case.keys[:, :, -1:], case.values[:, :, -1:]
+    query, key, value = (x.cuda().expand(9, -1, -1, -1) for x in new)
+    out = decode(variant)(query, key, value, *caches[0], *caches[1], None, None, case.scale_number)
+    check(out[8:], case)
+    for buffers, x in zip(caches, (case.keys, case.values), strict=True):
+        last = [b[8:] for b in buffers[:3]] + [buffers[3]]
+        assert_same_cache(last, portable.compress(x, torch.tensor([tokens]), kept, window, tokens))
+
+
+@needs_gpu
+@pytest.mark.parametrize("shift", [0, 1], ids=["tuned", "portable"])
+def test_compressing_more_values_than_an_int32_counts(shift, much_memory):
+    heads, length, head_dim, kept = HUGE
+    dense = torch.zeros(9, heads, length, head_dim + 8 * shift, dtype=BF16, device="cuda")
+    dense = dense[..., shift : shift + head_dim]
+    dense[8].normal_(generator=torch.Generator("cuda").manual_seed(0))
+    buffers = kernels.compress(dense, torch.tensor([length], device="cuda"), kept, 32, length)
+    again = kernels.decompress(*buffers, length)
+    assert buffers[0].numel() > again[:4].numel() == 2**31
+    for head, part in ((0, slice(0, 1000)), (heads - 1, slice(length - 1000, length))):
+        expected, where = dense[8, head].cpu()[None, None], (8, head, part)
+        expected = pruned_cache(expected, 0.5, 32)[0, 0, part]
+        assert_same_bits(again[where].cpu(), expected)
+    assert not again[:8].any()

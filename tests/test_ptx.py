@@ -1,0 +1,369 @@
+"""The tuned kernels as text: well-formed PTX, sizes, rendering, and what compilers make of it. No GPU is needed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+
+import jinja2
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from mustafar_compile.lowering import kernels, render
+from mustafar_compile.lowering.ptx.block import Block, listed, names
+from mustafar_compile.lowering.ptx.decode import Decode, Rows
+from mustafar_compile.lowering.ptx.prune import Prune
+
+DECODES = [
+    Decode(Rows(key_words, key_kept), Rows(value_words, value_kept), heads, warps, dtype)
+    for (key_words, key_kept), (value_words, value_kept) in [
+        ((1, 8), (1, 8)),
+        ((2, 32), (2, 24)),
+        ((3, 48), (4, 64)),
+        ((4, 40), (4, 40)),
+        ((4, 128), (2, 8)),
+        ((5, 80), (7, 8)),
+        ((8, 128), (8, 128)),
+    ]
+    for heads, warps, dtype in [(1, 4, "bf16"), (4, 2, "f16"), (5, 4, "bf16"), (8, 2, "f16")]
+]
+PRUNES = [Prune(w, k, 4, dtype) for w, k in ((1, 8), (2, 32), (3, 48), (4, 8), (4, 88)) for dtype in ("bf16", "fp16")]
+
+
+def blocks_of(maker):
+    if isinstance(maker, Prune):
+        return {"prune": maker.block()}
+    steps = ("setup", "first_keys", "score", "softmax", "weighted_sum", "merge")
+    return {step: getattr(maker, step)() for step in steps}
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{i}-{name}")
+    for i, maker in enumerate([*DECODES, *PRUNES])
+    for name, block in blocks_of(maker).items()
+]
+
+# ------------------------------------------------------------------------------------------------------------ the text
+
+DECLARATION = re.compile(r"\.(reg|shared)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(.*)", re.DOTALL)
+INSTRUCTION = re.compile(r"(?:@!?(\w+)\s+)?([\w.:]+)(?:\s+(.*))?", re.DOTALL)
+NOT_A_NAME = re.compile(r"%\w+(?:\.\w+)?|\b0[fFxX][0-9a-fA-F]+|(?<![\w$.])-?\d+\b")
+
+
+def statements(text):
+    """The statements of a block and the braces of scopes, in order. Braces of vectors stay in their statement."""
+    text = re.sub(r"//.*", "", text)
+    depth, current = 0, ""
+    for character in text:
+        if character == "{" and current.strip():
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+        elif character in "{}" and not current.strip():
+            yield character
+            current = ""
+            continue
+        elif character == ";" and not depth:
+            yield current.strip()
+            current = ""
+            continue
+        current += character
+        if re.fullmatch(r"\s*\w+:", current):
+            yield current.strip()
+            current = ""
+    assert not depth, "a vector is not closed"
+    assert not current.strip(), f"{current!r} is not ended"
+
+
+def declared(names_text):
+    for name in re.split(r"\s*,\s*", names_text.strip()):
+        if many := re.fullmatch(r"(\w+)<(\d+)>", name):
+            yield from (f"{many[1]}{i}" for i in range(int(many[2])))
+        else:
+            yield re.sub(r"\[\d+\]$", "", name)
+
+
+def check_scopes(text):
+    """Every name is declared before it is used, once in its scope, and hides no other; labels are there, once."""
+    scopes, labels, targets = [], [], []
+    for statement in statements(text):
+        if statement == "{":
+            scopes.append({})
+        elif statement == "}":
+            scopes.pop()
+        elif statement.endswith(":"):
+            labels.append(statement[:-1])
+        elif match := DECLARATION.fullmatch(statement):
+            for name in declared(match[3]):
+                assert not any(name in scope for scope in scopes), f"{name} is declared twice"
+                scopes[-1][name] = match[2]
+        else:
+            guard, operation, operands = INSTRUCTION.fullmatch(statement).groups(default="")
+            used = re.findall(r"[A-Za-z_]\w*", f"{NOT_A_NAME.sub('', operands)} {guard}")
+            if operation == "bra":
+                targets.append(used.pop(0))
+            for name in used:
+                assert any(name in scope for scope in scopes), f"{name} is not declared: {statement}"
+    assert not scopes
+    assert sorted(labels) == sorted(set(labels))
+    assert set(targets) <= set(labels)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_names_are_declared_once_and_before_they_are_used(block):
+    check_scopes(block.text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{ .reg .b32 a; mov.b32 a, b; }",
+        "{ .reg .b32 a; .reg .f32 a; }",
+        "{ { .reg .b32 a; } mov.b32 a, 1; }",
+        "{ .reg .b32 a; @p mov.b32 a, 1; }",
+        "{ .reg .b32 a<2>; mov.b32 a2, 1; }",
+        "{ mov.b32 a, 1; .reg .b32 a; }",
+        "{ .reg .pred p; @p bra AWAY; }",
+        "{ .reg .b32 a; mov.b32 a, 1 }",
+        "{ .reg .b32 a; ",
+        "{ .reg .b32 a; ld.v2.b32 {a,b}, [a+4]; }",
+    ],
+)
+def test_the_check_of_names_finds_mistakes(text):
+    with pytest.raises(AssertionError):
+        check_scopes(text)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_operands_and_constraints_agree(block):
+    assert block.text.count("{") == block.text.count("}")
+    constraints = block.constraints.split(",")
+    outputs = [c for c in constraints if c.startswith("=&")]
+    assert constraints[: len(outputs)] == outputs, "results come first"
+    assert "".join(c[2:] for c in outputs) == block.results
+    assert set(constraints[len(outputs) :]) <= {"r", "l", "f"}
+    operands = [int(n) for n in re.findall(r"\$(\d+)", block.text)]
+    assert sorted(operands) == list(range(len(constraints))), "each operand is bound once"
+    for kind, into, out_of in re.findall(r"mov\.(\w+) (?:\w+, \$(\d+)|\$(\d+), \w+);", block.text):
+        assert constraints[int(into or out_of)][-1] == {"b32": "r", "b64": "l", "f32": "f"}[kind]
+
+
+def test_a_block_binds_registers_to_operands():
+    block = Block.of({"a": "r", "p": "l"}, {"a": "r", "z": "f"}, iter(["add.u32 a, a, 1;", "mov.f32 z, 0f00000000;"]))
+    assert block.constraints == "=&r,=&f,r,l"
+    assert block.results == "rf"
+    assert block.text.split("\n") == [
+        "{", ".reg .b32 a;", ".reg .b64 p;", ".reg .f32 z;", "mov.b32 a, $2;", "mov.b64 p, $3;", "add.u32 a, a, 1;",
+        "mov.f32 z, 0f00000000;", "mov.b32 $0, a;", "mov.f32 $1, z;", "}",
+    ]  # fmt: skip
+    assert names("x", 2, "f") == {"x0": "f", "x1": "f"}
+    assert listed("x", 0, 3) == "{x0,x3}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the sizes
+
+
+def shared_of(blocks):
+    sizes = [re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", block.text) for block in blocks.values()]
+    return [int(size) for size in itertools.chain(*sizes)]
+
+
+@pytest.mark.parametrize("decode", DECODES, ids=range(len(DECODES)))
+def test_shared_memory_of_decoding(decode):
+    """Each access of each warp is within what is allocated, and what is allocated is what ``shared_bytes`` says."""
+    blocks = blocks_of(decode)
+    assert shared_of(blocks) == [decode.shared_bytes]
+    rows = 4 * 32
+    for step, kept in (("score", decode.keys.kept), ("weighted_sum", decode.values.kept)):
+        staged = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", blocks[step].text)]
+        assert sorted(staged) == list(range(0, rows * kept, rows)), "each value starts a word, at its own place"
+        assert max(staged) + rows <= decode.warp_bytes
+        # Behind the last kept value one more word is read, of which nothing is used.
+        assert rows * (kept + 1) <= decode.warp_bytes
+    mine = [int(at) for at in re.findall(r"st\.shared\.b32 \[mine\+(\d+)\]", blocks["merge"].text)]
+    assert sorted(mine) == list(range(0, rows * decode.accumulators, rows))
+    assert max(mine) + rows <= decode.warp_bytes
+    read = [int(at) for at in re.findall(r"\[query\+(\d+)\]", blocks["score"].text)]
+    assert sorted(read) == list(range(0, 8 * decode.key_dim * decode.groups, 32)), "four channels of two heads each"
+    assert max(read) + 32 <= decode.query_bytes
+    assert decode.shared_bytes >= decode.warps * decode.warp_bytes + decode.query_bytes + 8 * 8 * decode.warps
+
+
+@pytest.mark.parametrize("prune", PRUNES, ids=range(len(PRUNES)))
+def test_shared_memory_of_pruning(prune):
+    block = prune.block()
+    assert shared_of({"prune": block}) == [prune.shared_bytes]
+    read = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", block.text)]
+    assert sorted(read) == list(range(0, 128 * prune.kept, 128))
+    assert prune.shared_bytes == prune.warps * 128 * (prune.kept + 1), "and a slot for what is not kept"
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def test_a_template_with_an_unknown_constant_fails():
+    constants = {"head_dim": 64, "padded": 64, "words": 2, "kept": 32}
+    with pytest.raises(jinja2.UndefinedError):
+        render.source("decompress", **constants)
+    assert "window" in render.source("decompress", **constants, window=4)
+
+
+def test_no_constant_is_left_in_a_template():
+    for mask, position, softcap in itertools.product(("none", "boolean", "additive"), (False, True), (False, True)):
+        step = step_of(mask=mask, position=position, softcap=softcap)
+        for template in ("append", "attend_portable"):
+            text = render.source(template, **step.constants(), overlap=False)
+            assert not re.search("{[{%#]|[}%#]}", text)
+            compile(text, template, "exec")
+
+
+def test_the_same_constants_give_one_module():
+    assert step_of().portable() is step_of().portable()
+    assert step_of().append(True) is step_of().append(True)
+    assert step_of().append(True) is not step_of().append(False)
+    assert step_of().portable() is not step_of(group=2).portable()
+    tuned, again = step_of().tuned(), step_of().tuned()
+    assert tuned == again
+    assert kernels._tuned_module(tuned, True) is kernels._tuned_module(again, True)
+    first, second = (render.kernels("decompress", head_dim=64, padded=64, words=2, kept=k, window=4) for k in (24, 32))
+    assert first.__name__ != second.__name__
+    assert first.__file__ != second.__file__
+
+
+def test_results_become_dtypes():
+    assert render._dtypes("r") == "gl.int32"
+    assert render._dtypes("rf") == "(gl.int32, gl.float32)"
+
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
+    value_dim = value_dim or key_dim
+    kept = kept or key_dim // 2
+    fixed = {"window": 32, "kv_heads": 8, "mask": "none", "position": False, "softcap": False}
+    return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
+
+
+SM_90 = GPUTarget("cuda", 90, 32)
+COUNTS = {"counts", "key_counts", "value_counts", "position", "moved", "tokens"}
+FLOATS = {"sums", "states"}
+NUMBERS = {"scale": "fp32", "softcap": "fp32"}
+ROWS = {"query", "key", "value", "key_values", "value_values", "key_window", "value_window"}
+ROWS |= {"values", "window", "dense", "result"}
+
+
+def type_of(name, dtype, mask, packed_query):
+    if name == "mask":
+        return "*fp32" if mask == "additive" else "*u8"
+    if name in COUNTS:
+        return "*i64"
+    if name in FLOATS:
+        return "*fp32"
+    if name == "query" and packed_query:
+        return "*i32"
+    if name in ROWS:
+        return f"*{dtype}"
+    return "*i32" if "bitmap" in name else NUMBERS.get(name, "i32")
+
+
+def compiled(function, dtype, mask="none", gluon=False, **options):
+    """The kernel as Triton compiles it for sm_90, with the arguments that ``kernels`` gives it."""
+    types = {name: type_of(name, dtype, mask, gluon) for name in function.arg_names}
+    constants = {"stride_channel": 1} | ({"mask": None} if mask == "none" else {})
+    constants = {name: value for name, value in constants.items() if name in types}
+    types |= dict.fromkeys(constants, "constexpr")
+    place = function.arg_names.index
+    aligned = [name for name, kind in types.items() if kind.startswith("*") and name != "mask"]
+    source = (GluonASTSource if gluon else ASTSource)(
+        function,
+        types,
+        {(place(name),): value for name, value in constants.items()},
+        {(place(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=SM_90, options=options)
+
+
+def usage(kernel, tmp_path):
+    """Registers, stack and local memory of a thread."""
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    done = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
+    return tuple(int(n) for n in found.groups())
+
+
+def has_tools():
+    try:
+        return bool(triton.knobs.nvidia.ptxas.path and triton.knobs.nvidia.cuobjdump.path)
+    except RuntimeError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_tools(), reason="Triton came without NVIDIA's tools")
+
+MAIN = {
+    "128, half": step_of(),
+    "128, 70%": step_of(kept=40, mask="boolean", position=True),
+    "128, one head": step_of(group=1, dtype="fp16"),
+    "128, eight heads": step_of(group=8, kept=40, mask="additive"),
+    "64": step_of(64, group=8, dtype="fp16", softcap=True),
+    "256": step_of(256, group=2),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", MAIN)
+def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
+    step = MAIN[name]
+    tuned = step.tuned()
+    module = kernels._tuned_module(tuned, True)
+    how = {"num_warps": tuned.warps, "maxnreg": tuned.registers}
+    kernel = compiled(module.attend, step.dtype, step.mask, gluon=True, **how)
+    registers, stack, local = usage(kernel, tmp_path)
+    assert registers <= tuned.registers
+    assert (stack, local) == (0, 0)
+    assert kernel.metadata.shared + tuned.decode.shared_bytes <= 48 * 1024
+    tensor_cores = len(re.findall(r"mma\.sync", kernel.asm["ptx"]))
+    values = tuned.decode.values.words
+    assert tensor_cores == 8 * tuned.decode.keys.words * tuned.decode.groups + values * 2 * (2 * 4 + 2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("head_dim", "kept"), [(32, 16), (64, 32), (96, 48), (128, 40), (128, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, tmp_path):
+    name = kernels.DTYPE_NAMES[dtype]
+    module, _ = kernels._compressor(Prune(head_dim // 32, kept, 4, name), head_dim, kept, 32, dtype)
+    kernel = compiled(module.compress, name, gluon=True, num_warps=4)
+    _, stack, local = usage(kernel, tmp_path)
+    assert (stack, local) == (0, 0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+def test_the_plain_kernels_compile(mask, dtype):
+    """As Triton compiles them: its interpreter takes more than its compiler."""
+    step = step_of(80, 64, 40, 24, group=3, dtype=dtype, mask=mask, position=mask == "none", softcap=mask == "boolean")
+    assert compiled(step.append(True).append, dtype, mask, num_warps=step.append_warps).asm["cubin"]
+    assert compiled(step.portable().attend, dtype, mask).asm["cubin"]
+    for exact in (False, True):
+        assert compiled(step.combine(9, 32, exact, exact).combine, dtype, mask).asm["cubin"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_plain_kernels_of_whole_caches_compile(dtype):
+    name = kernels.DTYPE_NAMES[dtype]
+    module, _ = kernels._compressor(None, 80, 40, 32, dtype)
+    assert compiled(module.compress, name, num_warps=4).asm["cubin"]
+    module = kernels._module("decompress", head_dim=80, padded=128, words=3, kept=40, window=32)
+    assert compiled(module.decompress, name).asm["cubin"]
