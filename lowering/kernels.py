@@ -262,8 +262,13 @@ def decode_attention(
     scale: float,
     softcap: float = 0.0,
     variant: str = "tuned",
+    overlap: bool = True,
 ) -> Tensor:
-    """See ``portable.decode_attention``. variant: "tuned" (where it can run) or "portable"."""
+    """See ``portable.decode_attention``.
+
+    variant: "tuned" (where it can run) or "portable". overlap: run ``append`` beside ``attend`` where the GPU can; off,
+    each kernel can be timed alone.
+    """
     batch, query_heads, _, key_dim = query.shape
     heads, window, value_dim = value_window.shape[1:]
     step = Step(
@@ -288,7 +293,7 @@ def decode_attention(
     else:
         splits = _splits(rows, max(key_blocks, value_blocks), _multiprocessors(query.device) * 4, 1)
     parts = splits + step.window_parts
-    overlap = tuned is not None and _overlaps(query.device)
+    overlap = overlap and tuned is not None and _overlaps(query.device)
 
     result = torch.empty(batch, query_heads, 1, value_dim, dtype=query.dtype, device=query.device)
     if result.numel() == 0:

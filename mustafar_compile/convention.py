@@ -30,12 +30,20 @@ def with_calling_convention(
         dynamo_source = getattr(original, "_dynamo_source", None)
         if isinstance(source, Argument):
             node.meta.update({k: original.meta[k] for k in _CARRIED_META if k in original.meta})
+            if _is_written(node):  # as the length of HF's static cache, which is marked only if made outside a graph
+                node.meta["tensor_dict"] = node.meta.get("tensor_dict", {}) | _STATIC_INPUT
         elif not isinstance(source, Size):
             node.meta["tensor_dict"] = dict(_STATIC_INPUT)
             dynamo_source = _compat.AttrSource(dynamo_source, source.name) if dynamo_source is not None else None
         node._dynamo_source = dynamo_source
     _carry_module_metadata(plan.module, gm)
     return plan.module, inputs
+
+
+def _is_written(placeholder: Any) -> bool:
+    return any(
+        user.target is torch.ops.aten.copy_.default and user.args[0] is placeholder for user in placeholder.users
+    )
 
 
 def _carry_module_metadata(module: GraphModule, gm: GraphModule) -> None:

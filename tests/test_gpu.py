@@ -83,7 +83,7 @@ def test_one_cuda_graph_serves_all_generate_calls(monkeypatch):
     first = [model.generate(**inputs, **call) for _ in range(4)]
     assert all(torch.equal(tokens, first[0]) for tokens in first)
     assert (first[0] == expected).float().mean() > 0.9
-    assert counters["inductor"]["cudagraph_skips"] == 1, "only the prefill, which makes the cache, is not recorded"
+    assert counters["inductor"]["cudagraph_skips"] == 0, "nothing that a recorded step writes may move"
     replays = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
