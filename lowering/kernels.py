@@ -271,6 +271,9 @@ def decode_attention(
     """
     batch, query_heads, _, key_dim = query.shape
     heads, window, value_dim = value_window.shape[1:]
+    result = torch.empty(batch, query_heads, 1, value_dim, dtype=query.dtype, device=query.device)
+    if result.numel() == 0:
+        return result
     step = Step(
         key_dim=key_dim,
         value_dim=value_dim,
@@ -295,9 +298,6 @@ def decode_attention(
     parts = splits + step.window_parts
     overlap = overlap and tuned is not None and _overlaps(query.device)
 
-    result = torch.empty(batch, query_heads, 1, value_dim, dtype=query.dtype, device=query.device)
-    if result.numel() == 0:
-        return result
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     sums = torch.empty(rows, parts, step.group, value_dim, dtype=torch.float32, device=query.device)
     states = torch.empty(rows, parts, step.group, 2, dtype=torch.float32, device=query.device)

@@ -10,6 +10,9 @@ import functools
 import pytest
 import torch
 import triton
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
 from cases import (
     BORDERS,
     INF,
@@ -32,9 +35,6 @@ from cases import (
     strided,
     with_length,
 )
-from hypothesis import HealthCheck, Phase, example, given, settings
-from hypothesis import strategies as st
-
 from mustafar_compile.lowering import kernels, portable
 from reference import kept_count, pruned_cache
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cases import (
     BORDERS,
     INF,
@@ -33,9 +36,6 @@ from cases import (
     strided,
     with_length,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from mustafar_compile.lowering import ops, portable
 from reference import prune, pruned_cache
 

@@ -7,6 +7,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from cases import (
     BITS,
     BORDERS,
@@ -30,11 +35,6 @@ from cases import (
     strided,
     with_length,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-
 from mustafar_compile.lowering import ops, portable
 from mustafar_compile.lowering.layout import CACHE_DTYPES, EXTREME, Layout
 from reference import kept_count, kept_mask, prune, pruned_cache
