@@ -27,6 +27,11 @@ MAX_HEAD_DIM = 256
 _STATIC_SHARED_BYTES = 48 * 1024
 _COMPRESS_WARPS = 4
 _SLOTS_A_WARP = 8  # of the window
+# Arguments of which a new value does not compile the kernels of a step anew.
+_INTEGERS = (
+    *("splits", "parts", "blocks", "key_blocks", "value_blocks", "kv_heads"),
+    *("mask_batch", "mask_head", "mask_token", "mask_tokens"),
+)
 _LOWEST = -3.4028234663852886e38  # of float32: a running maximum before any score
 _PORTABLE_TILE = 32  # tokens that a program of the portable kernel works on at a time
 _HEADS_A_PROGRAM = 8  # columns of an mma
@@ -122,7 +127,6 @@ class Step:
     value_kept: int
     window: int
     group: int
-    kv_heads: int
     dtype: str
     mask: str  # "none", "boolean" or "additive"
     position: bool
@@ -150,6 +154,7 @@ class Step:
             "window_parts": self.window_parts,
             "window_piece": _SLOTS_A_WARP * self.append_warps,
             "lowest": _LOWEST,
+            "integers": _INTEGERS,
             # Sums of weights times huge values stay finite where the average does. float16 has no huge values.
             "headroom": 0 if self.dtype == "fp16" else 24,
         }
@@ -171,7 +176,8 @@ class Step:
 
     def combine(self, parts: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
         """Kernel ``combine``. exact_for_extremes: it does the work again where a cache holds extreme values."""
-        constants = {"channels": channels, "parts_padded": _power_of_two(parts), "overlap": overlap}
+        padded = next((n for n in (32, 128) if parts <= n), _power_of_two(parts))  # few values: each compiles anew
+        constants = {"channels": channels, "parts_padded": padded, "overlap": overlap}
         return _module("combine", **self.constants(), **constants, exact_for_extremes=exact_for_extremes)
 
 
@@ -281,7 +287,6 @@ def decode_attention(
         value_kept=_kept(value_values),
         window=window,
         group=query_heads // heads,
-        kv_heads=heads,
         dtype=DTYPE_NAMES[key_window.dtype],
         mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
         position=position is not None,
@@ -308,7 +313,7 @@ def decode_attention(
         key_counts if position is None else position,
     )
     given, *strides = _mask_arguments(mask, batch, query_heads)
-    rest = (key_blocks, value_blocks, *strides, scale, softcap)
+    rest = (key_blocks, value_blocks, heads, *strides, scale, softcap)
 
     if tuned is not None:
         _tuned_module(tuned, overlap).attend[rows * tuned.chunks, splits](
@@ -332,11 +337,8 @@ def decode_attention(
 
 
 def _channels_to_combine(heads: int, head_dim: int, multiprocessors: int) -> int:
-    """Channels to a program of the combining kernel: all of them, or fewer where there are few heads."""
-    channels = _padded(head_dim)
-    while channels > 16 and heads * _cdiv(head_dim, channels) < 2 * multiprocessors:
-        channels //= 2
-    return channels
+    """Channels to a program of the combining kernel: all of them, or few where there are few heads."""
+    return _padded(head_dim) if heads >= 2 * multiprocessors else 16
 
 
 @functools.cache

@@ -248,7 +248,7 @@ def test_results_become_dtypes():
 def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
     value_dim = value_dim or key_dim
     kept = kept or key_dim // 2
-    fixed = {"window": 32, "kv_heads": 8, "mask": "none", "position": False, "softcap": False}
+    fixed = {"window": 32, "mask": "none", "position": False, "softcap": False}
     return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
