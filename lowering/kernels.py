@@ -176,7 +176,7 @@ class Step:
 
     def combine(self, parts: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
         """Kernel ``combine``. exact_for_extremes: it does the work again where a cache holds extreme values."""
-        padded = next((n for n in (32, 128) if parts <= n), _power_of_two(parts))  # few values: each compiles anew
+        padded = next((n for n in (16, 32, 128) if parts <= n), _power_of_two(parts))  # few values: each compiles anew
         constants = {"channels": channels, "parts_padded": padded, "overlap": overlap}
         return _module("combine", **self.constants(), **constants, exact_for_extremes=exact_for_extremes)
 
@@ -206,7 +206,8 @@ class Tuned:
         if max(self.step.key_dim, self.step.value_dim) > 128:
             return 255
         prefetched = max(rows.words + rows.packed for rows in (self.decode.keys, self.decode.values))
-        return 128 if self.decode.groups == 1 or prefetched <= 24 else 168
+        few = self.decode.groups == 1 or (prefetched <= 24 and self.step.mask == "none")
+        return 128 if few else 168
 
     @property
     def programs(self) -> int:
@@ -337,8 +338,11 @@ def decode_attention(
 
 
 def _channels_to_combine(heads: int, head_dim: int, multiprocessors: int) -> int:
-    """Channels to a program of the combining kernel: all of them, or few where there are few heads."""
-    return _padded(head_dim) if heads >= 2 * multiprocessors else 16
+    """Channels to a program of the combining kernel: all of them, or fewer where there are few heads."""
+    channels = _padded(head_dim)
+    while channels > 16 and heads * _cdiv(head_dim, channels) < 2 * multiprocessors:
+        channels //= 2
+    return channels
 
 
 @functools.cache
