@@ -84,8 +84,15 @@ def _prunes_by_lane(dense: Tensor, prune: Prune) -> bool:
     """Whether the tuned kernel can take ``dense``: whole bitmap words, rows of 16-byte units, registers for a row."""
     strides = dense.stride()
     aligned = dense.data_ptr() % 16 == 0 and strides[3] == 1 and all(s % 8 == 0 for s in strides[:3])
-    whole = dense.is_cuda and dense.shape[3] % 32 == 0 and dense.shape[3] <= 128 and dense.dtype != torch.float32
-    return whole and aligned and prune.shared_bytes <= _STATIC_SHARED_BYTES and torch.version.hip is None
+    whole = dense.shape[3] % 32 == 0 and dense.shape[3] <= 128 and dense.dtype != torch.float32
+    return whole and aligned and prune.shared_bytes <= _STATIC_SHARED_BYTES and _runs_ptx(dense.device)
+
+
+@functools.cache
+def _runs_ptx(device: torch.device) -> bool:
+    """Whether the device has what the inline PTX uses: NVIDIA's tensor cores with bfloat16, from sm_80 on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
@@ -295,7 +302,8 @@ def decode_attention(
     )
     rows, key_blocks, value_blocks = batch * heads, key_values.shape[2], value_values.shape[2]
     aligned = all(x.data_ptr() % 16 == 0 for x in (key_values, key_bitmap, value_values, value_bitmap))
-    tuned = step.tuned() if variant == "tuned" and aligned and key_blocks == value_blocks else None
+    usable = aligned and key_blocks == value_blocks and _runs_ptx(query.device)
+    tuned = step.tuned() if variant == "tuned" and usable else None
     if tuned is not None:
         programs = _multiprocessors(query.device) * tuned.programs
         splits = _splits(rows * tuned.chunks, key_blocks, programs, tuned.warps)
