@@ -63,7 +63,8 @@ def _launch(name: str):
     def launch(*arguments):
         from . import kernels
 
-        return getattr(kernels, name)(*arguments)
+        with torch.cuda.device_of(arguments[0]):  # kernels are launched on the current device
+            return getattr(kernels, name)(*arguments)
 
     return launch
 

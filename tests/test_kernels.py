@@ -41,6 +41,7 @@ from reference import prune, pruned_cache
 
 pytest.importorskip("triton")
 from mustafar_compile.lowering import kernels
+from mustafar_compile.lowering.step import Step, Tuned
 
 HALVES = (torch.bfloat16, torch.float16)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -112,6 +113,60 @@ def test_which_caches_have_kernels():
     assert not kernels.supports(torch.zeros(1, 2, 3, 264))
     assert not kernels.supports(x, x.half())
     assert not kernels.supports(x, x[:, :1])
+
+
+class Launch:
+    """In place of a kernel's module: notes the grid, the arguments by name and the options of each launch."""
+
+    def __init__(self, module, launches):
+        self.module, self.launches = module, launches
+
+    def __getattr__(self, name):
+        names = getattr(self.module, name).arg_names
+
+        class Kernel:
+            def __getitem__(_, grid):
+                def launch(*given, **how):
+                    self.launches.append((name, grid, dict(zip(names, given, strict=True)), how))
+
+                return launch
+
+        return Kernel()
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "registers"),  # of a thread without and with a mask; 80 channels have no tuned kernel
+    [(4, 128, (128, 128)), (8, 128, (128, 168)), (20, 64, (128, 168)), (3, 80, None)],
+)
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 1, 400, dtype=torch.bool), torch.zeros(400)])
+def test_launches_fit_the_kernels(group, head_dim, registers, mask, monkeypatch):
+    """With the kernels of a GPU, which need none to be rendered."""
+    launches = []
+    monkeypatch.setattr(kernels, "_runs_ptx", lambda device: True)
+    monkeypatch.setattr(kernels, "_overlaps", lambda device: True)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
+    for cls, name in ((Step, "append"), (Step, "portable"), (Step, "combine"), (Tuned, "kernel")):
+        make = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *given, make=make: Launch(make(*given), launches))
+    cache = list(portable.compress(torch.randn(2, 4, 300, head_dim).bfloat16(), torch.tensor([300]), 24, 32, 400))
+    query, row = torch.zeros(2, 4 * group, 1, head_dim).bfloat16(), torch.zeros(2, 4, 1, head_dim).bfloat16()
+    out = kernels.decode_attention(query, row, row, *cache, *cache, torch.tensor([300]), mask, 0.1)
+    assert out.shape == query.shape
+    assert [name for name, *_ in launches] == ["attend", "append", "combine"]
+    (_, grid, attend, how), (_, _, append, early), (_, _, combine, _) = launches
+    assert how.get("maxnreg") == (registers and registers[mask is not None])
+    assert early.get("launch_pdl", False) == (registers is not None)
+    splits, parts = attend["splits"], combine["parts"]
+    assert grid == (8 * (1 if registers is None else -(-group // 8)), splits)
+    assert append["splits"] == splits
+    assert parts == splits + 1 + 4, (
+        "a part for each split, one for the leaving token, one for eight slots of the window"
+    )
+    assert attend["sums"].shape == (8, parts, group, head_dim)
+    given = attend["mask"]
+    strides = (attend["mask_batch"], attend["mask_head"], attend["mask_token"])
+    assert (given is None) == (mask is None)
+    assert given is None or (given.dtype != torch.bool and strides == given.stride()[:2] + given.stride()[3:])
 
 
 def test_a_gpu_is_filled_once_and_no_split_is_empty():

@@ -231,7 +231,7 @@ def test_the_same_constants_give_one_module():
     assert step_of().portable() is not step_of(group=2).portable()
     tuned, again = step_of().tuned(), step_of().tuned()
     assert tuned == again
-    assert kernels._tuned_module(tuned, True) is kernels._tuned_module(again, True)
+    assert tuned.kernel(True) is again.kernel(True)
     first, second = (render.kernels("decompress", head_dim=64, padded=64, words=2, kept=k, window=4) for k in (24, 32))
     assert first.__name__ != second.__name__
     assert first.__file__ != second.__file__
@@ -324,7 +324,7 @@ MAIN = {
 def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
     step = MAIN[name]
     tuned = step.tuned()
-    module = kernels._tuned_module(tuned, True)
+    module = tuned.kernel(True)
     how = {"num_warps": tuned.warps, "maxnreg": tuned.registers}
     kernel = compiled(module.attend, step.dtype, step.mask, gluon=True, **how)
     registers, stack, local = usage(kernel, tmp_path)
@@ -365,5 +365,5 @@ def test_the_plain_kernels_of_whole_caches_compile(dtype):
     name = kernels.DTYPE_NAMES[dtype]
     module, _ = kernels._compressor(None, 80, 40, 32, dtype)
     assert compiled(module.compress, name, num_warps=4).asm["cubin"]
-    module = kernels._module("decompress", head_dim=80, padded=128, words=3, kept=40, window=32)
+    module = kernels._decompressor(head_dim=80, padded=128, words=3, kept=40, window=32)
     assert compiled(module.decompress, name).asm["cubin"]

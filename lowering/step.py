@@ -1,0 +1,171 @@
+"""Which kernels carry out a decode step: what they are specialised to, and which of them the tuned one can replace."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from . import render
+from .ptx.decode import Decode, Rows
+
+STATIC_SHARED_BYTES = 48 * 1024
+_SLOTS_A_WARP = 8  # of the window
+# Arguments of which a new value does not compile the kernels of a step anew.
+_INTEGERS = (
+    *("splits", "parts", "blocks", "key_blocks", "value_blocks", "kv_heads"),
+    *("mask_batch", "mask_head", "mask_token", "mask_tokens"),
+)
+_LOWEST = -3.4028234663852886e38  # of float32: a running maximum before any score
+_PORTABLE_TILE = 32  # tokens that a program of the portable kernel works on at a time
+_HEADS_A_PROGRAM = 8  # columns of an mma
+_MMA_DTYPES = {"bf16": "bf16", "fp16": "f16"}
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def padded(head_dim: int) -> int:
+    """Channels of a tile: a power of two, and whole bitmap words."""
+    return max(32, power_of_two(head_dim))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the kernels of a decode step are specialised to."""
+
+    key_dim: int
+    value_dim: int
+    key_kept: int
+    value_kept: int
+    window: int
+    group: int
+    dtype: str
+    mask: str  # "none", "boolean" or "additive"
+    position: bool
+    softcap: bool
+
+    @property
+    def append_warps(self) -> int:
+        """Warps of a program that appends: one, so that nothing waits at a barrier, unless the window is large."""
+        return min(8, max(1, power_of_two(self.window) // 64))
+
+    @property
+    def window_parts(self) -> int:
+        """Partial results of the appending kernel: of the leaving token, and of each piece of the window."""
+        return 1 + cdiv(self.window, _SLOTS_A_WARP * self.append_warps)
+
+    def constants(self) -> dict[str, Any]:
+        """What the templates of a step have in common."""
+        return asdict(self) | {
+            "key_padded": padded(self.key_dim),
+            "value_padded": padded(self.value_dim),
+            "key_words": cdiv(self.key_dim, 32),
+            "value_words": cdiv(self.value_dim, 32),
+            "group_padded": max(16, power_of_two(self.group)),  # rows that tl.dot takes at least
+            "tile": _PORTABLE_TILE,
+            "window_parts": self.window_parts,
+            "window_piece": _SLOTS_A_WARP * self.append_warps,
+            "lowest": _LOWEST,
+            "integers": _INTEGERS,
+            # Sums of weights times huge values stay finite where the average does. float16 has no huge values.
+            "headroom": 0 if self.dtype == "fp16" else 24,
+        }
+
+    def append(self, overlap: bool) -> ModuleType:
+        """Kernel ``append``. overlap: it runs beside ``attend``."""
+        return _kernels(self, "append", overlap=overlap)
+
+    def portable(self) -> ModuleType:
+        """Kernel ``attend`` in plain Triton."""
+        return _kernels(self, "attend_portable")
+
+    def tuned(self) -> Tuned | None:
+        """Kernel ``attend`` with inline PTX, or None where its preconditions do not hold."""
+        return _tuned(self)
+
+    def combine(self, parts: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
+        """Kernel ``combine``. exact_for_extremes: it does the work again where a cache holds extreme values."""
+        padded = next((n for n in (16, 32, 128) if parts <= n), power_of_two(parts))  # few values: each compiles anew
+        constants = {"channels": channels, "parts_padded": padded, "overlap": overlap}
+        return _kernels(self, "combine", **constants, exact_for_extremes=exact_for_extremes)
+
+
+@functools.cache
+def _kernels(step: Step, template: str, **constants: Any) -> ModuleType:
+    return render.kernels(template, **step.constants(), **constants)
+
+
+@functools.cache
+def _tuned(step: Step) -> Tuned | None:
+    whole_words = step.key_dim % 32 == 0 and step.value_dim % 32 == 0
+    if step.dtype == "fp32" or not whole_words:
+        return None
+    return next((t for warps in (4, 2) if (t := Tuned(step, warps)).fits()), None)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The tuned ``attend`` for one kind of step."""
+
+    step: Step
+    warps: int
+
+    @functools.cached_property
+    def decode(self) -> Decode:
+        """Its inline assembly."""
+        step = self.step
+        keys, values = Rows(step.key_dim // 32, step.key_kept), Rows(step.value_dim // 32, step.value_kept)
+        return Decode(keys, values, min(step.group, _HEADS_A_PROGRAM), self.warps, _MMA_DTYPES[step.dtype])
+
+    @property
+    def chunks(self) -> int:
+        """Programs that share the query heads of a KV head."""
+        return cdiv(self.step.group, _HEADS_A_PROGRAM)
+
+    @functools.cached_property
+    def registers(self) -> int:
+        """The most registers of a thread: 128 let 16 warps run on a multiprocessor, 168 let 12."""
+        if max(self.step.key_dim, self.step.value_dim) > 128:
+            return 255
+        prefetched = max(rows.words + rows.packed for rows in (self.decode.keys, self.decode.values))
+        few = self.decode.groups == 1 or (prefetched <= 24 and self.step.mask == "none")
+        return 128 if few else 168
+
+    @property
+    def programs(self) -> int:
+        """Programs that a multiprocessor holds at once."""
+        return 65536 // (self.registers // 8 * 8 * 32 * self.warps)
+
+    def fits(self) -> bool:
+        """Whether a program's shared memory and registers are there."""
+        decode = self.decode
+        enough = decode.accumulators % self.warps == 0 and decode.accumulators // self.warps % 2 == 0
+        return enough and decode.shared_bytes <= STATIC_SHARED_BYTES
+
+    def kernel(self, overlap: bool) -> ModuleType:
+        """The kernel. overlap: ``append`` runs beside it."""
+        return _tuned_kernel(self, overlap)
+
+    def _render(self, overlap: bool) -> ModuleType:
+        decode = self.decode
+        blocks = {
+            "SETUP": decode.setup(),
+            "FIRST_KEYS": decode.first_keys(),
+            "SCORE": decode.score(),
+            "SOFTMAX": decode.softmax(),
+            "WEIGHTED_SUM": decode.weighted_sum(),
+            "MERGE": decode.merge(),
+        }
+        constants = {"heads": decode.heads, "groups": decode.groups, "accumulators": decode.accumulators}
+        constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key_dim, 128)}
+        return render.kernels("attend_nvidia", blocks=blocks, **constants, **self.step.constants(), overlap=overlap)
+
+
+_tuned_kernel = functools.cache(Tuned._render)
