@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from . import render
-from .ptx.decode import Decode, Rows
+from .ptx.decode import Decode
+from .ptx.decode_steps import Rows
 
 STATIC_SHARED_BYTES = 48 * 1024
 _SLOTS_A_WARP = 8  # of the window

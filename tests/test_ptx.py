@@ -18,7 +18,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from mustafar_compile.lowering import kernels, render
 from mustafar_compile.lowering.ptx.block import Block, listed, names
-from mustafar_compile.lowering.ptx.decode import Decode, Rows
+from mustafar_compile.lowering.ptx.decode import Decode
+from mustafar_compile.lowering.ptx.decode_steps import Rows
 from mustafar_compile.lowering.ptx.prune import Prune
 
 DECODES = [

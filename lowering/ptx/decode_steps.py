@@ -1,0 +1,276 @@
+"""Decode attention, step by step. ``decode`` makes blocks of these steps.
+
+A warp works on a block of 32 tokens and a lane owns one token row, packed as ``layout`` says. Nothing is ever laid
+out dense in memory: a lane expands its row four channels at a time into two registers, and the tensor cores do all
+that crosses lanes.
+
+Vocabulary, used for register names too:
+
+==========  ==============================================================================================
+b<w>        bitmap word w of the lane's row (32 channels)
+v<j>        packed values 2j and 2j+1 of the lane's row
+x<k>        two neighbouring channels of the lane's row, expanded (16 registers to a bitmap word)
+r, t        lane // 4 and lane % 4: row and column of the lane in an mma fragment
+s<k>        scores; s[2i] and s[2i+1]: head 4 (i // 2) + 2 (i % 2) + lane // 16 at tokens 8 t + u and 8 t + 4 + u,
+            where u = r % 4
+m<i>, l<i>  running maximum (base 2) and the lane's share of the sum of weights, for the head of s[2i]
+p<u>        weights of head r at tokens 8 t + u and 8 t + 4 + u
+y<k>        values transposed: channel r of a tile of 8, two tokens to a register
+o<k>        accumulators: channel 16 (k // 4) + 8 (k // 2 % 2) + r of head 2 t + k % 2
+==========  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .block import Lines, listed, names
+
+TRANSPOSE = "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"
+_LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
+QUERY_SETS = 2  # query fragments in flight: a register that keeps its zeros cannot be renamed, and more would spill
+
+
+def mma(dtype: str) -> str:
+    """The mma instruction with operands of ``dtype`` ("bf16" or "f16") and sums in float32."""
+    return f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows of K or V: ``words`` bitmap words and ``kept`` values."""
+
+    words: int
+    kept: int
+
+    @property
+    def packed(self) -> int:
+        """32-bit words of packed values."""
+        return self.kept // 2
+
+    def registers(self, prefix: str = "") -> dict[str, str]:
+        """The registers that hold a row."""
+        return names(f"{prefix}b", self.words) | names(f"{prefix}v", self.packed)
+
+    def staged_bytes(self) -> int:
+        """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
+        return (self.kept + 1) * 128
+
+
+def stage(rows: Rows) -> Lines:
+    """Lane: its packed row -> shared memory, as overlapping words (value s, value s + 1) at 128 s + 4 lane.
+
+    One 32-bit load then fetches the next two values wherever the lane stands in its row, without bank conflicts. A
+    lane reads only what it wrote itself, so no barrier is needed.
+    """
+    yield ".reg .b32 overlap;"
+    for j in range(rows.packed):
+        following = f"v{min(j + 1, rows.packed - 1)}"
+        yield f"st.shared.b32 [stage+{256 * j}], v{j};"
+        yield f"prmt.b32 overlap, v{j}, {following}, 0x5432; st.shared.b32 [stage+{256 * j + 128}], overlap;"
+
+
+def prefetch(rows: Rows) -> Lines:
+    """Lane: its row of block ``next`` of the buffers ``bitmap`` and ``values`` -> nb<w>, nv<j>.
+
+    The warp barriers keep ptxas from sinking the loads to their first use, an iteration later.
+    """
+    yield ".reg .b64 bitmap_row, values_row;"
+    yield f"mad.wide.u32 bitmap_row, next, {128 * rows.words}, bitmap;"
+    yield f"mad.wide.u32 bitmap_row, lane, {4 * rows.words}, bitmap_row;"
+    yield f"mad.wide.u32 values_row, next, {64 * rows.kept}, values; mad.wide.u32 values_row, lane, 16, values_row;"
+    load = "ld.global.L1::no_allocate"
+    vector = next(n for n in (4, 2, 1) if rows.words % n == 0)
+    suffix = f".v{vector}" if vector > 1 else ""
+    yield "bar.warp.sync -1;"
+    for w in range(0, rows.words, vector):
+        target = listed("nb", *range(w, w + vector)) if vector > 1 else f"nb{w}"
+        yield f"{load}{suffix}.b32 {target}, [bitmap_row+{4 * w}];"
+    for unit in range(rows.packed // 4):
+        yield f"{load}.v4.b32 {listed('nv', *range(4 * unit, 4 * unit + 4))}, [values_row+{512 * unit}];"
+    yield "bar.warp.sync -1;"
+
+
+def locate_words(rows: Rows) -> Lines:
+    """Lane: a<w> = the staged address of the first value of bitmap word w."""
+    yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits; mov.b32 a0, stage;"
+    for w in range(rows.words - 1):
+        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w};"
+
+
+def expand_setup() -> Lines:
+    """Constants of ``expand_word``: dp2a weights that turn two bitmap bytes into a byte-permute selector.
+
+    Selector = 0x4444 + 8652 p - 13312 q for bits p, q: 0x3210 (both values), 0x6610 (the value, zero), 0x1044 (zero,
+    the value), 0x4444 (zeros); bytes 4 to 7 of the permuted pair are zero. The bits arrive as 0 or 2^k, so the
+    weights are scaled by 2^-k.
+    """
+    yield ".reg .b32 bytes, second, selector, pair, " + ", ".join(f"weights{k}" for k in range(3)) + ";"
+    for k in range(3):
+        yield f"mov.b32 weights{k}, {((-13312 >> k) & 0xFFFF) << 16 | (8652 >> k)};"
+
+
+def expand_word(w: int, first: int) -> Lines:
+    """Lane: the 32 channels of bitmap word w -> x<first> ... x<first + 15>, two channels to a register.
+
+    Four channels at a time: their bits are one byte each of ``word & 0x01010101 << k``. The staged address moves on
+    by 128 for each kept value, added up by dp4a. No branch, no predicate.
+    """
+    yield f"{{ .reg .b32 shifted; mov.b32 shifted, b{w};"
+    for i in range(8):
+        k, low, high = i % 3, f"x{first + 2 * i}", f"x{first + 2 * i + 1}"
+        if i and k == 0:
+            yield f"shr.u32 shifted, b{w}, {i};"
+        step = 128 >> k
+        yield f"and.b32 bytes, shifted, {0x01010101 << k};"
+        yield f"ld.shared.b32 pair, [a{w}]; dp2a.lo.s32.u32 selector, weights{k}, bytes, 0x4444;"
+        yield f"prmt.b32 {low}, pair, 0, selector;"
+        yield f"dp4a.u32.u32 second, bytes, {step | step << 8}, a{w}; ld.shared.b32 pair, [second];"
+        yield f"dp2a.hi.s32.u32 selector, weights{k}, bytes, 0x4444; prmt.b32 {high}, pair, 0, selector;"
+        if i < 7:
+            yield f"dp4a.u32.u32 a{w}, bytes, {_signed(step * 0x01010101)}, a{w};"
+    yield "}"
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Lines:
+    """Warp: expanded word w of 32 keys x the query -> added to s, and for one group of heads to s and e in turn.
+
+    So two sums are under way at any time: an mma need not wait for the one before it.
+
+    The expanded registers are the B operand as they are: column r, rows 2 t and 2 t + 1 (and those + 8) hold four
+    channels of token 4 r + t. A is the query laid out block-diagonally, row (head, u) nonzero only in the columns of
+    u = t, so that the four tokens of a column do not mix. Only lanes with r % 4 = t load something (``active``): the
+    registers of the others stay zero. Loading zeros instead took 18 us more of 70, in shared-memory wavefronts.
+    """
+    for i in range(8):
+        for g in range(groups):
+            a = f"q{(groups * (8 * w + i) + g) % QUERY_SETS}_"
+            address = f"query+{32 * (8 * w + i) + 8 * head_dim * g}"
+            yield f"@active ld.shared.v4.b32 {listed(a, 0, 1, 2, 3)}, [{address}];"
+            scores = listed("e" if groups == 1 and i % 2 else "s", *range(4 * g, 4 * g + 4))
+            b = listed("x", first + 2 * i, first + 2 * i + 1)
+            yield f"{mma(dtype)} {scores}, {listed(a, 0, 1, 2, 3)}, {b}, {scores};"
+
+
+def transpose(first: int, half: int) -> Lines:
+    """Warp: 8 channels of 32 tokens, x<first> ... x<first + 3> -> y<4 half> ... y<4 half + 3>.
+
+    An mma with a 0/1 matrix on the raw 16-bit patterns, taken for float16: each sum has one term, so it is exact
+    unless a pattern is infinite or NaN as a float16 (``layout.EXTREME``).
+    """
+    for tau in range(2):
+        y = listed("y", 4 * half + 2 * tau, 4 * half + 2 * tau + 1)
+        low, high = (listed("t", *range(8 * k + 4 * tau, 8 * k + 4 * tau + 4)) for k in range(2))
+        yield f"{TRANSPOSE} {y}, {low}, {listed('x', first, first + 1)}, {{zero,zero}};"
+        yield f"{TRANSPOSE} {y}, {high}, {listed('x', first + 2, first + 3)}, {y};"
+
+
+def accumulate(tile: int, dtype: str) -> Lines:
+    """Warp: 16 transposed channels (A operand) x the weights of 32 tokens -> added to o<4 tile> ... o<4 tile + 3>."""
+    o = listed("o", *range(4 * tile, 4 * tile + 4))
+    yield f"{mma(dtype)} {o}, {listed('y', 0, 4, 1, 5)}, {listed('p', 0, 1)}, {o};"
+    yield f"{mma(dtype)} {o}, {listed('y', 2, 6, 3, 7)}, {listed('p', 2, 3)}, {o};"
+
+
+def rescale(groups: int, accumulators: int) -> Lines:
+    """Warp: where a score exceeds the running maximum by more than 2^8, raise the maximum and rescale l and o."""
+    heads = 2 * groups
+    yield f".reg .f32 other, f0, f1, {', '.join(f'top{i}, new{i}, factor{i}' for i in range(heads))};"
+    yield ".reg .pred over, any, odd, upper; .reg .b32 lane, bit; mov.u32 lane, %laneid;"
+    for i in range(heads):
+        yield f"max.f32 top{i}, s{2 * i}, s{2 * i + 1}; add.f32 other, m{i}, {_LAZY_RESCALE};"
+        yield f"setp.gt.f32 over, top{i}, other;" if i == 0 else f"setp.gt.or.f32 over, top{i}, other, over;"
+    yield "vote.sync.any.pred any, over, -1; @!any bra KEEP;"
+    for distance in (1, 2, 4, 8):  # the 16 lanes that share a head
+        for i in range(heads):
+            yield f"shfl.sync.bfly.b32 other, top{i}, {distance}, 31, -1; max.f32 top{i}, top{i}, other;"
+    for i in range(heads):
+        yield f"max.f32 new{i}, m{i}, top{i}; sub.f32 other, m{i}, new{i}; ex2.approx.ftz.f32 factor{i}, other;"
+        yield f"mov.f32 m{i}, new{i}; mul.f32 l{i}, l{i}, factor{i};"
+    # The accumulators of a lane belong to heads 2 t and 2 t + 1: factor t of the lower and of the upper half warp.
+    yield "and.b32 bit, lane, 1; setp.ne.u32 odd, bit, 0; and.b32 bit, lane, 2; setp.ne.u32 upper, bit, 0;"
+    for parity in range(2):
+        fetch = f"{16 * parity}, 31, -1"
+        yield f"shfl.sync.idx.b32 f{parity}, factor0, {fetch}; shfl.sync.idx.b32 other, factor1, {fetch};"
+        yield f"selp.f32 f{parity}, other, f{parity}, odd;"
+        if groups == 2:
+            yield f"{{ .reg .f32 far; shfl.sync.idx.b32 far, factor2, {fetch};"
+            yield f"shfl.sync.idx.b32 other, factor3, {fetch}; selp.f32 far, other, far, odd;"
+            yield f"selp.f32 f{parity}, far, f{parity}, upper; }}"
+    for k in range(accumulators):
+        yield f"mul.f32 o{k}, o{k}, f{k % 2};"
+    yield "KEEP:"
+
+
+def weigh(groups: int, dtype: str) -> Lines:
+    """Lane: s -> weights 2^(s - m), added to l and packed as w<i> (two tokens of one head)."""
+    heads = 2 * groups
+    yield f".reg .f32 weight0, weight1, difference; .reg .b32 {', '.join(f'w{i}' for i in range(heads))};"
+    for i in range(heads):
+        for token in range(2):
+            yield f"sub.f32 difference, s{2 * i + token}, m{i}; ex2.approx.ftz.f32 weight{token}, difference;"
+            yield f"add.f32 l{i}, l{i}, weight{token};"
+        yield f"cvt.rn.{dtype}x2.f32 w{i}, weight1, weight0;"
+
+
+def exchange(groups: int) -> Lines:
+    """Warp: w (laid out as the scores) -> p (B operand): head r from the lane that scored it at tokens of u."""
+    yield ".reg .b32 source, near, far; and.b32 source, lane, 4; shl.b32 source, source, 2; and.b32 near, lane, 3;"
+    yield "or.b32 source, source, near;"
+    yield "and.b32 near, lane, 8; setp.ne.u32 odd, near, 0; and.b32 near, lane, 16; setp.ne.u32 upper, near, 0;"
+    for u in range(4):
+        yield "shfl.sync.idx.b32 near, w0, source, 31, -1; shfl.sync.idx.b32 far, w1, source, 31, -1;"
+        yield f"selp.b32 p{u}, far, near, odd;"
+        if groups == 2:
+            yield "shfl.sync.idx.b32 near, w2, source, 31, -1; shfl.sync.idx.b32 far, w3, source, 31, -1;"
+            yield f"selp.b32 near, far, near, odd; selp.b32 p{u}, near, p{u}, upper;"
+        if u < 3:
+            yield "add.u32 source, source, 4;"
+
+
+def share_partial(groups: int, accumulators: int, warp_bytes: int) -> Lines:
+    """Warp: o, m and the sum of l over the lanes of a head -> shared memory of the program, for ``merge_warps``."""
+    yield ".reg .b32 lane, warp, mine, spot, bit; .reg .f32 other; .reg .pred first;"
+    yield "mov.u32 lane, %laneid; mov.u32 warp, %tid.x; shr.u32 warp, warp, 5;"
+    yield f"mad.lo.u32 mine, warp, {warp_bytes}, shared; mad.lo.u32 mine, lane, 4, mine;"
+    for i in range(2 * groups):
+        for distance in (1, 2, 4, 8):
+            yield f"shfl.sync.bfly.b32 other, l{i}, {distance}, 31, -1; add.f32 l{i}, l{i}, other;"
+    yield "bar.warp.sync -1;"
+    for k in range(accumulators):
+        yield f"st.shared.b32 [mine+{128 * k}], o{k};"
+    # (m, l) of head h of warp w at state + 64 w + 8 h
+    yield "and.b32 bit, lane, 15; setp.eq.u32 first, bit, 0; shr.u32 bit, lane, 4;"
+    yield "mad.lo.u32 spot, warp, 64, state; mad.lo.u32 spot, bit, 8, spot;"
+    for i in range(2 * groups):
+        yield f"@first st.shared.v2.b32 [spot+{8 * (4 * (i // 2) + 2 * (i % 2))}], {{m{i},l{i}}};"
+    yield "bar.sync 0;"
+
+
+def merge_warps(warps: int, accumulators: int, warp_bytes: int) -> Lines:
+    """Program: the partial results of its warps -> z<k>, a share of the accumulators for each warp, and M0, L0, M1, L1.
+
+    Warp w takes accumulators w n ... w n + n - 1 of all warps, n = accumulators / warps. M and L belong to heads 2 t
+    and 2 t + 1.
+    """
+    share = accumulators // warps
+    sums = ", ".join(f"pm{w}_{h}, pl{w}_{h}" for w in range(warps) for h in range(2))
+    yield f".reg .f32 part, {sums}; .reg .b32 column; and.b32 column, lane, 3; mad.lo.u32 column, column, 16, state;"
+    for h in range(2):
+        for w in range(warps):
+            yield f"ld.shared.v2.b32 {{pm{w}_{h},pl{w}_{h}}}, [column+{64 * w + 8 * h}];"
+        yield f"mov.f32 M{h}, pm0_{h}; mov.f32 L{h}, 0f00000000;"
+        for w in range(1, warps):
+            yield f"max.f32 M{h}, M{h}, pm{w}_{h};"
+        for w in range(warps):  # from here on pm is the factor of the warp
+            yield f"sub.f32 part, pm{w}_{h}, M{h}; ex2.approx.ftz.f32 pm{w}_{h}, part;"
+            yield f"fma.rn.f32 L{h}, pl{w}_{h}, pm{w}_{h}, L{h};"
+    yield f"mad.lo.u32 mine, warp, {128 * share}, shared; mad.lo.u32 mine, lane, 4, mine;"
+    for k in range(share):
+        yield f"mov.f32 z{k}, 0f00000000;"
+        for w in range(warps):
+            yield f"ld.shared.b32 part, [mine+{128 * k + warp_bytes * w}]; fma.rn.f32 z{k}, part, pm{w}_{k % 2}, z{k};"
