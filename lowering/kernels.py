@@ -10,6 +10,7 @@ holds, not the capacity.
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
@@ -40,18 +41,19 @@ def compress(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``portable.compress``."""
     batch, heads, length, head_dim = dense.shape
-    shapes = Layout.interned(head_dim, kept, window).buffers(batch, heads, capacity, dense.dtype)
+    layout = Layout.interned(head_dim, kept, window)
+    shapes = layout.buffers(batch, heads, capacity, dense.dtype)
     values, bitmap = (torch.empty(shape, dtype=dtype, device=dense.device) for shape, dtype in shapes[:2])
     ring, counts = (torch.zeros(shape, dtype=dtype, device=dense.device) for shape, dtype in shapes[2:])
     if dense.numel() == 0:
         return values, bitmap, ring, counts
     buffers = values, bitmap, ring, counts
-    prune = Prune(head_dim // 32, kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype])
-    module, block_count = _compressor(
-        prune if _prunes_by_lane(dense, prune) else None, head_dim, kept, window, dense.dtype
-    )
+    prune = Prune(layout.words, kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype])
+    module, block_count = _compressor(prune if _prunes_by_lane(dense, prune) else None, layout, dense.dtype)
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS * block_count),)
-    module.compress[grid](dense, tokens, *buffers, heads, length, values.shape[2], *dense.stride(), num_warps=4)
+    module.compress[grid](
+        dense, tokens, *buffers, heads, length, values.shape[2], *dense.stride(), num_warps=_COMPRESS_WARPS
+    )
     return buffers
 
 
@@ -71,37 +73,33 @@ def _runs_ptx(device: torch.device) -> bool:
 
 
 @functools.cache
-def _compressor(
-    prune: Prune | None, head_dim: int, kept: int, window: int, dtype: torch.dtype
-) -> tuple[ModuleType, int]:
+def _compressor(prune: Prune | None, layout: Layout, dtype: torch.dtype) -> tuple[ModuleType, int]:
     """The compressing kernel, tuned or portable, and how many blocks of tokens a program takes."""
-    constants: dict[str, Any] = {"head_dim": head_dim, "words": cdiv(head_dim, 32), "kept": kept, "window": window}
-    constants |= {"dtype": DTYPE_NAMES[dtype]}
+    constants = _constants(layout) | {"dtype": DTYPE_NAMES[dtype]}
     if prune is None:
-        return render.kernels("compress", **constants, padded=padded(head_dim)), 1
+        return render.kernels("compress", **constants, padded=padded(layout.head_dim)), 1
     return render.kernels("compress_nvidia", **constants, warps=prune.warps, block=prune.block()), prune.warps
 
 
 def decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, length: int) -> Tensor:
     """See ``portable.decompress``."""
-    batch, heads, slots, head_dim = window.shape
+    batch, heads, _, head_dim = window.shape
     dense = torch.empty(batch, heads, length, head_dim, dtype=window.dtype, device=window.device)
     if dense.numel() == 0:
         return dense
-    constants = {"head_dim": head_dim, "padded": padded(head_dim), "words": bitmap.shape[-1]}
-    module = _decompressor(**constants, kept=_kept(values), window=slots)
+    module = _decompressor(Layout.of_buffers(values, bitmap, window, counts))
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS),)
     module.decompress[grid](values, bitmap, window, counts, dense, length, values.shape[2])
     return dense
 
 
 @functools.cache
-def _decompressor(**constants: int) -> ModuleType:
-    return render.kernels("decompress", **constants)
+def _decompressor(layout: Layout) -> ModuleType:
+    return render.kernels("decompress", **_constants(layout), padded=padded(layout.head_dim))
 
 
-def _kept(values: Tensor) -> int:
-    return values.shape[3] * values.shape[5]
+def _constants(layout: Layout) -> dict[str, Any]:
+    return asdict(layout) | {"words": layout.words}
 
 
 @functools.cache
@@ -123,23 +121,22 @@ def _splits_for(tuned: Tuned | None, rows: int, blocks: int, device: torch.devic
 
 
 def _step(
-    query: Tensor,
-    key_window: Tensor,
-    key_values: Tensor,
-    value_window: Tensor,
-    value_values: Tensor,
+    keys: Layout,
+    values: Layout,
+    group: int,
+    dtype: torch.dtype,
     position: Tensor | None,
     mask: Tensor | None,
     softcap: float,
 ) -> Step:
     return Step(
-        key_dim=key_window.shape[3],
-        value_dim=value_window.shape[3],
-        key_kept=_kept(key_values),
-        value_kept=_kept(value_values),
-        window=key_window.shape[2],
-        group=query.shape[1] // key_window.shape[1],
-        dtype=DTYPE_NAMES[key_window.dtype],
+        key_dim=keys.head_dim,
+        value_dim=values.head_dim,
+        key_kept=keys.kept,
+        value_kept=values.kept,
+        window=keys.window,
+        group=group,
+        dtype=DTYPE_NAMES[dtype],
         mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
         position=position is not None,
         softcap=softcap != 0,
@@ -175,7 +172,9 @@ def decode_attention(
     result = torch.empty(batch, query_heads, 1, value_dim, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
-    step = _step(query, key_window, key_values, value_window, value_values, position, mask, softcap)
+    key_layout = Layout.of_buffers(key_values, key_bitmap, key_window, key_counts)
+    value_layout = Layout.of_buffers(value_values, value_bitmap, value_window, value_counts)
+    step = _step(key_layout, value_layout, query_heads // heads, key_window.dtype, position, mask, softcap)
     rows, key_blocks, value_blocks = batch * heads, key_values.shape[2], value_values.shape[2]
     aligned = all(x.data_ptr() % 16 == 0 for x in (key_values, key_bitmap, value_values, value_bitmap))
     usable = aligned and key_blocks == value_blocks and _runs_ptx(query.device)

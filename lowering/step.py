@@ -93,8 +93,8 @@ class Step:
 
     def combine(self, parts: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
         """Kernel ``combine``. exact_for_extremes: it does the work again where a cache holds extreme values."""
-        padded = next((n for n in (16, 32, 128) if parts <= n), power_of_two(parts))  # few values: each compiles anew
-        constants = {"channels": channels, "parts_padded": padded, "overlap": overlap}
+        slots = next((n for n in (16, 32, 128) if parts <= n), power_of_two(parts))  # few values: each compiles anew
+        constants = {"channels": channels, "parts_padded": slots, "overlap": overlap}
         return _kernels(self, "combine", **constants, exact_for_extremes=exact_for_extremes)
 
 

@@ -81,6 +81,11 @@ def strided(x, how):
     return x
 
 
+def partly_written(x, tokens):
+    """x [B, H, n, D] with NaN behind its first ``tokens`` tokens: what is not written must not be read."""
+    return torch.where(torch.arange(x.shape[2]).unsqueeze(-1) < tokens, x, NAN)
+
+
 def with_length(x, length):
     """The first ``length`` tokens of x [B, H, n, D]; zeros behind its last."""
     return torch.nn.functional.pad(x, (0, 0, 0, max(length - x.shape[2], 0)))[:, :, :length]

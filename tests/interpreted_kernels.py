@@ -26,6 +26,7 @@ from cases import (
     hard_rows,
     make_case,
     make_mask,
+    partly_written,
     randn,
     row_holding,
     rows,
@@ -85,7 +86,7 @@ def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, sp
     tokens, head_dim = round(written * length), 8 * eights
     dense = strided(randn(batch, heads, length, head_dim, seed=seed, dtype=dtype), how)
     expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
-    dense = strided(torch.where(torch.arange(length).unsqueeze(-1) < tokens, dense, NAN), how)
+    dense = strided(partly_written(dense, tokens), how)
     kept, capacity = kept_count(head_dim, sparsity), max(length + spare, tokens - window, 0)
     buffers = check_compressed(dense, tokens, kept, window, capacity)
     assert buffers[3].tolist() == [tokens, max(tokens - window, 0), 0], "NaN that is not written is not extreme"

@@ -28,6 +28,7 @@ from cases import (
     hard_rows,
     make_case,
     make_mask,
+    partly_written,
     randn,
     row_holding,
     rows,
@@ -635,7 +636,7 @@ def test_a_compressed_cache_stands_for_the_pruned_one(dtype, sizes, shift, sizes
     plain = randn(batch, heads, length, head_dim, seed=seed, dtype=dtype)
     plain = strided(plain, "heads expanded") if how == "heads expanded" else plain
     expected = pruned_cache(plain[:, :, :tokens], sparsity_for(head_dim, kept), window)
-    plain = torch.where(torch.arange(length).unsqueeze(-1) < tokens, plain, NAN)  # what is not written is not read
+    plain = partly_written(plain, tokens)
     dense = strided(shifted(plain.cuda(), shift), how)
     buffers = kernels.compress(dense, torch.tensor([tokens], device="cuda"), kept, window, capacity)
     assert buffers[3].tolist() == [tokens, max(tokens - window, 0), 0], "NaN that is not written is not extreme"

@@ -26,6 +26,7 @@ from cases import (
     dtypes,
     make_case,
     make_mask,
+    partly_written,
     randn,
     row_holding,
     rows,
@@ -168,7 +169,7 @@ def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, sp
     capacity = max(length + spare, tokens - window, 0)
     dense = strided(randn(batch, heads, length, 8 * eights, seed=seed, dtype=dtype), how)
     expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
-    dense = torch.where(torch.arange(length).unsqueeze(-1) < tokens, dense, NAN)  # what is not written is not read
+    dense = partly_written(dense, tokens)
     kept = kept_count(8 * eights, sparsity)
     buffers = ops.compress(strided(dense, how), torch.tensor([tokens]), kept, window, capacity)
     layout = Layout(8 * eights, kept, window)

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mustafar_compile.lowering import kernels, render
+from mustafar_compile.lowering.layout import Layout
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
 from mustafar_compile.lowering.ptx.decode_steps import Rows
@@ -342,7 +343,7 @@ def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, tmp_path):
     name = kernels.DTYPE_NAMES[dtype]
-    module, _ = kernels._compressor(Prune(head_dim // 32, kept, 4, name), head_dim, kept, 32, dtype)
+    module, _ = kernels._compressor(Prune(head_dim // 32, kept, 4, name), Layout(head_dim, kept, 32), dtype)
     kernel = compiled(module.compress, name, gluon=True, num_warps=4)
     _, stack, local = usage(kernel, tmp_path)
     assert (stack, local) == (0, 0)
@@ -364,7 +365,7 @@ def test_the_plain_kernels_compile(mask, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_plain_kernels_of_whole_caches_compile(dtype):
     name = kernels.DTYPE_NAMES[dtype]
-    module, _ = kernels._compressor(None, 80, 40, 32, dtype)
+    module, _ = kernels._compressor(None, Layout(80, 40, 32), dtype)
     assert compiled(module.compress, name, num_warps=4).asm["cubin"]
-    module = kernels._decompressor(head_dim=80, padded=128, words=3, kept=40, window=32)
+    module = kernels._decompressor(Layout(80, 40, 32))
     assert compiled(module.decompress, name).asm["cubin"]

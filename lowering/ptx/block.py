@@ -20,6 +20,18 @@ def listed(prefix: str, *indices: int) -> str:
     return "{" + ",".join(f"{prefix}{i}" for i in indices) + "}"
 
 
+def vectors(prefix: str, count: int) -> Iterator[tuple[int, str, str]]:
+    """Registers in the widest vectors that divide ``count``: the first index, the type (v4.b32), the operand."""
+    width = next(n for n in (4, 2, 1) if count % n == 0)
+    for i in range(0, count, width):
+        yield (i, "b32", f"{prefix}{i}") if width == 1 else (i, f"v{width}.b32", listed(prefix, *range(i, i + width)))
+
+
+def locate_thread() -> Lines:
+    """lane and warp of the thread."""
+    yield "mov.u32 lane, %laneid; mov.u32 warp, %tid.x; shr.u32 warp, warp, 5;"
+
+
 @dataclass(frozen=True)
 class Block:
     """One inline-assembly block: its text, its constraints, and how many results of which kind it has."""

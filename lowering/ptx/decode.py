@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .block import Block, Lines, names
+from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
     QUERY_SETS,
     Rows,
@@ -82,7 +82,8 @@ class Decode:
     def _setup(self, chunks: int) -> Lines:
         yield f".shared .align 128 .b8 arena[{self.shared_bytes}];"
         yield ".reg .b32 lane, warp, row, column, spot, half; .reg .pred inside, here;"
-        yield "mov.u32 shared, arena; mov.u32 lane, %laneid; mov.u32 warp, %tid.x; shr.u32 warp, warp, 5;"
+        yield "mov.u32 shared, arena;"
+        yield from locate_thread()
         yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared; mad.lo.u32 stage, lane, 4, stage;"
         # Every warp writes the same words, and reads them behind its own barrier.
         yield f"add.u32 query, shared, {self.warps * self.warp_bytes}; mad.lo.u32 spot, lane, 32, query;"

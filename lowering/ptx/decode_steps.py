@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .block import Lines, listed, names
+from .block import Lines, listed, locate_thread, names, vectors
 
 TRANSPOSE = "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
@@ -80,12 +80,9 @@ def prefetch(rows: Rows) -> Lines:
     yield f"mad.wide.u32 bitmap_row, lane, {4 * rows.words}, bitmap_row;"
     yield f"mad.wide.u32 values_row, next, {64 * rows.kept}, values; mad.wide.u32 values_row, lane, 16, values_row;"
     load = "ld.global.L1::no_allocate"
-    vector = next(n for n in (4, 2, 1) if rows.words % n == 0)
-    suffix = f".v{vector}" if vector > 1 else ""
     yield "bar.warp.sync -1;"
-    for w in range(0, rows.words, vector):
-        target = listed("nb", *range(w, w + vector)) if vector > 1 else f"nb{w}"
-        yield f"{load}{suffix}.b32 {target}, [bitmap_row+{4 * w}];"
+    for w, kind, target in vectors("nb", rows.words):
+        yield f"{load}.{kind} {target}, [bitmap_row+{4 * w}];"
     for unit in range(rows.packed // 4):
         yield f"{load}.v4.b32 {listed('nv', *range(4 * unit, 4 * unit + 4))}, [values_row+{512 * unit}];"
     yield "bar.warp.sync -1;"
@@ -235,7 +232,7 @@ def exchange(groups: int) -> Lines:
 def share_partial(groups: int, accumulators: int, warp_bytes: int) -> Lines:
     """Warp: o, m and the sum of l over the lanes of a head -> shared memory of the program, for ``merge_warps``."""
     yield ".reg .b32 lane, warp, mine, spot, bit; .reg .f32 other; .reg .pred first;"
-    yield "mov.u32 lane, %laneid; mov.u32 warp, %tid.x; shr.u32 warp, warp, 5;"
+    yield from locate_thread()
     yield f"mad.lo.u32 mine, warp, {warp_bytes}, shared; mad.lo.u32 mine, lane, 4, mine;"
     for i in range(2 * groups):
         for distance in (1, 2, 4, 8):

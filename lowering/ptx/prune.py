@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .block import Block, Lines, listed
+from .block import Block, Lines, listed, locate_thread, vectors
 
 _SELECT = 0xE4  # lop3: bits of the first operand where the third has ones, of the second elsewhere
 _INDEX_PLANES = (0x0F0F0F0F, 0x33333333, 0x55555555, 0x0000FFFF, 0x00FF00FF)  # bit 4 ... 0 of a channel is zero
@@ -126,10 +126,8 @@ def pack(words: int) -> Lines:
 def store_row(words: int, kept: int) -> Lines:
     """Lane: b -> ``bitmap``, packed values -> ``values``, where the token is ``stored``."""
     yield ".reg .b32 first, second, v<4>;"
-    vector = next(n for n in (4, 2, 1) if words % n == 0)
-    for w in range(0, words, vector):
-        words_out = listed("b", *range(w, w + vector)) if vector > 1 else f"b{w}"
-        yield f"@stored st.global{f'.v{vector}' if vector > 1 else ''}.b32 [bitmap+{4 * w}], {words_out};"
+    for w, kind, source in vectors("b", words):
+        yield f"@stored st.global.{kind} [bitmap+{4 * w}], {source};"
     for unit in range(kept // 8):
         for j in range(4):
             slot = 8 * unit + 2 * j
@@ -167,7 +165,8 @@ class Prune:
         yield ".reg .b32 stage, lane, warp, up, down; .reg .pred valid, recent, stored;"
         for name in ("valid", "recent", "stored"):
             yield f"setp.ne.u32 {name}, is_{name}, 0;"
-        yield "mov.u32 stage, slots; mov.u32 lane, %laneid; mov.u32 warp, %tid.x; shr.u32 warp, warp, 5;"
+        yield "mov.u32 stage, slots;"
+        yield from locate_thread()
         yield f"mad.lo.u32 stage, warp, {(self.kept + 1) * 128}, stage; mad.lo.u32 stage, lane, 4, stage;"
         yield f".reg .b32 x<{16 * self.words}>, {', '.join(f'b{w}' for w in range(self.words))};"
         for w in range(self.words):
