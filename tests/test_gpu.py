@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -131,3 +137,18 @@ def test_prefill_never_holds_the_dense_cache_of_all_layers(how):
     tokens = grown_capacity(4000) if how == {} else 4001
     compressed = 8 * 2 * Layout.of(64, 0.7, 32).stored_bytes(2, 2, tokens, 2)
     assert peaks[12] - peaks[4] <= compressed * 1.03
+
+
+SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer, which comes with CUDA")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    """Each tensor is allocated on its own, so that an access past its end is one past its allocation."""
+    script = Path(__file__).with_name("sanitized_kernels.py")
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "1", sys.executable, script]
+    variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
+    assert "0 errors" in run.stdout + run.stderr or "0 hazards" in run.stdout + run.stderr

@@ -85,7 +85,7 @@ class Decode:
         yield "mov.u32 shared, arena;"
         yield from locate_thread()
         yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared; mad.lo.u32 stage, lane, 4, stage;"
-        # Every warp writes the same words, and reads them behind its own barrier.
+        # Every warp writes the same words.
         yield f"add.u32 query, shared, {self.warps * self.warp_bytes}; mad.lo.u32 spot, lane, 32, query;"
         for c in range(chunks):
             yield f"setp.lt.u32 inside, lane, {self.key_dim // 4 - 32 * c};"
@@ -95,7 +95,7 @@ class Decode:
                     words = f"{{q{c}_{h[0]}_0,q{c}_{h[1]}_0,q{c}_{h[0]}_1,q{c}_{h[1]}_1}}"
                     offset = 8 * self.key_dim * g + 1024 * c + 16 * parity
                     yield f"@inside st.shared.v4.b32 [spot+{offset}], {words};"
-        yield "bar.warp.sync -1; shr.u32 half, lane, 4; mad.lo.u32 query, half, 16, query;"
+        yield "bar.sync 0; shr.u32 half, lane, 4; mad.lo.u32 query, half, 16, query;"
         yield "shr.u32 row, lane, 2; and.b32 column, lane, 3; and.b32 half, row, 3;"
         yield "setp.eq.u32 here, half, column; selp.u32 activity, 1, 0, here;"
         # t<8 k + 4 tau + i>: A[m, (k half, t, e)] = 1 where m = 8 (t % 2) + channel, of tokens t = 2 tau + i % 2
