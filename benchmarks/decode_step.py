@@ -7,6 +7,7 @@
 hf     the model as Hugging Face compiles it: a static cache, torch.compile with mode="reduce-overhead"
 dense  the best dense step that could be built: fused, no mask, heads not repeated, one CUDA graph
 ours   the model of hf with backend="mustafar", over a compressed static cache
+op     the step of dense with our op over compressed caches in place of its attention
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import DynamicCache
 import mustafar_compile
 
 NAME = "decode_step"
-WAYS = ("hf", "dense", "ours")
+WAYS = ("hf", "dense", "ours", "op")
 _WARM_UPS = 5  # compiling, then warming up and recording CUDA graphs, then replaying
 _STEPS = 20
 _ROUNDS = 3
@@ -122,6 +123,13 @@ def run_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> R
     return row | {"cache_GB": mustafar_compile.cache_stats(cache).stored_bytes / 1e9, "note": matched(report, given)}
 
 
+def run_op(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+    """(iv) The step of (ii) with our attention in place of the dense one."""
+    decoder = llama.CompressedDecoder(model, given.batch, given.context, sparsity)
+    row = measured(decoder.graphed()) | held(given)
+    return row | {"cache_GB": decoder.stored_bytes / 1e9}
+
+
 def matched(report: Any, given: argparse.Namespace) -> str:
     """How many layers ran compressed. The numbers are ours only where that is all of them."""
     return f"matched: {len(report.matched)} of {given.layers}"
@@ -162,7 +170,7 @@ def prefill_ours(model: Any, given: argparse.Namespace, sparsity: float | None) 
     return row | {"note": matched(report, given)}
 
 
-DECODE = {"hf": run_hf, "dense": run_dense, "ours": run_ours}
+DECODE = {"hf": run_hf, "dense": run_dense, "ours": run_ours, "op": run_op}
 PREFILL = {"hf": prefill_hf, "ours": prefill_ours}
 
 
@@ -195,7 +203,7 @@ def key_of(row: Row) -> tuple:
 def with_ratios(rows: list[Row]) -> list[Row]:
     """How many times faster each row is than the dense ones of the same sizes."""
     rows = sorted(rows, key=lambda row: (*key_of(row)[:4], WAYS.index(row["way"]), row["sparsity"] or 0))
-    reference = {key_of(row)[:5]: row["ms"] for row in rows if row["way"] != "ours"}
+    reference = {key_of(row)[:5]: row["ms"] for row in rows if row["sparsity"] is None}
     for row in rows:
         for way in ("hf", "dense"):
             baseline = reference.get((*key_of(row)[:4], way))
@@ -224,7 +232,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     ways = [way for way in (PREFILL if given.ttft else DECODE) if way in (given.only or WAYS)]
-    cases = [(way, s) for way in ways for s in (given.sparsity or [0.5, 0.7] if way == "ours" else [None])]
+    cases = [(way, s) for way in ways for s in (given.sparsity or [0.5, 0.7] if way in ("ours", "op") else [None])]
     rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
     for case in cases:
         row = run(*case, given)

@@ -123,22 +123,19 @@ class Layer:
         return cls(norms[0].data, qkv, attention.o_proj.weight.data, norms[1].data, gate_up, mlp.down_proj.weight.data)
 
 
-class DenseDecoder:
+class Decoder:
     """The decode step that a careful engineer would write: no mask, no repeated heads, few and fused kernels.
 
-    Attention reads buffers of just the right length. What stands between two attentions is one compiled function that
-    serves all layers, and the whole step is one CUDA graph. It takes the weights out of ``model``, which is of no use
-    afterwards.
+    What stands between two attentions is one compiled function that serves all layers, and the whole step is one CUDA
+    graph. It takes the weights out of ``model``, which is of no use afterwards. Subclasses keep the cache.
     """
 
-    def __init__(self, model: Any, batch: int, context: int, attention: Callable[..., Tensor]) -> None:
+    def __init__(self, model: Any, batch: int, context: int) -> None:
         config = model.config
-        self.attention, self.dims = attention, (config.head_dim, config.num_attention_heads, config.rms_norm_eps)
+        self.dims = config.head_dim, config.num_attention_heads, config.rms_norm_eps
         self.embedding, self.head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
         self.norm = model.model.norm.weight.data
         self.layers = [Layer.taken_from(layer) for layer in model.model.layers]
-        shape = (2, batch, config.num_key_value_heads, context, config.head_dim)
-        self.caches = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in self.layers]
         position = torch.full((batch, 1), context - 1, device=DEVICE)
         self.rotation = model.model.rotary_emb(self.embedding, position)  # from the position alone: made once
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
@@ -149,11 +146,11 @@ class DenseDecoder:
     def step(self) -> Tensor:
         """Logits of the next token [B, 1, vocabulary]. The token's keys and values go to the last slot."""
         x = F.embedding(self.ids, self.embedding)
-        query = self.enter(x, self.layers[0], self._slot(0), self.rotation, self.dims)
+        query = self.enter(x, self.layers[0], self.slot(0), self.rotation, self.dims)
         for i, after in enumerate(self.layers[1:]):
-            attended = self._attend(query, i)
-            x, query = self.between(attended, x, self.layers[i], after, self._slot(i + 1), self.rotation, self.dims)
-        attended = self._attend(query, len(self.layers) - 1)
+            attended = self.attend(query, i)
+            x, query = self.between(attended, x, self.layers[i], after, self.slot(i + 1), self.rotation, self.dims)
+        attended = self.attend(query, len(self.layers) - 1)
         return self.finish(attended, x, self.layers[-1], self.norm, self.head, self.dims)
 
     def graphed(self) -> Callable[[], None]:
@@ -161,12 +158,52 @@ class DenseDecoder:
         self.step()  # compiles
         return graphed(self.step)
 
-    def _slot(self, i: int) -> Tensor:
+    def slot(self, i: int) -> Tensor:
+        """Where layer ``i`` is to write the key and the value of the new token, [2, B, KV heads, 1, D]."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, i: int) -> Tensor:
+        """Attention of layer ``i``, the new token included: [B, heads, 1, D] -> the same."""
+        raise NotImplementedError
+
+
+class DenseDecoder(Decoder):
+    """Attention reads buffers of just the right length."""
+
+    def __init__(self, model: Any, batch: int, context: int, attention: Callable[..., Tensor]) -> None:
+        super().__init__(model, batch, context)
+        shape = (2, batch, model.config.num_key_value_heads, context, model.config.head_dim)
+        self.attention = attention
+        self.caches = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in self.layers]
+
+    def slot(self, i: int) -> Tensor:
         return self.caches[i][:, :, :, -1:]
 
-    def _attend(self, query: Tensor, i: int) -> Tensor:
+    def attend(self, query: Tensor, i: int) -> Tensor:
         key, value = self.caches[i]
         return self.attention(query, key, value)
+
+
+class CompressedDecoder(Decoder):
+    """The same with compressed caches in place of the buffers."""
+
+    def __init__(self, model: Any, batch: int, context: int, sparsity: float) -> None:
+        super().__init__(model, batch, context)
+        cache = compressed_cache(model, batch, context, sparsity)
+        self.caches = [(*layer.keys.buffers, *layer.values.buffers) for layer in cache.layers]
+        self.stored_bytes = sum(x.stored_bytes for layer in cache.layers for x in (layer.keys, layer.values))
+        config = model.config
+        shape = (2, batch, config.num_key_value_heads, 1, config.head_dim)
+        self.row = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)  # one will do: layers run one by one
+        self.position = torch.tensor([context - 1], device=DEVICE)
+        self.scale = config.head_dim**-0.5
+
+    def slot(self, i: int) -> Tensor:
+        return self.row
+
+    def attend(self, query: Tensor, i: int) -> Tensor:
+        how = {"position": self.position, "mask": None, "scale": self.scale}
+        return operations().decode_attention(query, *self.row, *self.caches[i], **how)
 
 
 def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import render
 from .layout import BLOCK_TOKENS, Layout
 from .ptx.prune import Prune
-from .step import STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded
+from .step import COMBINE_REGISTERS, STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MAX_HEAD_DIM = 256
@@ -206,9 +206,10 @@ def decode_attention(
     )  # fmt: skip
     channels = _channels_to_combine(batch * query_heads, value_dim, _multiprocessors(query.device))
     combine = step.combine(parts, channels, tuned is not None, overlap)
+    few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
     combine.combine[batch * query_heads, cdiv(value_dim, channels)](
         query, *keys, *values, given, sums, states, moved, result, key_counts, value_counts, parts, *rest,
-        **early,
+        **early, **few,
     )  # fmt: skip
     return result
 

@@ -12,6 +12,9 @@ from .ptx.decode import Decode
 from .ptx.decode_steps import Rows
 
 STATIC_SHARED_BYTES = 48 * 1024
+# Of a thread of ``combine``, so that all its programs run at once. What it does for extreme values would take up to 255
+# and spills instead.
+COMBINE_REGISTERS = 64
 _SLOTS_A_WARP = 8  # of the window
 # Arguments of which a new value does not compile the kernels of a step anew.
 _INTEGERS = (

@@ -154,9 +154,10 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, monkeypatch)
     out = kernels.decode_attention(query, row, row, *cache, *cache, torch.tensor([300]), mask, 0.1)
     assert out.shape == query.shape
     assert [name for name, *_ in launches] == ["attend", "append", "combine"]
-    (_, grid, attend, how), (_, _, append, early), (_, _, combine, _) = launches
+    (_, grid, attend, how), (_, _, append, early), (_, _, combine, late) = launches
     assert how.get("maxnreg") == (registers and registers[mask is not None])
-    assert early.get("launch_pdl", False) == (registers is not None)
+    assert early.get("launch_pdl", False) == late.get("launch_pdl", False) == (registers is not None)
+    assert late.get("maxnreg") == (registers and 64)
     splits, parts = attend["splits"], combine["parts"]
     assert grid == (8 * (1 if registers is None else -(-group // 8)), splits)
     assert append["splits"] == splits
