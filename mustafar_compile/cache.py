@@ -108,17 +108,23 @@ class CompressedKV(Tensor):
                 "moved on. To continue one past in several ways, copy.deepcopy it first"
             )
 
-    def extended(self) -> CompressedKV:
-        """The handle after one more token was written into the buffers, with room for the next."""
-        tokens = self.shape[2] + 1
-        self.history.tokens = tokens
-        size = (*self.shape[:2], tokens, self.shape[3])
-        cache = CompressedKV(*self.buffers, self.row_layout, True, size)
+    def extended(self, count: int) -> CompressedKV:
+        """The handle after ``count`` more tokens were written into the buffers."""
+        self.history.tokens = self.shape[2] + count
+        cache = CompressedKV(
+            *self.buffers, self.row_layout, True, (*self.shape[:2], self.history.tokens, self.shape[3])
+        )
         cache.history = self.history
-        needed = tokens + 1 - self.row_layout.window
-        if needed > cache.capacity:
-            cache.reserve(grown_capacity(needed))
         return cache._with_marks()
+
+    def prepare(self, count: int) -> None:
+        """Make room for ``count`` more tokens. Raises StaleCacheError if this handle was extended before."""
+        if not self.grows:
+            return
+        self.check_latest()
+        needed = self.shape[2] + count - self.row_layout.window
+        if needed > self.capacity:
+            self.reserve(grown_capacity(needed))
 
     @property
     def capacity(self) -> int:

@@ -20,13 +20,13 @@ class CompiledCall:
     def __init__(self, plan: Plan, compiled: Callable[..., Sequence[Any]]) -> None:
         self.plan = plan
         self.compiled = compiled
-        self.extended = [output.index for output in plan.outputs if isinstance(output, Extended)]
+        self.extended = [output for output in plan.outputs if isinstance(output, Extended)]
         self.growing = sorted({source.index for source in plan.inputs if isinstance(source, Buffer)})
 
     def __call__(self, *arguments: Any) -> list[Any]:
         record_call()
-        for index in self.extended:
-            arguments[index].check_latest()
+        for output in self.extended:
+            arguments[output.index].prepare(_count(output, arguments))
         _level([arguments[index] for index in self.growing if arguments[index].grows])
         states = {a.index: current_state(a, arguments) for a in self.plan.attached}
         inputs = [_bind(source, arguments, states) for source in self.plan.inputs]
@@ -56,6 +56,10 @@ def _bind(source: Any, arguments: Sequence[Any], states: dict[int, Any]) -> Any:
             return arguments[index].shape[dim]
 
 
+def _count(output: Extended, arguments: Sequence[Any]) -> int:
+    return arguments[output.count.index] if isinstance(output.count, Argument) else output.count
+
+
 def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
     match output:
         case Argument(index):
@@ -63,7 +67,7 @@ def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> A
         case Result(index):
             return results[index]
         case Extended(index):
-            return arguments[index].extended()
+            return arguments[index].extended(_count(output, arguments))
         case Compressed(index, tokens, grows):
             buffers: list[Tensor] = list(results[index : index + len(BUFFERS)])
             length = results[tokens.index] if isinstance(tokens, Result) else tokens

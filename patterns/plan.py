@@ -51,9 +51,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Extended:
-    """The compressed cache that is argument ``index``, one token longer."""
+    """The compressed cache that is argument ``index``, ``count`` tokens longer."""
 
     index: int
+    count: int | Argument = 1
 
 
 @dataclass(frozen=True)
