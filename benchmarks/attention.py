@@ -91,7 +91,7 @@ class Compressed:
     def step(self, **how: bool) -> Tensor:
         """The last token enters, and is attended to with all others."""
         return operations().decode_attention(
-            self.query, *self.new, *self.keys, *self.values, self.position, None, self.scale, **how
+            self.query, *self.new, *self.keys, *self.values, self.position, None, None, self.scale, **how
         )
 
     def step_in_turn(self) -> Tensor:

@@ -202,7 +202,7 @@ class CompressedDecoder(Decoder):
         return self.row
 
     def attend(self, query: Tensor, i: int) -> Tensor:
-        how = {"position": self.position, "mask": None, "scale": self.scale}
+        how = {"position": self.position, "mask": None, "sinks": None, "scale": self.scale}
         return operations().decode_attention(query, *self.row, *self.caches[i], **how)
 
 

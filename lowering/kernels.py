@@ -127,6 +127,7 @@ def _step(
     dtype: torch.dtype,
     position: Tensor | None,
     mask: Tensor | None,
+    sinks: Tensor | None,
     softcap: float,
 ) -> Step:
     return Step(
@@ -139,6 +140,7 @@ def _step(
         dtype=DTYPE_NAMES[dtype],
         mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
         position=position is not None,
+        sinks=sinks is not None,
         softcap=softcap != 0,
     )
 
@@ -157,6 +159,7 @@ def decode_attention(
     value_counts: Tensor,
     position: Tensor | None,
     mask: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float = 0.0,
     variant: str = "tuned",
@@ -174,7 +177,7 @@ def decode_attention(
         return result
     key_layout = Layout.of_buffers(key_values, key_bitmap, key_window, key_counts)
     value_layout = Layout.of_buffers(value_values, value_bitmap, value_window, value_counts)
-    step = _step(key_layout, value_layout, query_heads // heads, key_window.dtype, position, mask, softcap)
+    step = _step(key_layout, value_layout, query_heads // heads, key_window.dtype, position, mask, sinks, softcap)
     rows, key_blocks, value_blocks = batch * heads, key_values.shape[2], value_values.shape[2]
     aligned = all(x.data_ptr() % 16 == 0 for x in (key_values, key_bitmap, value_values, value_bitmap))
     usable = aligned and key_blocks == value_blocks and _runs_ptx(query.device)
@@ -189,6 +192,7 @@ def decode_attention(
     moved = torch.empty(3, dtype=torch.int64, device=query.device)
     keys, values = (key_values, key_bitmap), (value_values, value_bitmap)
     at = key_counts if position is None else position
+    sinks = sinks if sinks is None else sinks.contiguous()
     given, *strides = _mask_arguments(mask, batch, query_heads)
     rest = (key_blocks, value_blocks, heads, *strides, scale, softcap)
 
@@ -208,7 +212,7 @@ def decode_attention(
     combine = step.combine(parts, channels, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
     combine.combine[batch * query_heads, cdiv(value_dim, channels)](
-        query, *keys, *values, given, sums, states, moved, result, key_counts, value_counts, parts, *rest,
+        query, *keys, *values, given, sinks, sums, states, moved, result, key_counts, value_counts, parts, *rest,
         **early, **few,
     )  # fmt: skip
     return result

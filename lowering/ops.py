@@ -26,7 +26,7 @@ _SCHEMAS = {
     "decode_attention": "(Tensor query, Tensor key, Tensor value,"
     " Tensor(a!) key_values, Tensor(b!) key_bitmap, Tensor(c!) key_window, Tensor(d!) key_counts,"
     " Tensor(e!) value_values, Tensor(f!) value_bitmap, Tensor(g!) value_window, Tensor(h!) value_counts,"
-    " Tensor? position, Tensor? mask, float scale, float softcap=0.0) -> Tensor",
+    " Tensor? position, Tensor? mask, Tensor? sinks, float scale, float softcap=0.0) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
@@ -108,7 +108,8 @@ decode_attention = torch.ops.mustafar.decode_attention.default
 query: [B, Hq, 1, D]. key, value: the new token, [B, H, 1, D] and [B, H, 1, Dv], with Hq a multiple of H. The buffers
 of K and V are updated in place. position: int64, one element, where the token goes, at most the tokens written (what
 lies past that is undefined); None: behind the last.
-mask: boolean (True: attend) or additive, broadcastable to [B, Hq, 1, S]. softcap: scores become
-``softcap * tanh(score / softcap)`` before the mask; 0: they stay. Returns [B, Hq, 1, Dv] in the dtype of ``query``;
-sums are in float32.
+mask: boolean (True: attend) or additive, broadcastable to [B, Hq, 1, S]. sinks: [Hq], any float dtype: a logit for each
+query head that counts in the softmax and has no value; scale, softcap and mask do not apply to it. softcap: scores
+become ``softcap * tanh(score / softcap)`` before the mask; 0: they stay. Returns [B, Hq, 1, Dv] in the dtype of
+``query``; sums are in float32.
 """

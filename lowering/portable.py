@@ -252,6 +252,7 @@ def attend(
     key: Sequence[Tensor],
     value: Sequence[Tensor],
     mask: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
@@ -267,20 +268,19 @@ def attend(
     in_ring = _ring_tokens(tokens, key_window.shape[2])
     stored, exact = slot < pruned, in_ring >= pruned
     past = expand(_unblocked(key_values), key_bitmap, head_dim)
-    scores = torch.cat(
-        [
-            _masked(_bounded(_scores(grouped, past) * scale, softcap), mask, slot, stored),
-            _masked(_bounded(_scores(grouped, key_window.unsqueeze(2)) * scale, softcap), mask, in_ring, exact),
-        ],
-        dim=-1,
-    )
-    weights = _computed_once(_softmax(scores))
-    split = slot.shape[0]
+    scores = [
+        _masked(_bounded(_scores(grouped, past) * scale, softcap), mask, slot, stored),
+        _masked(_bounded(_scores(grouped, key_window.unsqueeze(2)) * scale, softcap), mask, in_ring, exact),
+    ]
+    if sinks is not None:
+        scores.append(sinks.float().view(1, heads, -1, 1).expand(batch, -1, -1, -1))
+    weights = _computed_once(_softmax(torch.cat(scores, dim=-1)))
+    split, end = slot.shape[0], slot.shape[0] + in_ring.shape[0]
     # Slots that hold nothing may hold anything, and 0 * NaN is NaN. Clearing their bitmap is cheaper than their rows.
     words = _computed_once(torch.where(stored.view(-1, BLOCK_TOKENS, 1), value_bitmap, 0))
     past = expand(_unblocked(value_values), words, value_window.shape[3])
     recent = torch.where(exact.unsqueeze(-1), value_window, 0).unsqueeze(2)
-    out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:], recent)
+    out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:end], recent)
     return out.reshape(batch, query_heads, 1, value_window.shape[-1]).to(query.dtype)
 
 
@@ -298,6 +298,7 @@ def decode_attention(
     value_counts: Tensor,
     position: Tensor | None,
     mask: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
@@ -306,4 +307,4 @@ def decode_attention(
     value_buffers = (value_values, value_bitmap, value_window, value_counts)
     append(key, *key_buffers, position)
     append(value, *value_buffers, position)
-    return attend(query, key_buffers, value_buffers, mask, scale, softcap)
+    return attend(query, key_buffers, value_buffers, mask, sinks, scale, softcap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,7 @@ class Step:
     dtype: str
     mask: str  # "none", "boolean" or "additive"
     position: bool
+    sinks: bool
     softcap: bool
 
     @property
@@ -77,6 +79,7 @@ class Step:
             "window_parts": self.window_parts,
             "window_piece": _SLOTS_A_WARP * self.append_warps,
             "lowest": _LOWEST,
+            "log2e": math.log2(math.e),
             "integers": _INTEGERS,
             # Sums of weights times huge values stay finite where the average does. float16 has no huge values.
             "headroom": 0 if self.dtype == "fp16" else 24,

@@ -119,6 +119,7 @@ class Rewriter:
                 *buffers,
                 position,
                 attention.mask,
+                None,
                 attention.scale,
             )
         result.meta = dict(attention.node.meta)

@@ -134,6 +134,7 @@ class Case:
     mask: torch.Tensor | None = None
     scale: float | None = None
     softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     def to(self, device):
         """The same case there."""
@@ -169,13 +170,13 @@ class Case:
         """The result of ``decode``, which updates the buffers."""
         new = [x[:, :, -1:] for x in (self.keys, self.values)]
         key_buffers, value_buffers = key_buffers or self.past("key"), value_buffers or self.past("value")
-        how = position, self.mask, self.scale_number, self.softcap
+        how = position, self.mask, self.sinks, self.scale_number, self.softcap
         return decode(self.query, *new, *key_buffers, *value_buffers, *how)
 
     def expected(self):
         """The oracle's result in float64."""
         mask = self.mask if self.mask is None or self.mask.shape[-1] == 1 else self.mask[..., : self.tokens]
-        how = (*self.sparsities, self.window, mask, self.scale_number, torch.float64, self.softcap)
+        how = (*self.sparsities, self.window, mask, self.scale_number, torch.float64, self.softcap, self.sinks)
         return reference_attention(self.query.double(), self.keys, self.values, *how)
 
     def allowed_error(self, rounds_weights=False):
@@ -190,6 +191,8 @@ class Case:
         # Where one score is beyond all others, it or its absence makes weights of exactly 0 and 1.
         sizes = torch.where(sizes < 2.0**60, sizes, 0)
         in_score = (self.query.shape[3] + 4) * unit * sizes.amax(-1, keepdim=True) + 8 * unit * self.softcap
+        if self.sinks is not None:
+            in_score = in_score + 2 * unit * self.sinks.double().abs().nan_to_num(posinf=0).amax()
         if self.mask is not None and self.mask.dtype != torch.bool:
             in_score = in_score + unit * (self.mask.double().abs().nan_to_num(posinf=0) + 1).clamp(max=1e5).amax()
         in_weights = torch.expm1(2 * in_score) + (self.tokens + 16) * unit
@@ -259,6 +262,13 @@ def make_mask(kind, shape, seed, density=0.7):
     return torch.zeros(shape).masked_fill(~allowed, lowest)
 
 
+def make_sinks(query_heads, seed, dtype=torch.float32):
+    """Logits of sinks, of which some outweigh all tokens and some count for nothing."""
+    sinks = 4 * randn(query_heads, seed=seed)
+    sinks[::5] *= 10
+    return sinks.to(dtype)
+
+
 @st.composite
 def masks(draw, case):
     """A mask for ``case``, or none, of any shape that broadcasts."""
@@ -281,6 +291,8 @@ def cases(draw, dtypes=dtypes, dims=(8, 16, 24, 64, 80, 128), windows=tuple(rang
         softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 20.0])),
     )  # fmt: skip
     case.mask = draw(masks(case))
+    if draw(st.booleans()):
+        case.sinks = make_sinks(heads * group, draw(seeds), draw(dtypes))
     return case
 
 

@@ -26,6 +26,7 @@ from cases import (
     hard_rows,
     make_case,
     make_mask,
+    make_sinks,
     partly_written,
     randn,
     row_holding,
@@ -142,10 +143,10 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
     for role in (0, 1):
         buffers = [portable.compress(plain, torch.tensor([1]), 8, 2, 9) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
-        portable_kernels(plain, *new, *buffers[0], *buffers[1], None, None, 0.1)
+        portable_kernels(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
         assert [b[3].tolist() for b in buffers] == [[2, 0, flag if i == role else 0] for i in range(2)]
         if role == 0 and flag:
-            portable_kernels(plain, plain, plain, *buffers[0], *buffers[1], None, None, 0.1)
+            portable_kernels(plain, plain, plain, *buffers[0], *buffers[1], None, None, None, 0.1)
             assert [b[3].tolist() for b in buffers] == [[3, 1, 1], [3, 1, 0]]
 
 
@@ -192,6 +193,14 @@ def test_what_may_attend_to_nothing_gives_zeros():
     assert_close(out, case, rounds_weights=True)
 
 
+@pytest.mark.parametrize("sink", [-INF, 0.0, 200.0, NAN])
+def test_a_sink_takes_weight_and_gives_nothing(sink):
+    case = make_case(tokens=40, scale=0.01, softcap=0.5, sinks=torch.tensor([0.0, sink, -INF, 1.0]))
+    case.mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    case.mask[1] = False
+    assert_close(stepped(case), case, rounds_weights=True)
+
+
 def test_inputs_of_any_strides():
     case = make_case(batch=1, tokens=38)
     clean = stepped(case)
@@ -215,7 +224,9 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, po
     grown = [list(portable.compress(x, torch.tensor([start]), 8, window, tokens)) for x in (case.keys, case.values)]
     for n in range(start, tokens):
         new = case.keys[:, :, n : n + 1], case.values[:, :, n : n + 1]
-        portable_kernels(case.query, *new, *grown[0], *grown[1], torch.tensor([n]) if position else None, None, 0.2)
+        portable_kernels(
+            case.query, *new, *grown[0], *grown[1], torch.tensor([n]) if position else None, None, None, 0.2
+        )
     for x, buffers in zip((case.keys, case.values), grown, strict=True):
         assert_same_cache(buffers, portable.compress(x, torch.tensor([tokens]), 8, window, tokens))
 
@@ -238,7 +249,7 @@ def test_writing_at_an_earlier_position_rewinds(where, window):
         for oracle, row in zip(oracles, new, strict=True):
             oracle.write(row, position)
         query = randn(1, 2, 1, 24, seed=10 * n + 2)
-        out = portable_kernels(query, *new, *buffers[0], *buffers[1], torch.tensor([position]), None, 0.2)
+        out = portable_kernels(query, *new, *buffers[0], *buffers[1], torch.tensor([position]), None, None, 0.2)
         seen = [torch.cat(oracle.rows, dim=2) for oracle in oracles]
         for mine, oracle, expected in zip(buffers, oracles, seen, strict=True):
             assert mine[3].tolist() == [position + 1, oracle.pruned, 0]
@@ -312,6 +323,7 @@ def test_a_step_with_extreme_values_is_done_again(role, value, exact_for_extreme
     case = make_case(tokens=75, group=3, batch=1, window=17)
     case.query = case.query / 64
     case.mask = make_mask("bias", (1, 6, 1, 75), 5)
+    case.sinks = make_sinks(6, 3)
     getattr(case, role)[0, 1, 7, 5] = value
     out = case.step(decode=portable_kernels)
     if value == 2.0**96:

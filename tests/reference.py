@@ -45,10 +45,11 @@ def reference_attention(
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Dense attention in ``dtype`` of q [B, Hq, L, D] over the pruned k and v [B, H, n, D].
 
-    A query that may attend to nothing gives zeros, as SDPA does.
+    A query that may attend to nothing gives zeros, as SDPA does. sinks: [Hq], logits that take weight and give nothing.
     """
     group = q.shape[1] // k.shape[1]
     keys = pruned_cache(k, key_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
@@ -58,6 +59,9 @@ def reference_attention(
         scores = softcap * (scores / softcap).tanh()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
     nothing = (scores == float("-inf")).all(-1, keepdim=True)
     return (scores.softmax(-1).masked_fill(nothing, 0) @ values).to(q.dtype)
 

@@ -45,7 +45,7 @@ def step(kv, seed):
     row = randn(*kv.shape[:2], 1, kv.shape[3], seed=seed, dtype=kv.dtype)
     kv.prepare(1)
     value = [buffer.clone() for buffer in kv.buffers]
-    ops.decode_attention(row, row, row, *kv.buffers, *value, None, None, 1.0)
+    ops.decode_attention(row, row, row, *kv.buffers, *value, None, None, None, 1.0)
     return kv.extended(1), row
 
 

@@ -72,7 +72,7 @@ def clone(buffers):
 
 
 def decode(query, key, value, keys, values, position, mask):
-    return ops.decode_attention(query, key, value, *keys, *values, position, mask, 0.1)
+    return ops.decode_attention(query, key, value, *keys, *values, position, mask, None, 0.1)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

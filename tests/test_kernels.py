@@ -28,6 +28,7 @@ from cases import (
     hard_rows,
     make_case,
     make_mask,
+    make_sinks,
     partly_written,
     randn,
     row_holding,
@@ -65,7 +66,7 @@ def test_the_plain_kernels_in_the_interpreter():
 def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
     value_dim = value_dim or key_dim
     kept = kept or key_dim // 2
-    fixed = {"window": 32, "mask": "none", "position": False, "softcap": False}
+    fixed = {"window": 32, "mask": "none", "position": False, "sinks": False, "softcap": False}
     return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
@@ -140,7 +141,8 @@ class Launch:
     [(4, 128, (128, 128)), (8, 128, (128, 168)), (20, 64, (128, 168)), (3, 80, None)],
 )
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 1, 400, dtype=torch.bool), torch.zeros(400)])
-def test_launches_fit_the_kernels(group, head_dim, registers, mask, monkeypatch):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, monkeypatch):
     """With the kernels of a GPU, which need none to be rendered."""
     launches = []
     monkeypatch.setattr(kernels, "_runs_ptx", lambda device: True)
@@ -151,10 +153,13 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, monkeypatch)
         monkeypatch.setattr(cls, name, lambda *given, make=make: Launch(make(*given), launches))
     cache = list(portable.compress(torch.randn(2, 4, 300, head_dim).bfloat16(), torch.tensor([300]), 24, 32, 400))
     query, row = torch.zeros(2, 4 * group, 1, head_dim).bfloat16(), torch.zeros(2, 4, 1, head_dim).bfloat16()
-    out = kernels.decode_attention(query, row, row, *cache, *cache, torch.tensor([300]), mask, 0.1)
+    sinks = make_sinks(8 * group, 0)[::2] if with_sinks else None
+    out = kernels.decode_attention(query, row, row, *cache, *cache, torch.tensor([300]), mask, sinks, 0.1)
     assert out.shape == query.shape
     assert [name for name, *_ in launches] == ["attend", "append", "combine"]
     (_, grid, attend, how), (_, _, append, early), (_, _, combine, late) = launches
+    assert (sinks is None and combine["sinks"] is None) or torch.equal(combine["sinks"], sinks)
+    assert sinks is None or combine["sinks"].is_contiguous()
     assert how.get("maxnreg") == (registers and registers[mask is not None])
     assert early.get("launch_pdl", False) == late.get("launch_pdl", False) == (registers is not None)
     assert late.get("maxnreg") == (registers and 64)
@@ -193,15 +198,17 @@ class Shape:
     mask: str | None = None
     position: bool = False
     softcap: float = 0.0
+    sinks: bool = False
 
     def __str__(self):
-        how = [self.mask or "", "at" * self.position, "cap" * bool(self.softcap)]
+        how = [self.mask or "", "at" * self.position, "cap" * bool(self.softcap), "sinks" * self.sinks]
         sizes = "-".join(f"{k}of{d}" for k, d in zip(self.kept, self.dims, strict=True))
         return "-".join([str(self.dtype)[6:], sizes, f"g{self.group}", f"w{self.window}", *filter(None, how)])
 
     def case(self, batch, heads, tokens, seed, **how):
         key_sparsity, value_sparsity = (sparsity_for(d, k) for d, k in zip(self.dims, self.kept, strict=True))
         how = {"window": self.window, "softcap": self.softcap} | how
+        how["sinks"] = make_sinks(heads * self.group, seed, self.dtype) if self.sinks else None
         how |= {"key_sparsity": key_sparsity, "value_sparsity": value_sparsity}
         return make_case(batch, heads, self.group, *self.dims, tokens, seed, self.dtype, **how)
 
@@ -217,15 +224,16 @@ SHAPES = [
     Shape(FP16, (128, 128), (64, 64), 1, 1, "-inf"),
     Shape(BF16, (64, 64), (32, 32), 7, 40, "lowest"),
     Shape(FP16, (64, 64), (8, 64), 2, 100, position=True),
+    Shape(BF16, (64, 64), (32, 32), 8, 32, "bias", sinks=True),
     Shape(FP16, (64, 128), (24, 72), 3, 33, "bool", softcap=20.0),
     Shape(BF16, (96, 96), (48, 48), 4, 32, softcap=5.0),
-    Shape(BF16, (256, 256), (128, 128), 2, 32, "bool"),
+    Shape(BF16, (256, 256), (128, 128), 2, 32, "bool", sinks=True),
     Shape(FP16, (256, 128), (8, 16), 16, 64),
     Shape(BF16, (128, 128), (128, 128), 16, 32, "bias", position=True),
     Shape(BF16, (32, 32), (16, 8), 1, 5),
     Shape(BF16, (80, 80), (40, 24), 4, 32, "bool"),
     Shape(FP16, (24, 24), (8, 16), 3, 7),
-    Shape(FP32, (128, 128), (64, 64), 4, 32, "bias"),
+    Shape(FP32, (128, 128), (64, 64), 4, 32, "bias", sinks=True),
     Shape(FP32, (64, 80), (32, 40), 16, 7, position=True),
 ]
 TUNED = [s for s in SHAPES if s.dtype != FP32 and all(d % 32 == 0 for d in s.dims)]
@@ -445,6 +453,7 @@ def test_extreme_values_with_any_group(group, variant):
     for mask in (None, "bool", "bias"):
         case = make_case(2, 2, group, 64, 64, 500, 8, BF16, window=70)
         case.mask = make_mask(mask, (2, 2 * group, 1, 500), 1) if mask else None
+        case.sinks = make_sinks(2 * group, 2) if mask else None
         case.values[1, 1, 100, 7] = -3e38
         case.values[0, 0, 100, 7] = NAN
         check(stepped(case, variant), case)
@@ -482,7 +491,7 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
         buffers = [kernels.compress(plain, torch.tensor([1], device="cuda"), 8, 2, 9) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
         for n in (2, 3):
-            kernels.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, 0.1)
+            kernels.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
             expected = [[n, max(n - 2, 0), flag if i == role else 0] for i in range(2)]
             assert [b[3].tolist() for b in buffers] == expected
             new = [plain, plain]
@@ -553,7 +562,7 @@ def test_a_cuda_graph_replayed_equals_eager_steps(given_position, variant):
     query, key, value = case.query.clone(), case.keys[:, :, :1].clone(), case.values[:, :, :1].clone()
 
     def step(caches):
-        return decode(variant)(query, key, value, *caches[0], *caches[1], position, mask, 0.1)
+        return decode(variant)(query, key, value, *caches[0], *caches[1], position, mask, None, 0.1)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -708,7 +717,7 @@ def test_a_step_on_more_values_than_an_int32_counts(variant, much_memory):
     assert caches[0][0][:8].numel() == 2**31
     new = case.query, case.keys[:, :, -1:], case.values[:, :, -1:]
     query, key, value = (x.cuda().expand(9, -1, -1, -1) for x in new)
-    out = decode(variant)(query, key, value, *caches[0], *caches[1], None, None, case.scale_number)
+    out = decode(variant)(query, key, value, *caches[0], *caches[1], None, None, None, case.scale_number)
     check(out[8:], case)
     for buffers, x in zip(caches, (case.keys, case.values), strict=True):
         last = [b[8:] for b in buffers[:3]] + [buffers[3]]

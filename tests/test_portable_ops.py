@@ -26,6 +26,7 @@ from cases import (
     dtypes,
     make_case,
     make_mask,
+    make_sinks,
     partly_written,
     randn,
     row_holding,
@@ -227,7 +228,7 @@ def test_a_token_with_an_extreme_value_sets_the_flag_of_its_own_cache(dtype, val
     for role in (0, 1):
         buffers = [ops.compress(plain, torch.tensor([1], device=device), 8, 2, 9) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
-        ops.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, 0.1)
+        ops.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
         assert [b[3][2].item() for b in buffers] == [flag if i == role else 0 for i in range(2)]
 
 
@@ -289,6 +290,7 @@ def test_a_step_equals_the_oracle_on_every_device(device, dtype, group):
 @given(cases())
 def test_nothing_pruned_equals_dense_attention(case):
     case.key_sparsity = case.value_sparsity = case.softcap = 0.0
+    case.sinks = None  # SDPA has none
     case.query, case.keys, case.values = case.query.float(), case.keys.float(), case.values.float()
     mask = case.mask
     if mask is not None:
@@ -311,6 +313,23 @@ def test_a_row_that_may_attend_to_nothing_gives_zeros_as_sdpa_does(kind):
     assert dense[1, 2].count_nonzero() == 0
     assert out[1, 2].count_nonzero() == 0
     assert_close(out, case)
+
+
+@pytest.mark.parametrize("sink", [-INF, -3.0, 0.0, 200.0, NAN])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_a_sink_takes_weight_and_gives_nothing(dtype, sink, device):
+    """Scaled by neither ``scale`` nor ``softcap``, and not masked."""
+    case = make_case(dtype=dtype, device=device, scale=0.01, softcap=0.5)
+    case.sinks = torch.tensor([0.0, sink, -INF, 1.0], device=device)
+    case.mask = torch.ones(2, 1, 1, 11, dtype=torch.bool, device=device)
+    case.mask[1] = False
+    out = case.step()
+    assert_close(out, case, rounds_weights=device == "cuda")
+    assert out[1, [0, 2, 3]].count_nonzero() == 0
+    assert out[0, 1].isnan().any() == math.isnan(sink)
+    if sink == -INF:
+        without = make_case(dtype=dtype, device=device, scale=0.01, softcap=0.5, mask=case.mask).step()
+        assert_same_bits(out[:, 1:3], without[:, 1:3])
 
 
 @pytest.mark.parametrize("token", [2, 10], ids=["compressed", "in the window"])
@@ -372,7 +391,7 @@ def test_writing_at_an_earlier_position_rewinds(where, window, seed):
             oracle[role].write(row[role], position)
         query = randn(2, 2, 1, 24, seed=seed + 10 * n + 2)
         arguments = row["key"], row["value"], *buffers["key"], *buffers["value"], torch.tensor([position])
-        out = ops.decode_attention(query, *arguments, None, 0.2)
+        out = ops.decode_attention(query, *arguments, None, None, 0.2)
         seen = {role: torch.cat(oracle[role].rows, dim=2) for role in oracle}
         for role, expected in seen.items():
             assert buffers[role][3].tolist() == [position + 1, oracle[role].pruned, 0]
@@ -408,9 +427,10 @@ HOST_READS = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "u
 
 def test_nothing_waits_for_the_device():
     """No op reads a tensor's value on the host, so lengths may live on the device and CUDA graphs can be captured."""
-    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
+    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool), sinks=make_sinks(4, 0))
     arguments = case.query, case.keys[:, :, -1:], case.values[:, :, -1:], *case.past("key"), *case.past("value")
-    targets = traced_targets(lambda *xs: ops.decode_attention(*xs, 0.3), *arguments, torch.tensor([10]), case.mask)
+    how = torch.tensor([10]), case.mask, case.sinks
+    targets = traced_targets(lambda *xs: ops.decode_attention(*xs, 0.3), *arguments, *how)
     targets |= traced_targets(lambda x, n: ops.compress(x, n, 8, 4, 20), case.keys, torch.tensor([5]))
     targets |= traced_targets(lambda *xs: ops.decompress(*xs, 12), *case.past("key"))
     assert len(targets) > 20
@@ -421,7 +441,7 @@ def test_shapes_are_known_without_data():
     with FakeTensorMode():
         x, q = torch.empty(2, 3, 40, 24, dtype=torch.bfloat16), torch.empty(2, 6, 1, 24, dtype=torch.bfloat16)
         buffers = [ops.compress(x, torch.empty(1, dtype=torch.int64), 16, 4, 64) for _ in range(2)]
-        out = ops.decode_attention(q, x[:, :, :1], x[:, :, :1], *buffers[0], *buffers[1], None, None, 0.2)
+        out = ops.decode_attention(q, x[:, :, :1], x[:, :, :1], *buffers[0], *buffers[1], None, None, None, 0.2)
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
         dense = ops.decompress(*buffers[0], 50)
         assert (dense.shape, dense.dtype) == ((2, 3, 50, 24), x.dtype)
@@ -430,7 +450,7 @@ def test_shapes_are_known_without_data():
 
 @pytest.mark.parametrize("name", ["compress", "decompress", "decode_attention"])
 def test_the_schema_says_what_the_op_does(name):
-    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
+    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool), sinks=make_sinks(4, 0))
     key, value = case.past("key"), case.past("value")
     for buffers in (key, value):
         buffers[0].nan_to_num_(0)  # the check compares, and NaN is unequal to itself
@@ -438,7 +458,7 @@ def test_the_schema_says_what_the_op_does(name):
     arguments = {
         "compress": (case.keys, torch.tensor([5]), 8, 4, 20),
         "decompress": (*key, 12),
-        "decode_attention": (*step, torch.tensor([10]), case.mask, 0.3),
+        "decode_attention": (*step, torch.tensor([10]), case.mask, case.sinks, 0.3),
     }
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(ops, name), arguments[name], test_utils=utils)

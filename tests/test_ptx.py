@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
+from dataclasses import replace
 
 import jinja2
 import pytest
@@ -250,7 +251,7 @@ def test_results_become_dtypes():
 def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
     value_dim = value_dim or key_dim
     kept = kept or key_dim // 2
-    fixed = {"window": 32, "mask": "none", "position": False, "softcap": False}
+    fixed = {"window": 32, "mask": "none", "position": False, "sinks": False, "softcap": False}
     return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
@@ -259,7 +260,7 @@ COUNTS = {"counts", "key_counts", "value_counts", "position", "moved", "tokens"}
 FLOATS = {"sums", "states"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 ROWS = {"query", "key", "value", "key_values", "value_values", "key_window", "value_window"}
-ROWS |= {"values", "window", "dense", "result"}
+ROWS |= {"values", "window", "dense", "result", "sinks"}
 
 
 def type_of(name, dtype, mask, packed_query):
@@ -276,10 +277,10 @@ def type_of(name, dtype, mask, packed_query):
     return "*i32" if "bitmap" in name else NUMBERS.get(name, "i32")
 
 
-def compiled(function, dtype, mask="none", gluon=False, **options):
+def compiled(function, dtype, mask="none", sinks=False, gluon=False, **options):
     """The kernel as Triton compiles it for sm_90, with the arguments that ``kernels`` gives it."""
     types = {name: type_of(name, dtype, mask, gluon) for name in function.arg_names}
-    constants = {"stride_channel": 1} | ({"mask": None} if mask == "none" else {})
+    constants = {"stride_channel": 1} | ({"mask": None} if mask == "none" else {}) | ({} if sinks else {"sinks": None})
     constants = {name: value for name, value in constants.items() if name in types}
     types |= dict.fromkeys(constants, "constexpr")
     place = function.arg_names.index
@@ -357,8 +358,9 @@ def test_the_plain_kernels_compile(mask, dtype):
     step = step_of(80, 64, 40, 24, group=3, dtype=dtype, mask=mask, position=mask == "none", softcap=mask == "boolean")
     assert compiled(step.append(True).append, dtype, mask, num_warps=step.append_warps).asm["cubin"]
     assert compiled(step.portable().attend, dtype, mask).asm["cubin"]
-    for exact in (False, True):
-        assert compiled(step.combine(9, 32, exact, exact).combine, dtype, mask).asm["cubin"]
+    for exact, sinks in itertools.product((False, True), repeat=2):
+        combine = replace(step, sinks=sinks).combine(9, 32, exact, exact).combine
+        assert compiled(combine, dtype, mask, sinks).asm["cubin"]
 
 
 @needs_compiler
