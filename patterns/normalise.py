@@ -42,9 +42,16 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable
             return tuple(interpreter.run(*args))
 
     traced, signature = _compat.export_functional(Flat(), fakes)
+    _drop_assertions(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     by_name = {node.name: node for node in placeholders}
     results = list(traced.graph.output_node().args[0])
     mutations = signature.user_inputs_to_mutate
     mutated = {by_name[target]: value for target, value in zip(mutations.values(), results, strict=False)}
     return Functional(traced, placeholders, mutated, results[len(mutations) :])
+
+
+def _drop_assertions(graph: torch.fx.Graph) -> None:
+    """Tracing asserts the dtype of what a cast takes. That holds by construction, and patterns count users."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)

@@ -206,6 +206,22 @@ def test_the_plain_step_that_they_vary_matches():
     assert not report.missed
 
 
+class SpelledOut(Decode):
+    """The eager attention of transformers. Tracing asserts the dtype of the weights before it casts them."""
+
+    reason = None
+
+    def attend(self, q, k, v):
+        weights = F.softmax(q @ k.transpose(2, 3) * 0.25, dim=-1, dtype=torch.float32).to(q.dtype)
+        return F.dropout(weights, p=0.0, training=False) @ v
+
+
+def test_attention_spelled_out_matches():
+    _, _, report = run(SpelledOut())
+    assert len(report.matched) == 1
+    assert not report.missed
+
+
 @pytest.mark.parametrize("counter_example", [Causal, NotReturned])
 def test_strict_raises_with_the_reason(counter_example):
     with pytest.raises(Exception, match=counter_example.reason) as caught:
