@@ -208,22 +208,27 @@ def decode_attention(
         query, key, value, *keys, key_window, key_counts, *values, value_window, value_counts, at, given, sums, states,
         moved, splits, *rest, num_warps=step.append_warps, **early,
     )  # fmt: skip
-    channels = _channels_to_combine(batch * query_heads, value_dim, _multiprocessors(query.device))
-    combine = step.combine(parts, channels, tuned is not None, overlap)
+    combined, channels = _to_combine(rows, step.group, value_dim, _multiprocessors(query.device))
+    combine = step.combine(parts, combined, channels, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
-    combine.combine[batch * query_heads, cdiv(value_dim, channels)](
+    combine.combine[batch * query_heads // combined, cdiv(value_dim, channels)](
         query, *keys, *values, given, sinks, sums, states, moved, result, key_counts, value_counts, parts, *rest,
         **early, **few,
     )  # fmt: skip
     return result
 
 
-def _channels_to_combine(heads: int, head_dim: int, multiprocessors: int) -> int:
-    """Channels to a program of the combining kernel: all of them, or fewer where there are few heads."""
-    channels = padded(head_dim)
-    while channels > 16 and heads * cdiv(head_dim, channels) < 2 * multiprocessors:
+def _to_combine(rows: int, group: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
+    """Query heads of a group and channels to a program of the combining kernel: enough programs for the GPU, no more.
+
+    A program costs about as much for four heads as for one.
+    """
+    heads, channels = 1, padded(head_dim)
+    while group % (2 * heads) == 0 and heads < 4 and rows * group // (2 * heads) >= multiprocessors:
+        heads *= 2
+    while channels > 16 and rows * group // heads * cdiv(head_dim, channels) < 2 * multiprocessors and heads == 1:
         channels //= 2
-    return channels
+    return heads, channels
 
 
 @functools.cache

@@ -97,10 +97,13 @@ class Step:
         """Kernel ``attend`` with inline PTX, or None where its preconditions do not hold."""
         return _tuned(self)
 
-    def combine(self, parts: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
-        """Kernel ``combine``. exact_for_extremes: it does the work again where a cache holds extreme values."""
-        slots = next((n for n in (16, 32, 128) if parts <= n), power_of_two(parts))  # few values: each compiles anew
-        constants = {"channels": channels, "parts_padded": slots, "overlap": overlap}
+    def combine(self, parts: int, heads: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
+        """Kernel ``combine``: of ``heads`` query heads and ``channels`` channels to a program.
+
+        exact_for_extremes: it does the work again where a cache holds extreme values.
+        """
+        slots = next((n for n in (8, 16, 32, 128) if parts <= n), power_of_two(parts))  # few values: each compiles anew
+        constants = {"heads": heads, "channels": channels, "parts_padded": slots, "overlap": overlap}
         return _kernels(self, "combine", **constants, exact_for_extremes=exact_for_extremes)
 
 

@@ -294,9 +294,9 @@ def exact_for_extremes(monkeypatch):
     """Kernels of a step with a tuned ``attend``, whose results are lost: only what is done again can be right."""
     combine = kernels.Step.combine
 
-    def with_repetition(self, parts, channels, exact_for_extremes, overlap):
+    def with_repetition(self, parts, heads, channels, exact_for_extremes, overlap):
         assert not exact_for_extremes, "the plain kernel is exact"
-        return combine(self, parts, channels, True, overlap)
+        return combine(self, parts, heads, channels, True, overlap)
 
     class Lossy:
         def __init__(self, step):
@@ -320,7 +320,7 @@ def exact_for_extremes(monkeypatch):
 @pytest.mark.parametrize("value", SPOILT)
 @pytest.mark.parametrize("role", ["keys", "values"])
 def test_a_step_with_extreme_values_is_done_again(role, value, exact_for_extremes):
-    case = make_case(tokens=75, group=3, batch=1, window=17)
+    case = make_case(tokens=75, group=6, batch=1, window=17)
     case.query = case.query / 64
     case.mask = make_mask("bias", (1, 6, 1, 75), 5)
     case.sinks = make_sinks(6, 3)

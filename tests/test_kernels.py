@@ -183,6 +183,20 @@ def test_a_gpu_is_filled_once_and_no_split_is_empty():
         assert splits == 1 or splits * rows_ <= programs
 
 
+@pytest.mark.parametrize(
+    ("rows_", "group", "head_dim", "expected"),
+    [
+        (64, 4, 128, (1, 64)),  # a second program for each head fills the GPU
+        (256, 4, 128, (4, 128)),
+        (64, 8, 128, (2, 128)),
+        (512, 6, 80, (2, 128)),  # no more than divides the group
+        (8, 4, 128, (1, 16)),
+    ],
+)
+def test_the_combining_kernel_fills_a_gpu(rows_, group, head_dim, expected):
+    assert kernels._to_combine(rows_, group, head_dim, 132) == expected
+
+
 # ------------------------------------------------------------------------------------------------------- on the GPU
 
 
