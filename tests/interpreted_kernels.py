@@ -322,8 +322,8 @@ def exact_for_extremes(monkeypatch):
 def test_a_step_with_extreme_values_is_done_again(role, value, exact_for_extremes):
     case = make_case(tokens=75, group=6, batch=1, window=17)
     case.query = case.query / 64
-    case.mask = make_mask("bias", (1, 6, 1, 75), 5)
-    case.sinks = make_sinks(6, 3)
+    case.mask = make_mask("bias", (1, 12, 1, 75), 5)
+    case.sinks = make_sinks(12, 3)
     getattr(case, role)[0, 1, 7, 5] = value
     out = case.step(decode=portable_kernels)
     if value == 2.0**96:
