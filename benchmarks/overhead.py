@@ -3,8 +3,8 @@
     python benchmarks/overhead.py
     python benchmarks/overhead.py --layers 4 --skip-compile
 
-A very small Llama over a static cache; the caller's loop calls the compiled model. For `dispatch_us` the compiled graphs
-compute nothing: they return the results of their first call again. What remains of a step is Dynamo's guards, the
+A very small Llama over a static cache, called by a loop of its own. For `dispatch_us` the compiled graphs compute
+nothing: they return the results of their first call again. What remains of a step is Dynamo's guards, the
 binding of the caches and the wrappers around the graph. `compile_s` is the first call, with cold caches.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import decode_step
 import llama
 import torch
-from timing import ON_GPU, Function, parser, synchronize, write
+from timing import Function, parser, synchronize, write
 from torch._inductor.utils import fresh_cache
 
 from mustafar_compile import _compat

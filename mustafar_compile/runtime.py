@@ -1,4 +1,4 @@
-"""Carrying out a plan: binding a rewritten graph to the tensors of each call."""
+"""Carrying out a plan: a rewritten graph and what stands around it at each call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from .attached import current_state
+from .binding import Binding
 from .cache import CompressedKV
 from .lowering.layout import BUFFERS
-from .patterns.plan import Argument, AttachedBuffer, Buffer, Compressed, Extended, Plan, Result, Size
+from .patterns.plan import Argument, Compressed, Extended, Plan, Result
 from .report import record_call
 
 
@@ -21,16 +22,15 @@ class CompiledCall:
         self.plan = plan
         self.compiled = compiled
         self.extended = [output for output in plan.outputs if isinstance(output, Extended)]
-        self.growing = sorted({source.index for source in plan.inputs if isinstance(source, Buffer)})
+        self.bind = Binding(plan.inputs)
 
     def __call__(self, *arguments: Any) -> list[Any]:
         record_call()
         for output in self.extended:
             arguments[output.index].prepare(_count(output, arguments))
-        _level([arguments[index] for index in self.growing if arguments[index].grows])
+        _level([arguments[index] for index in self.bind.caches if arguments[index].grows])
         states = {a.index: current_state(a, arguments) for a in self.plan.attached}
-        inputs = [_bind(source, arguments, states) for source in self.plan.inputs]
-        results = self.compiled(*inputs)
+        results = self.compiled(*self.bind(arguments, states))
         for index, state in states.items():
             state.version = arguments[index]._version
         return [_deliver(output, arguments, results) for output in self.plan.outputs]
@@ -42,18 +42,6 @@ def _level(caches: list[CompressedKV]) -> None:
     if len(capacities) > 1:
         for cache in caches:
             cache.reserve(max(capacities))
-
-
-def _bind(source: Any, arguments: Sequence[Any], states: dict[int, Any]) -> Any:
-    match source:
-        case Argument(index):
-            return arguments[index]
-        case Buffer(index, name):
-            return getattr(arguments[index], name)
-        case AttachedBuffer(index, name):
-            return states[index].buffers[name]
-        case Size(index, dim):
-            return arguments[index].shape[dim]
 
 
 def _count(output: Extended, arguments: Sequence[Any]) -> int:

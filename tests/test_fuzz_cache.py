@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
@@ -13,13 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from cases import randn
-from compilers import without_inductor
 from mustafar_compile import CompressedKV
 from mustafar_compile.lowering import ops
 from reference import kept_count, prune, reference_attention
 
+COPIES = [copy.deepcopy, torch.clone, lambda kv: kv.to("cpu", copy=True)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-RECOMPILES = 10_000  # one function serves all shapes and settings here
 
 seeds = st.integers(0, 2**31)
 lengths = st.one_of(st.integers(1, 8), st.integers(25, 40), st.integers(60, 75))  # around blocks and capacities, too
@@ -124,7 +122,7 @@ class GrowingCaches(RuleBasedStateMachine):
         super().__init__()
         self.live: list[Live] = []
 
-    # ------------------------------------------------------------------------------------------- how tokens are taken in
+    # ------------------------------------------------------------------------------------------ how tokens get in
 
     def start(self, query, key, value, mask):
         """Prefill: (attention, K, V), the latter two compressed."""
@@ -138,18 +136,19 @@ class GrowingCaches(RuleBasedStateMachine):
 
     def step(self, query, key, value, past_key, past_value, mask):
         """One more token: (attention, K, V)."""
-        past_key.check_latest()
+        past_key.prepare(1)
+        past_value.prepare(1)
         scale = query.shape[3] ** -0.5
         attended = ops.decode_attention(
-            query, key, value, *past_key.buffers, *past_value.buffers, None, mask, scale=scale
+            query, key, value, *past_key.buffers, *past_value.buffers, None, mask, None, scale
         )
-        return attended, past_key.extended(), past_value.extended()
+        return attended, past_key.extended(1), past_value.extended(1)
 
     def chunk(self, query, key, value, past_key, past_value, mask):
         """Several more tokens, by way of dense tensors."""
         return self.start(query, torch.cat([past_key.dense(), key], 2), torch.cat([past_value.dense(), value], 2), mask)
 
-    # ------------------------------------------------------------------------------------------------------- the rules
+    # --------------------------------------------------------------------------------------------------- the rules
 
     def new_tokens(self, batch, tokens, seed):
         shape = self.shape
@@ -209,7 +208,7 @@ class GrowingCaches(RuleBasedStateMachine):
         torch.testing.assert_close(attended, expected, rtol=TOLERANCE[key.dtype], atol=TOLERANCE[key.dtype])
         live.key_rows, live.value_rows = live.key_rows.recompressed(key), live.value_rows.recompressed(value)
 
-    @rule(target=caches, live=caches, how=st.sampled_from([copy.deepcopy, torch.clone, lambda kv: kv.to("cpu", copy=True)]))
+    @rule(target=caches, live=caches, how=st.sampled_from(COPIES))
     def branch(self, live, how):
         return self.add(replace(live, key=how(live.key), value=how(live.value)))
 

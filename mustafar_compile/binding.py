@@ -1,0 +1,44 @@
+"""Finding the inputs of a rewritten graph at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+from .attached import AttachedState
+from .lowering.layout import BUFFERS
+from .patterns.plan import Argument, AttachedBuffer, Buffer, Input, Size
+
+_buffers_of = attrgetter(*BUFFERS)
+
+
+class Binding:
+    """Binds a plan's inputs to the arguments of a call.
+
+    A model has hundreds of inputs and every step binds them all, so what kind each is of is looked at once: a call lays
+    out buffers, cache by cache, and sizes before the arguments, and picks from that by position.
+    """
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self.caches = sorted({source.index for source in inputs if isinstance(source, Buffer)})
+        self.attached = sorted({source.index for source in inputs if isinstance(source, AttachedBuffer)})
+        self.sizes = [source for source in inputs if isinstance(source, Size)]
+        ahead: list[Input] = [Buffer(index, name) for index in self.caches for name in BUFFERS]
+        ahead += [AttachedBuffer(index, name) for index in self.attached for name in BUFFERS]
+        ahead += self.sizes
+        place = {source: i for i, source in enumerate(ahead)}
+        self.places = [
+            len(ahead) + source.index if isinstance(source, Argument) else place[source] for source in inputs
+        ]
+
+    def __call__(self, arguments: Sequence[Any], states: Mapping[int, AttachedState]) -> list[Any]:
+        """The inputs, in order. states: those of the attached caches, by argument."""
+        laid_out: list[Any] = []
+        for index in self.caches:
+            laid_out += _buffers_of(arguments[index])
+        for index in self.attached:
+            laid_out += states[index].buffers.values()
+        laid_out += [arguments[size.index].shape[size.dim] for size in self.sizes]
+        laid_out += arguments
+        return [laid_out[place] for place in self.places]
