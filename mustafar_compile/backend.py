@@ -13,7 +13,8 @@ from .cache import CompressedKV
 from .convention import with_calling_convention
 from .errors import NothingMatchedError
 from .lowering.layout import CACHE_DTYPES, Layout, grown_capacity
-from .patterns.match import Context, Match, NoMatch, find_matches
+from .patterns.conditions import Context
+from .patterns.match import Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
 from .patterns.plan import Compressed, Plan
 from .patterns.rewrite import Rewriter
@@ -92,17 +93,22 @@ def _dense_stand_in(gm: GraphModule, index: int) -> Callable[[], torch.Tensor]:
 
 
 def _context(
-    functional: Functional, example_inputs: Sequence[Any], compressed: Mapping[Node, Any], settings: Settings
+    functional: Functional,
+    example_inputs: Sequence[Any],
+    compressed: Mapping[Node, tuple[int, int]],
+    settings: Settings,
 ) -> Context:
     tensors = {
         node: x for node, x in zip(functional.placeholders, example_inputs, strict=True) if isinstance(x, torch.Tensor)
     }
     return Context(
-        compressed=set(compressed),
+        windows={node: window for node, (_, window) in compressed.items()},
+        window=settings.window,
         parameters={node for node, x in tensors.items() if isinstance(x, torch.nn.Parameter)},
         unwatchable={node for node, x in tensors.items() if x.is_inference() and node not in compressed},
         skip_layers=settings.skip_layers,
         dtypes=CACHE_DTYPES,
+        max_query_tokens=1,
     )
 
 

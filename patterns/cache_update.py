@@ -13,6 +13,8 @@ from .symbols import expression, same_size
 from .views import is_move, is_whole_slice, slice_bounds
 
 aten = torch.ops.aten
+_ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_CASTS = (aten._to_copy.default, aten.alias.default, aten.detach.default)
 _ALLOCATIONS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default)
 
 
@@ -182,3 +184,28 @@ def end_of(update: CacheUpdate) -> Any:
     """Tokens written after the update, as a sympy expression where the position is known on the host."""
     start, count = expression(update.position), expression(update.new.meta["val"].shape[update.tokens_dim])
     return None if start is None or count is None else start + count
+
+
+def is_run(position: Any) -> bool:
+    """Whether tokens written at ``position`` are known to stand side by side, in order."""
+    while _is_tensor(position) and not _is_single(position):
+        if position.target in _ARANGES:
+            return len(position.args) < 3 or position.args[2] == 1
+        if position.target is aten.add.Tensor and not position.kwargs:
+            shifted = [x for x in position.args if _is_tensor(x) and not _is_single(x)]
+            if len(shifted) != 1:
+                return False
+            position = shifted[0]
+        elif position.target in _CASTS:
+            position = position.args[0]
+        else:
+            return False
+    return True
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta["val"], torch.Tensor)
+
+
+def _is_single(node: Node) -> bool:
+    return all(same_size(size, 1) for size in node.meta["val"].shape)

@@ -106,12 +106,10 @@ class Rewriter:
         attention = match.attention
         with self.graph.inserting_before(attention.node):
             rows, buffers = [], []
+            position = self._first_position(match.key)
             for role, update in (("key", match.key), ("value", match.value)):
-                rows.append(self._new_row(update))
-                buffers += self._state(update, role)
-            position = match.key.position
-            if position is not None and not _is_tensor(position):
-                position = self._tokens(position, match.key.new)
+                rows.append(self._new_rows(update))
+                buffers += self._state(update, role, position)
             result = self._call(
                 ops.decode_attention.default,
                 attention.query,
@@ -127,19 +125,27 @@ class Rewriter:
         self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]
         self.graph.erase_node(attention.node)
 
-    def _new_row(self, update: CacheUpdate) -> Node:
+    def _first_position(self, update: CacheUpdate) -> Node | None:
+        """Where the first new token goes, on the device; None for a cache that grows by its end."""
+        if update.grows:
+            return None
+        if not _is_tensor(update.position):
+            return self._tokens(update.position, update.new)
+        return self._call(aten.select.int, self._call(aten.view.default, update.position, [-1]), 0, 0)
+
+    def _new_rows(self, update: CacheUpdate) -> Node:
         row, dtype = update.new, update.node.meta["val"].dtype
         if row.meta["val"].dtype != dtype:
             row = self._call(aten._to_copy.default, row, dtype=dtype)
         return self._call(aten.permute.default, row, [0, 2, 1, 3]) if update.tokens_dim == 1 else row
 
-    def _state(self, update: CacheUpdate, role: str) -> list[Node]:
+    def _state(self, update: CacheUpdate, role: str, position: Node | None) -> list[Node]:
         """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
         base = update.base
         assert base is not None
         if base in self.compressed:
             if update.grows:
-                self.replaced[update.node] = Extended(self.index[base])
+                self.replaced[update.node] = Extended(self.index[base], self._count(update))
             else:
                 self.written.add(base)
             return self.buffers[base]
@@ -151,28 +157,32 @@ class Rewriter:
             return buffers
         if base not in self.buffers:
             self._add_buffers(base, AttachedBuffer)
-            self._attach(update, layout)
+            self._attach(update, layout, position)
         return self.buffers[base]
 
-    def _attach(self, update: CacheUpdate, layout: tuple[int, int]) -> None:
+    def _attach(self, update: CacheUpdate, layout: tuple[int, int], position: Node | None) -> None:
         assert update.base is not None
+        assert position is not None
         shape = list(update.node.meta["val"].shape)
         if update.tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
-        rows = shape[0]
-        batch = (
-            rows if isinstance(rows, int) else Argument(next(i for p, i in self.index.items() if same_size(p, rows)))
-        )
-        position = self._extract(update.position)
+        batch, state_position = self._known_size(shape[0]), self._extract(position)
         self.attached.append(
-            Attached(self.index[update.base], update.tokens_dim, tuple(shape), *layout, batch, position)
+            Attached(self.index[update.base], update.tokens_dim, tuple(shape), *layout, batch, state_position)
         )
 
-    def _extract(self, value: Any) -> GraphModule:
+    def _count(self, update: CacheUpdate) -> int | Argument:
+        return self._known_size(update.new.meta["val"].shape[update.tokens_dim])
+
+    def _known_size(self, size: Any) -> int | Argument:
+        """``size``, or the argument that holds it."""
+        return size if isinstance(size, int) else Argument(next(i for p, i in self.index.items() if same_size(p, size)))
+
+    def _extract(self, value: Node) -> GraphModule:
         """A graph of the original arguments that computes ``value`` alone."""
         graph = Graph()
         copies: dict[Node, Node] = {}
-        needed, todo = set(), [value] if isinstance(value, Node) else []
+        needed, todo = set(), [value]
         while todo:
             node = todo.pop()
             if node not in needed:
@@ -181,17 +191,29 @@ class Rewriter:
         for node in self.graph.nodes:
             if node in self.index or node in needed:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(copies[value] if isinstance(value, Node) else value)
+        graph.output(copies[value])
         return GraphModule(self.functional.module, graph)
 
     def _prefill(self, match: Match) -> None:
+        """Attention stays dense; what it leaves in the cache is compressed right after it."""
         for role, update in (("key", match.key), ("value", match.value)):
-            if update.base is not None or update.node in self.replaced:
+            if update.base is not None and not update.grows and update.base not in self.compressed:
                 continue  # a buffer of the caller stays dense; the first decode step compresses it
-            dense = update.node
+            layout = self.compressed.get(update.base) or self.layout_of(role, update.node.meta["val"].shape[-1])
             with self.graph.inserting_before(match.attention.node.next):
-                layout = self.layout_of(role, dense.meta["val"].shape[-1])
-                self.replaced[dense] = (self._compress_new(dense, update, layout), update.grows)
+                self._store(update, layout)
+
+    def _store(self, update: CacheUpdate, layout: tuple[int, int]) -> None:
+        """Compress the cache after ``update``: in place, or to be returned instead of the dense one."""
+        if update.node in self.replaced or update.base in self.written:
+            return
+        buffers = self._compress_new(update.node, update, layout)
+        if update.base is None or update.grows:
+            self.replaced[update.node] = (buffers, update.grows)
+            return
+        for mine, new in zip(self.buffers[update.base], buffers, strict=True):
+            self._call(aten.copy_.default, mine, new)
+        self.written.add(update.base)
 
     def _compress_new(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
         length = self._size(dense, 2)
@@ -216,25 +238,12 @@ class Rewriter:
     def _keep_escaping_caches_compressed(self) -> None:
         with self.graph.inserting_before(self.graph.output_node()):
             for node in self.functional.outputs:
-                update = recognise_update(node) if isinstance(node, Node) and node not in self.replaced else None
+                update = recognise_update(node) if isinstance(node, Node) else None
                 if update is not None and update.base in self.compressed and update.grows:
-                    buffers = self._compress_new(node, update, self.compressed[update.base])
-                    self.replaced[node] = (buffers, True)
+                    self._store(update, self.compressed[update.base])
             for base, value in self.functional.mutated.items():
                 if base in self.compressed and base not in self.written:
-                    self._rewrite_in_place(base, value)
-
-    def _rewrite_in_place(self, base: Node, value: Node) -> None:
-        update = recognise_update(value)
-        if update is None or update.base is not base or update.grows or update.tokens_dim != 2:
-            raise UnsupportedWriteError(
-                f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
-                "index_copy_, index_put_ and slice writes of new tokens along dimension 2"
-            )
-        buffers = self._compress_new(value, update, self.compressed[base])
-        for mine, new in zip(self.buffers[base], buffers, strict=True):
-            self._call(aten.copy_.default, mine, new)
-        self.written.add(base)
+                    self._store(_followed(base, value), self.compressed[base])
 
     def _decompress_remaining_uses(self, placeholder: Node) -> None:
         for user in [u for u in placeholder.users if u.target is aten.sym_size.int]:
@@ -242,9 +251,14 @@ class Rewriter:
             self.graph.erase_node(user)
         if placeholder.users:
             length = self._logical_size(placeholder, 2)
-            with self.graph.inserting_after(next(reversed(self.inputs))):
+            with self.graph.inserting_before(self._first_use(placeholder)):
                 dense = self._call(ops.decompress.default, *self.buffers[placeholder], length)
             placeholder.replace_all_uses_with(dense)
+
+    def _first_use(self, placeholder: Node) -> Node:
+        """The first op on the cache: late, so that one layer is dense at a time, and before anything is written."""
+        users = {user for node in (placeholder, *self.buffers[placeholder]) for user in node.users}
+        return next(node for node in self.graph.nodes if node in users)
 
     def _logical_size(self, placeholder: Node, dim: int) -> Any:
         size = placeholder.meta["val"].shape[dim]
@@ -299,6 +313,17 @@ class Rewriter:
             if node in self.compressed or (symbol and not node.users):
                 self.graph.erase_node(node)
                 del self.inputs[node]
+
+
+def _followed(base: Node, value: Node) -> CacheUpdate:
+    """The update by which ``base`` became ``value``."""
+    update = recognise_update(value)
+    if update is None or update.base is not base or update.grows or update.tokens_dim != 2:
+        raise UnsupportedWriteError(
+            f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
+            "index_copy_, index_put_ and slice writes of new tokens along dimension 2"
+        )
+    return update
 
 
 def _is_tensor(value: Any) -> bool:

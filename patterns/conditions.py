@@ -1,0 +1,109 @@
+"""What must hold of a cache and of how it is read for an attention to match, each with the reason where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .attention import Attention
+from .cache_update import CacheUpdate, is_written_back, sliding_window
+from .normalise import Functional
+from .views import Axis, Read
+
+
+@dataclass(frozen=True)
+class Context:
+    """What matching must know beyond the graph.
+
+    windows: placeholders that hold a compressed cache, each with its window. window: that of new ones.
+    parameters: placeholders that hold a parameter. unwatchable: placeholders whose writes from outside could not be
+    noticed (inference tensors). skip_layers: layers to leave dense. dtypes: what a cache may hold.
+    max_query_tokens: how many query tokens a decode step may have.
+    """
+
+    windows: Mapping[Node, int]
+    window: int
+    parameters: Set[Node]
+    unwatchable: Set[Node]
+    skip_layers: Collection[int]
+    dtypes: Collection[torch.dtype]
+    max_query_tokens: int
+
+
+class Reason(Exception):
+    """Why an attention does not match. Raised and caught while one attention is judged."""
+
+
+def require(condition: Any, reason: str) -> None:
+    """Raise ``Reason`` where ``condition`` does not hold."""
+    if not condition:
+        raise Reason(reason)
+
+
+def check_cache(update: CacheUpdate, functional: Functional, context: Context) -> None:
+    """The cache is one that the layout can hold and whose every change is seen."""
+    dtype, head_dim = update.node.meta["val"].dtype, update.node.meta["val"].shape[-1]
+    window = sliding_window(update, functional)
+    require(window is None, f"cache is bounded by a sliding window of {window}")
+    accepted = ", ".join(str(d).removeprefix("torch.") for d in context.dtypes)
+    require(dtype in context.dtypes, f"cache dtype {str(dtype).removeprefix('torch.')} is not one of {accepted}")
+    require(isinstance(head_dim, int) and head_dim % 8 == 0, f"head_dim {head_dim} is not a multiple of 8")
+    require(update.base not in context.parameters, "the cache is a parameter")
+    leaves = update.node in functional.outputs
+    require(leaves or is_written_back(update, functional), "the updated cache does not leave the graph")
+    require(
+        update.batch is None or not (update.grows or update.base in context.windows),
+        "only a part of the batch of the cache is used",
+    )
+    require(
+        update.tokens_dim == 2 or not (update.base is None or update.grows or update.base in context.windows),
+        "a cache in [B, S, H, D] is supported as a buffer of the caller only",
+    )
+    require(
+        update.base not in context.unwatchable or update.grows,
+        "the cache is an inference tensor, so writes from outside could not be noticed",
+    )
+
+
+def check_read(update: CacheUpdate, read: Read | None, transposed: bool, attention: Attention) -> Read:
+    """``read``, if attention sees the cache with query heads grouped over its KV heads."""
+    require(read is not None, "the cache is changed between its update and the attention")
+    assert read is not None
+    tokens, heads = update.tokens_dim, 3 - update.tokens_dim
+    dims = [read.dims[i] for i in ((0, 1, 3, 2) if transposed else (0, 1, 2, 3))] if len(read.dims) == 4 else []
+    grouped = len(dims) == 4 and _is_grouped(dims[1], heads)
+    plain = grouped and all(_runs_over(dims[i], source) for i, source in ((0, 0), (2, tokens), (3, 3)))
+    require(plain, "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow")
+    kv_heads = update.node.meta["val"].shape[heads]
+    query_heads = attention.query.meta["val"].shape[1]
+    require(
+        isinstance(kv_heads, int) and isinstance(query_heads, int) and query_heads % kv_heads == 0,
+        f"{query_heads} query heads are no multiple of {kv_heads} KV heads",
+    )
+    require(update.op != "cat" or read.prefix is None, "only a part of the cache is attended")
+    return read
+
+
+def _runs_over(axes: list[Axis], source: int) -> bool:
+    return not axes or [axis.source for axis in axes] == [source]
+
+
+def _is_grouped(axes: list[Axis], heads: int) -> bool:
+    """KV heads, each repeated in place; either part may be of size 1 and so absent."""
+    return [axis.source for axis in axes] in ([], [heads], [None], [heads, None])
+
+
+def other_uses(update: CacheUpdate, chain: list[Node], readers: Set[Node], functional: Functional) -> set[str]:
+    """Ops that read the updated cache on its way to attention and would need it dense."""
+    path = [update.node, *chain]
+    harmless = {*path, *readers, functional.graph.output_node(), *functional.mutated.values()}
+    return {
+        str(user.target)
+        for node in path
+        for user in node.users
+        if user not in harmless and user.target is not torch.ops.aten.sym_size.int
+    }
