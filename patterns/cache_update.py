@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from .masked_write import masked_write
+from .nodes import is_single, is_tensor
 from .normalise import Functional
 from .symbols import expression, same_size
 from .views import is_move, is_whole_slice, slice_bounds
@@ -110,11 +112,27 @@ def _slice_scatter(node: Node) -> CacheUpdate | None:
     return _write(node, cache, new, dim, "slice write", start) if step == 1 else None
 
 
+def _masked(node: Node) -> CacheUpdate | None:
+    write = masked_write(node)
+    return None if write is None else _write(node, write.cache, write.new, write.dim, "masked write", write.position)
+
+
+def _copy(node: Node) -> CacheUpdate | None:
+    """``cache.copy_(updated)``: the same update."""
+    target, source = node.args[:2]
+    same = all(map(same_size, target.meta["val"].shape, source.meta["val"].shape))
+    update = recognise_update(source) if same and target.meta["val"].dtype == source.meta["val"].dtype else None
+    return replace(update, node=node) if update is not None and update.base is target else None
+
+
 _WRITES = {
     aten.cat.default: _cat,
     aten.index_copy.default: _index_copy,
     aten.index_put.default: _index_put,
     aten.slice_scatter.default: _slice_scatter,
+    aten.where.self: _masked,
+    aten.add.Tensor: _masked,
+    aten.copy.default: _copy,
 }
 
 
@@ -188,11 +206,11 @@ def end_of(update: CacheUpdate) -> Any:
 
 def is_run(position: Any) -> bool:
     """Whether tokens written at ``position`` are known to stand side by side, in order."""
-    while _is_tensor(position) and not _is_single(position):
+    while is_tensor(position) and not is_single(position):
         if position.target in _ARANGES:
             return len(position.args) < 3 or position.args[2] == 1
         if position.target is aten.add.Tensor and not position.kwargs:
-            shifted = [x for x in position.args if _is_tensor(x) and not _is_single(x)]
+            shifted = [x for x in position.args if is_tensor(x) and not is_single(x)]
             if len(shifted) != 1:
                 return False
             position = shifted[0]
@@ -201,11 +219,3 @@ def is_run(position: Any) -> bool:
         else:
             return False
     return True
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Node) and isinstance(value.meta["val"], torch.Tensor)
-
-
-def _is_single(node: Node) -> bool:
-    return all(same_size(size, 1) for size in node.meta["val"].shape)

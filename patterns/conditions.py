@@ -53,8 +53,10 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
     require(dtype in context.dtypes, f"cache dtype {str(dtype).removeprefix('torch.')} is not one of {accepted}")
     require(isinstance(head_dim, int) and head_dim % 8 == 0, f"head_dim {head_dim} is not a multiple of 8")
     require(update.base not in context.parameters, "the cache is a parameter")
-    leaves = update.node in functional.outputs
-    require(leaves or is_written_back(update, functional), "the updated cache does not leave the graph")
+    written_back = is_written_back(update, functional)
+    require(written_back or update.node in functional.outputs, "the updated cache does not leave the graph")
+    in_place = written_back or update.grows or update.base is None
+    require(in_place, "the updated cache is a new tensor and is not written back to its buffer")
     require(
         update.batch is None or not (update.grows or update.base in context.windows),
         "only a part of the batch of the cache is used",

@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from .attention import Attention, find_attention
 from .cache_update import CacheUpdate, find_update
 from .conditions import Context, Reason, check_cache, check_read, other_uses, require
+from .nodes import is_call
 from .normalise import Functional
 from .phase import phase_of
-from .views import read_through
+from .views import is_move, read_through
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,23 @@ def _judge(attention: Attention, functional: Functional, context: Context, reade
 
 
 def _no_cache_reason(attention: Attention, functional: Functional) -> str:
-    """Tell a bounded buffer that rolls from attention that has no cache at all."""
-    seen, todo = set(), [attention.key]
+    """Tell a bounded buffer that rolls, and a write that is not recognised, from attention that has no cache at all."""
+    between: set[Node] = set()
+    todo = [attention.key]
     while todo:
         node = todo.pop()
-        for source in node.all_input_nodes:
-            shape = getattr(source.meta.get("val"), "shape", ())
-            if source in functional.mutated and len(shape) == 4:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        if node in functional.mutated and len(shape) == 4:
+            if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
                 return f"cache is bounded by a sliding window of {shape[2]}"
-            if source not in seen and len(shape) >= 4:
-                seen.add(source)
-                todo.append(source)
+            return f"its cache is written by {_writer(attention.key).target} in a way that is not recognised"
+        if node not in between and len(shape) >= 4:
+            between.add(node)
+            todo += node.all_input_nodes
     return "keys and values do not come from a KV cache"
+
+
+def _writer(node: Node) -> Node:
+    while is_move(node) or is_call(node, aten.copy.default):
+        node = node.args[node.target is aten.copy.default]
+    return node

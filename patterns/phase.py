@@ -27,12 +27,12 @@ def phase_of(attention: Attention, key: Cached, value: Cached, graph: Graph, con
     if not _is_step(attention, update, graph, context):
         _check_chunk(attention, update, context)
         return "prefill"
+    for cached in (key, value):
+        _check_step(attention, *cached)
     require(
         update.position is value[0].position or same_size(update.position, value[0].position),
         "keys and values are written at different positions",
     )
-    for cached in (key, value):
-        _check_step(attention, *cached)
     return "decode"
 
 
@@ -57,6 +57,7 @@ def _check_beginning(attention: Attention, key: CacheUpdate) -> None:
 def _check_chunk(attention: Attention, key: CacheUpdate, context: Context) -> None:
     """Several tokens on top of a cache: it is stored compressed, again or for the first time, so it must be theirs."""
     if key.grows or key.base in context.windows:
+        require(attention.is_causal or attention.mask is not None, "its attention is not causal")
         own = same_size(key.new.meta["val"].shape[key.tokens_dim], attention.query_length)
         require(own, "its keys are not those of the query's own tokens, as in cross-attention")
 

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from .cache_update import CacheUpdate, recognise_update
 from .match import Match
+from .nodes import is_tensor
 from .normalise import Functional
 from .plan import Argument, Attached, AttachedBuffer, Buffer, Compressed, Extended, Input, Output, Plan, Result, Size
 from .symbols import same_size
@@ -129,7 +130,7 @@ class Rewriter:
         """Where the first new token goes, on the device; None for a cache that grows by its end."""
         if update.grows:
             return None
-        if not _is_tensor(update.position):
+        if not is_tensor(update.position):
             return self._tokens(update.position, update.new)
         return self._call(aten.select.int, self._call(aten.view.default, update.position, [-1]), 0, 0)
 
@@ -223,7 +224,7 @@ class Rewriter:
 
     def _written_tokens(self, update: CacheUpdate) -> Node:
         """Tokens in a static cache after a write: one more than the last position."""
-        if _is_tensor(update.position):
+        if is_tensor(update.position):
             last = self._call(aten.select.int, update.position, 0, -1)
         else:
             count = self._size(update.new, update.tokens_dim)
@@ -324,7 +325,3 @@ def _followed(base: Node, value: Node) -> CacheUpdate:
             "index_copy_, index_put_ and slice writes of new tokens along dimension 2"
         )
     return update
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)

@@ -89,14 +89,45 @@ class BufferModel(_Attention):
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype))
         self.register_buffer("causal", torch.tril(torch.ones(slots, slots, dtype=torch.bool)))
 
+    def write(self, cache: Tensor, new: Tensor, positions: Tensor) -> None:
+        cache[:, :, positions] = new
+
     def step(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self.project(x))
-        self.k_cache[:, :, positions] = k
-        self.v_cache[:, :, positions] = v
+        self.write(self.k_cache, k, positions)
+        self.write(self.v_cache, v, positions)
         group = self.heads // self.kv_heads
         keys = self.k_cache.repeat_interleave(group, dim=1)
         values = self.v_cache.repeat_interleave(group, dim=1)
         return self.merge(F.scaled_dot_product_attention(q, keys, values, attn_mask=self.causal[None, None, positions]))
+
+
+class WhereModel(BufferModel):
+    """As above, but a decode step chooses between the new token and the old buffer."""
+
+    def write(self, cache: Tensor, new: Tensor, positions: Tensor) -> None:
+        if new.shape[2] > 1:
+            super().write(cache, new, positions)
+        else:
+            cache.copy_(self.chosen(cache, new, torch.arange(cache.shape[2]), positions))
+
+    def chosen(self, cache: Tensor, new: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+        return torch.where((slots == position).view(1, 1, -1, 1), new, cache)
+
+
+class WhereNotModel(WhereModel):
+    """Chosen the other way round, under a mask of full shape."""
+
+    def chosen(self, cache: Tensor, new: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+        return torch.where(~(position == slots)[None, None, :, None].expand_as(cache), cache, new)
+
+
+class OneHotModel(WhereModel):
+    """Blended by a one-hot vector."""
+
+    def chosen(self, cache: Tensor, new: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+        here = F.one_hot(position, slots.shape[0]).to(new.dtype).view(1, 1, -1, 1)
+        return cache * (1 - here) + here * new
 
 
 class SliceModel(_Attention):

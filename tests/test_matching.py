@@ -117,7 +117,7 @@ class SlidingWindow(Decode):
 
 
 class ManyQueries(Decode):
-    reason = "query length 3 is not a decode step"
+    reason = "its attention is not causal"
 
     def inputs(self):
         torch.manual_seed(0)

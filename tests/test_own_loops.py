@@ -9,12 +9,24 @@ import pytest
 import torch
 
 from compilers import without_inductor
-from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
+from models import (
+    BufferModel,
+    OneHotModel,
+    SliceModel,
+    TupleModel,
+    WhereModel,
+    WhereNotModel,
+    hf_model,
+    prompt,
+    pruned_steps,
+    run_steps,
+)
 from mustafar_compile import StaleCacheError, cache_stats, compile_loop, explain
 from reference import pruned_generation, reference_attention
 
 WINDOW = 4
 FORMS = {"index_put buffer": BufferModel, "slice buffer": SliceModel, "tuple": TupleModel}
+MASKED_WRITES = [WhereModel, WhereNotModel, OneHotModel]
 
 
 def options(sparsity: float) -> dict:
@@ -54,6 +66,16 @@ def test_outputs_equal_the_oracle(form, sparsity):
         assert len(report.matched) == 1
         assert not report.missed
         assert report.graphs <= 3
+
+
+@pytest.mark.parametrize("form", MASKED_WRITES)
+def test_a_write_spelled_as_a_choice_over_the_buffer(form):
+    torch.manual_seed(0)
+    model, inputs = form(), embeddings()
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert [entry.form for entry in report.matched] == ["static (masked write)"]
 
 
 @pytest.mark.parametrize("form", FORMS)

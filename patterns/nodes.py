@@ -1,0 +1,25 @@
+"""Questions that are asked about nodes everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .symbols import same_size
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether ``node`` is a call of one of ``targets``."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether ``value`` is a node that holds a tensor."""
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def is_single(value: Any) -> bool:
+    """Whether ``value`` is a node that holds a tensor of one element."""
+    return is_tensor(value) and all(same_size(size, 1) for size in value.meta["val"].shape)
