@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .masked_write import masked_write
-from .nodes import is_single, is_tensor
+from .nodes import is_call, is_single, is_tensor
 from .normalise import Functional
 from .symbols import expression, same_size
 from .views import is_move, is_whole_slice, slice_bounds
@@ -143,6 +143,16 @@ def recognise_update(node: Node) -> CacheUpdate | None:
     update = _WRITES[node.target](node)
     four_dims = update is not None and update.node.meta["val"].dim() == 4 and update.new.meta["val"].dim() == 4
     return update if four_dims and update.tokens_dim in (1, 2) else None
+
+
+def recognise_shift(base: Node, value: Node) -> CacheUpdate | None:
+    """The update by which a full buffer drops its oldest tokens for new ones, if ``value`` comes of one."""
+    node = value
+    while isinstance(node, Node) and node is not base and node.op == "call_function":
+        if is_call(node, aten.roll.default, aten.cat.default):
+            return CacheUpdate(value, base, value, 2, "shift", position=0)
+        node = node.args[node.target is aten.copy.default]
+    return None
 
 
 def find_update(read: Node, functional: Functional) -> tuple[CacheUpdate | None, list[Node]]:

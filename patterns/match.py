@@ -63,13 +63,29 @@ def find_matches(functional: Functional, context: Context) -> list[Match | NoMat
     readers = {node for attention in attentions for node in (attention.node, attention.key_reader)}
     found = [_judge(attention, functional, context, readers) for attention in attentions]
     reads = Counter(update.node for m in found for update in (m.key, m.value) if update is not None)
-    return [_sole_reader(m, reads) for m in found]
+    slots = max((_slots(m.key) for m in found if isinstance(m, Match)), default=0)
+    return [_unless(m, _shared(m, reads) or _smaller(m, slots)) for m in found]
 
 
-def _sole_reader(m: Match | NoMatch, reads: Counter) -> Match | NoMatch:
-    if isinstance(m, Match) and (reads[m.key.node] > 1 or reads[m.value.node] > 1):
-        return NoMatch(m.attention, "its cache is read by several attention layers", m.key, m.value)
-    return m
+def _unless(m: Match | NoMatch, reason: str | None) -> Match | NoMatch:
+    return NoMatch(m.attention, reason, m.key, m.value) if isinstance(m, Match) and reason else m
+
+
+def _shared(m: Match | NoMatch, reads: Counter) -> str | None:
+    shared = any(update is not None and reads[update.node] > 1 for update in (m.key, m.value))
+    return "its cache is read by several attention layers" if shared else None
+
+
+def _smaller(m: Match | NoMatch, slots: int) -> str | None:
+    """A static cache with less room than others of the model will roll when it is full."""
+    mine = _slots(m.key)
+    return f"cache is bounded by a sliding window of {mine}" if 0 < mine < slots else None
+
+
+def _slots(update: CacheUpdate | None) -> int:
+    """Tokens that a static cache has room for; 0 for any other."""
+    size = 0 if update is None or update.grows else update.node.meta["val"].shape[update.tokens_dim]
+    return size if isinstance(size, int) else 0
 
 
 def _judge(attention: Attention, functional: Functional, context: Context, readers: Set[Node]) -> Match | NoMatch:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 
-from .cache_update import CacheUpdate, recognise_update
+from .cache_update import CacheUpdate, recognise_shift, recognise_update
 from .match import Match
 from .nodes import is_tensor
 from .normalise import Functional
@@ -318,10 +318,10 @@ class Rewriter:
 
 def _followed(base: Node, value: Node) -> CacheUpdate:
     """The update by which ``base`` became ``value``."""
-    update = recognise_update(value)
+    update = recognise_update(value) or recognise_shift(base, value)
     if update is None or update.base is not base or update.grows or update.tokens_dim != 2:
         raise UnsupportedWriteError(
             f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
-            "index_copy_, index_put_ and slice writes of new tokens along dimension 2"
+            "index_copy_, index_put_ and slice writes of new tokens along dimension 2, and rolling"
         )
     return update

@@ -175,7 +175,117 @@ class Bidirectional(CrossPrefill):
         return torch.randn(2, 2, 6, 16), *rest
 
 
-COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain] + [DifferentPositions, Bidirectional]
+class CrossPrefillOfEqualLength(nn.Module):
+    """As many tokens of the encoder as queries, under a mask: only where they come from tells them apart."""
+
+    reason = "its keys are not those of the query's own tokens, as in cross-attention"
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x, encoded):
+        q, k, v = (
+            project(t).unflatten(-1, (2, 16)).transpose(1, 2)
+            for project, t in ((self.q, x), (self.k, encoded), (self.v, encoded))
+        )
+        mask = torch.ones(5, 5, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), (k, v)
+
+    def inputs(self):
+        torch.manual_seed(0)
+        return torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+
+
+class CausalOverPast(ManyQueries):
+    reason = "is_causal=True over a past lets queries attend to the first keys only"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class KeysOnly(Decode):
+    reason = "keys and values are cached in different ways"
+
+    def forward(self, q, k, v, past):
+        keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2) * 2
+        return self.attend(q, keys, values), (keys, values)
+
+
+class CachedInDifferentWays(UnmaskedBuffer):
+    reason = "keys and values are cached in different ways"
+
+    def forward(self, q, k, v, past):
+        keys = torch.cat([past[0][:, :, :5], k], 2)
+        past[1][:, :, torch.tensor([5])] = v
+        return F.scaled_dot_product_attention(q, keys, past[1], attn_mask=torch.ones(1, 6, dtype=torch.bool)), keys
+
+
+class OutOfPlaceBuffer(UnmaskedBuffer):
+    reason = "the updated cache is a new tensor and is not written back to its buffer"
+
+    def forward(self, q, k, v, past):
+        keys, values = (p.index_copy(2, torch.tensor([3]), x) for p, x in zip(past, (k, v), strict=True))
+        return (
+            F.scaled_dot_product_attention(q, keys, values, attn_mask=torch.ones(1, 6, dtype=torch.bool)),
+            keys,
+            values,
+        )
+
+
+class WrongPart(UnmaskedBuffer):
+    reason = "the part of the buffer that is attended does not end with the new tokens"
+
+    def forward(self, q, k, v, past):
+        past[0][:, :, 3:4], past[1][:, :, 3:4] = k, v
+        return self.attend(q, past[0][:, :, :5], past[1][:, :, :5])
+
+
+class BroadcastToken(UnmaskedBuffer):
+    reason = "the new token is broadcast into the cache"
+
+    def forward(self, q, k, v, past):
+        here = (torch.arange(6) == 3).view(1, 1, -1, 1)
+        past[0].copy_(torch.where(here, k[:, :1], past[0]))
+        past[1].copy_(torch.where(here, v[:, :1], past[1]))
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
+class ScaledBuffer(UnmaskedBuffer):
+    """A blend that does not leave the other tokens as they are."""
+
+    reason = "its cache is written by aten.add.Tensor in a way that is not recognised"
+
+    def forward(self, q, k, v, past):
+        here = F.one_hot(torch.tensor([3]), 6).float().view(1, 1, -1, 1)
+        past[0].copy_(past[0] * (2 - here) + k * here)
+        past[1].copy_(past[1] * (2 - here) + v * here)
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
+class UnknownMask(UnmaskedBuffer):
+    """A choice by a mask that may be true anywhere."""
+
+    reason = "its cache is written by aten.where.self in a way that is not recognised"
+
+    def forward(self, q, k, v, past):
+        here = (q[0, 0, 0, :6] > 0).view(1, 1, -1, 1)
+        past[0].copy_(torch.where(here, k, past[0]))
+        past[1].copy_(torch.where(here, v, past[1]))
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
+class NotAttended(Decode):
+    """A cache that takes up tokens in this graph and is attended to in another."""
+
+    reason = "keys and values do not come from a KV cache"
+
+    def forward(self, q, k, v, past):
+        return self.attend(q, k * 1, v * 1), (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
+
+
+COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain]
+COUNTER_EXAMPLES += [*UnmaskedBuffer.__subclasses__(), Bidirectional, CrossPrefillOfEqualLength, CausalOverPast]
 
 
 @pytest.fixture(autouse=True)
