@@ -1,9 +1,9 @@
-# make demo | test | lint | clean. `make` alone lists them.
+# make demo | test | architectures | lint | clean. `make` alone lists them.
 #
 # PYTHON       interpreter that makes the environment, 3.11 or newer
 # VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
 # TORCH_INDEX  index to take torch from, such as https://download.pytorch.org/whl/cpu (default: as pip is configured)
-# WORKERS      processes of `make test`. Empty: one, without pytest-xdist
+# WORKERS      processes of `make test` and `make architectures`. Empty: one, without pytest-xdist
 # DEMO, TEST   further arguments of the demo and of pytest
 
 PYTHON ?= python3
@@ -27,11 +27,12 @@ else
   lint := $(VENV)/.installed-dev
 endif
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test architectures lint clean
 
 help:
 	@echo "make demo    compare dense and compressed generation with a small model"
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
+	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
 
@@ -41,6 +42,9 @@ demo: $(demo)
 
 test: $(test)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
+
+architectures: $(test)
+	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) --write docs/architectures.md
 
 lint: $(lint)
 	$(python) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from decimal import ROUND_CEILING, Decimal
 
@@ -67,30 +68,36 @@ def reference_attention(
 
 
 @contextmanager
-def pruned_generation(key_sparsity: float, value_sparsity: float, window: int):
+def pruned_generation(
+    key_sparsity: float, value_sparsity: float, window: int, layers: Collection[int] | None = None
+) -> Iterator[None]:
     """Within it, eager HF models over a DynamicCache generate as the pruned model should.
 
     A decode step prunes the cache, its own token included, before it attends. A step of several tokens attends
-    densely over the past as it was pruned; sliding-window layers stay as they are.
+    densely over the past as it was pruned; sliding-window layers stay as they are. layers: those with a pruned cache,
+    all where None.
     """
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import Cache
 
-    original = DynamicLayer.update
+    original = Cache.update
 
-    def prune_stored(layer):
-        if layer.get_seq_length() > 0:
-            layer.keys = pruned_cache(layer.keys, key_sparsity, window)
-            layer.values = pruned_cache(layer.values, value_sparsity, window)
+    def prune_stored(cache, index):
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if layer is None or layer.is_sliding or not (layers is None or index in layers) or not layer.get_seq_length():
+            return
+        layer.keys = pruned_cache(layer.keys, key_sparsity, window)
+        layer.values = pruned_cache(layer.values, value_sparsity, window)
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        prune_stored(self)
-        original(self, key_states, value_states, *args, **kwargs)
-        if key_states.shape[2] == 1:
-            prune_stored(self)
-        return self.keys, self.values
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        prune_stored(self, layer_idx)
+        keys, values = original(self, key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.shape[2] > 1 or self.layers[layer_idx].is_sliding:
+            return keys, values
+        prune_stored(self, layer_idx)
+        return self.layers[layer_idx].keys, self.layers[layer_idx].values
 
-    DynamicLayer.update = update
+    Cache.update = update
     try:
         yield
     finally:
-        DynamicLayer.update = original
+        Cache.update = original

@@ -1,0 +1,60 @@
+"""A few rows of the table of architectures, and what they rest on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from architectures import Generated, build, generate, measure
+from reference import pruned_generation
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "cache", "found", "compressed"),
+    [
+        ("gptj", "eager", "dynamic", 2, 2),
+        ("gpt_bigcode", "sdpa", "static", 2, 2),
+        ("olmo3", "eager", "static", 2, 1),
+        ("bart", "sdpa", "dynamic", 4, 2),
+    ],
+)
+def test_outcome(name, attention, cache, found, compressed):
+    outcome = measure(name, attention, cache)
+    assert (outcome.found, outcome.compressed, outcome.error) == (found, compressed, "")
+    assert not outcome.is_wrong
+    assert bool(outcome.reasons) == (compressed < found)
+
+
+def test_what_transformers_refuses_is_its_outcome():
+    outcome = measure("gptj", "sdpa", "dynamic")
+    assert "scaled_dot_product_attention" in outcome.error
+    assert not outcome.is_wrong
+
+
+def test_pruning_matters_to_the_models():
+    model = build("llama", "sdpa")
+    dense = generate(model)
+    with pruned_generation(0.5, 0.5, 4, layers={1}):
+        one_layer = generate(model)
+    with pruned_generation(0.5, 0.5, 4):
+        both = generate(model)
+    assert dense.agrees(generate(model))
+    assert not dense.agrees(one_layer)
+    assert not one_layer.agrees(both)
+
+
+def test_tokens_may_part_at_a_tie_only():
+    logits = torch.tensor([[[1.0, 1.0], [0.0, 3.0]]])
+    one = Generated(torch.tensor([[0, 1]]), logits)
+    tie = Generated(torch.tensor([[1, 1]]), logits + torch.tensor([[[0.0, 1e-5], [5.0, 0.0]]]))
+    assert one.agrees(tie)
+    assert not one.agrees(replace(one, logits=logits + torch.tensor([[[0.0, 0.1], [0.0, 0.0]]])))
+    assert not one.agrees(replace(one, logits=logits + torch.tensor([[[0.0, 0.0], [0.0, 0.1]]])))
