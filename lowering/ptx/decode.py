@@ -16,6 +16,7 @@ from .decode_steps import (
     merge_warps,
     prefetch,
     rescale,
+    score_setup,
     score_word,
     share_partial,
     stage,
@@ -72,11 +73,11 @@ class Decode:
     def setup(self) -> Block:
         """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``.
 
-        in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h. out: shared, stage, query, active, t0 ... t15.
+        in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h. out: shared, stage, query, t0 ... t3.
         """
         chunks = -(-self.key_dim // 128)
         inputs = {f"q{c}_{h}_{k}": "r" for c in range(chunks) for h in range(4 * self.groups) for k in range(2)}
-        outputs = {"shared": "r", "stage": "r", "query": "r", "activity": "r"} | names("t", 16)
+        outputs = {"shared": "r", "stage": "r", "query": "r"} | names("t", 4)
         return Block.of(inputs, outputs, self._setup(chunks))
 
     def _setup(self, chunks: int) -> Lines:
@@ -95,17 +96,17 @@ class Decode:
                     words = f"{{q{c}_{h[0]}_0,q{c}_{h[1]}_0,q{c}_{h[0]}_1,q{c}_{h[1]}_1}}"
                     offset = 8 * self.key_dim * g + 1024 * c + 16 * parity
                     yield f"@inside st.shared.v4.b32 [spot+{offset}], {words};"
+        # The address of a lane: + 16 for the upper half warp, + 32 for lanes 2 and 3 of four
         yield "bar.sync 0; shr.u32 half, lane, 4; mad.lo.u32 query, half, 16, query;"
-        yield "shr.u32 row, lane, 2; and.b32 column, lane, 3; and.b32 half, row, 3;"
-        yield "setp.eq.u32 here, half, column; selp.u32 activity, 1, 0, here;"
-        # t<8 k + 4 tau + i>: A[m, (k half, t, e)] = 1 where m = 8 (t % 2) + channel, of tokens t = 2 tau + i % 2
+        yield "shr.u32 row, lane, 2; and.b32 column, lane, 3; shr.u32 half, column, 1; mad.lo.u32 query, half, 32, query;"
+        # t<2 k + i>, packed: A[8 i + channel, (k, t, e)] = 1 of tokens t // 2 = i
+        yield "shr.u32 spot, row, 1; and.b32 column, column, 1; and.b32 row, row, 1; setp.eq.u32 inside, row, 0;"
+        yield "selp.b32 row, 0x3C00, 0x3C000000, inside;"
         for k in range(2):
-            for tau in range(2):
-                for i in range(4):
-                    register, channel = f"t{8 * k + 4 * tau + i}", 4 * k + 2 * (i // 2)
-                    yield f"setp.eq.u32 inside, column, {2 * tau + i % 2};"
-                    yield f"setp.eq.and.u32 here, row, {channel}, inside; selp.b32 {register}, 0x3C00, 0, here;"
-                    yield f"setp.eq.and.u32 here, row, {channel + 1}, inside; @here mov.b32 {register}, 0x3C000000;"
+            for i in range(2):
+                yield f"setp.eq.u32 inside, column, {i}; setp.eq.and.u32 here, spot, half, inside;"
+                yield f"selp.b32 t{2 * k + i}, row, 0, here;"
+            yield "add.u32 half, half, 2;" if k == 0 else ""
 
     def first_keys(self) -> Block:
         """Loads the keys of the first block."""
@@ -113,7 +114,7 @@ class Decode:
 
     def score(self) -> Block:
         """A block of 32 keys -> s; loads the values of the same block meanwhile."""
-        inputs = _NEXT | {"stage": "r", "query": "r", "activity": "r"}
+        inputs = _NEXT | {"stage": "r", "query": "r"}
         outputs = names("s", 4 * self.groups, "f") | self.values.registers("n")
         return Block.of(inputs | self.keys.registers(), outputs, self._score())
 
@@ -121,7 +122,8 @@ class Decode:
         yield from stage(self.keys)
         yield from locate_words(self.keys)
         yield from expand_setup()
-        yield ".reg .f32 e<4>; .reg .b32 x<32>; .reg .pred active; setp.ne.u32 active, activity, 0;"
+        yield ".reg .f32 e<4>; .reg .b32 x<32>;"
+        yield from score_setup()
         for a in range(QUERY_SETS):
             yield f".reg .b32 q{a}_<4>; " + " ".join(f"mov.b32 q{a}_{i}, 0;" for i in range(4))
         for s in self._score_sums():
@@ -151,14 +153,14 @@ class Decode:
     def weighted_sum(self) -> Block:
         """A block of 32 values, weighed by p -> added to o; loads the keys of the next block meanwhile."""
         o = names("o", self.accumulators, "f")
-        inputs = _NEXT | {"stage": "r"} | self.values.registers() | names("p", 4) | names("t", 16) | o
+        inputs = _NEXT | {"stage": "r"} | self.values.registers() | names("p", 4) | names("t", 4) | o
         return Block.of(inputs, o | self.keys.registers("n"), self._weighted_sum())
 
     def _weighted_sum(self) -> Lines:
         yield from stage(self.values)
         yield from locate_words(self.values)
         yield from expand_setup()
-        yield ".reg .b32 x<32>, y<8>, zero; mov.b32 zero, 0;"
+        yield ".reg .b32 x<32>, y<8>, zero, tokens; mov.b32 zero, 0;"
         for w in range(self.values.words):
             first = 16 * (w % 2)
             yield from expand_word(w, first)

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 from .block import Lines, listed, locate_thread, names, vectors
 
-TRANSPOSE = "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"
+# Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
+FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
 QUERY_SETS = 2  # query fragments in flight: a register that keeps its zeros cannot be renamed, and more would spill
 
@@ -34,6 +35,11 @@ QUERY_SETS = 2  # query fragments in flight: a register that keeps its zeros can
 def mma(dtype: str) -> str:
     """The mma instruction with operands of ``dtype`` ("bf16" or "f16") and sums in float32."""
     return f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+
+
+def sparse_mma(sums: str, dtype: str) -> str:
+    """The mma whose A operand is sparse, two of four neighbouring columns, which the operand behind C tells."""
+    return f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.{sums}.{dtype}.{dtype}.{sums}"
 
 
 @dataclass(frozen=True)
@@ -133,37 +139,45 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
+def score_setup() -> Lines:
+    """Lane: the constants of ``score_word``: ``active``, ``tokens`` (which of two tokens its rows are for)."""
+    yield ".reg .b32 tokens; .reg .pred active, odd; shr.u32 tokens, lane, 3; xor.b32 tokens, tokens, lane;"
+    yield "and.b32 tokens, tokens, 1; setp.eq.u32 active, tokens, 0;"
+    yield f"and.b32 tokens, lane, 4; setp.ne.u32 odd, tokens, 0; selp.b32 tokens, {SECOND_TOKEN}, {FIRST_TOKEN}, odd;"
+
+
 def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Lines:
     """Warp: expanded word w of 32 keys x the query -> added to s, and for one group of heads to s and e in turn.
 
     So two sums are under way at any time: an mma need not wait for the one before it.
 
-    The expanded registers are the B operand as they are: column r, rows 2 t and 2 t + 1 (and those + 8) hold four
-    channels of token 4 r + t. A is the query laid out block-diagonally, row (head, u) nonzero only in the columns of
-    u = t, so that the four tokens of a column do not mix. Only lanes with r % 4 = t load something (``active``): the
-    registers of the others stay zero. Loading zeros instead took 18 us more of 70, in shared-memory wavefronts.
+    The expanded registers are the B operand as they are: column r, rows 2 t and 2 t + 1 (and those + 8, 16, 24) hold
+    eight channels of token 4 r + t. A is the query laid out block-diagonally, row (head, u) nonzero only in the columns
+    of u = t, so that the four tokens of a column do not mix. Of four neighbouring columns two belong to a token, so A is
+    structured sparse. Packed, only lanes with t % 2 = u // 2 hold something and load it (``active``): the registers of
+    the others stay zero. Loading zeros instead would take as many shared-memory wavefronts again.
     """
-    for i in range(8):
+    for i in range(4):
+        b = listed("x", *(first + 4 * i + k for k in (0, 2, 1, 3)))  # a lane's 16 bytes of A: four channels side by side
         for g in range(groups):
-            a = f"q{(groups * (8 * w + i) + g) % QUERY_SETS}_"
-            address = f"query+{32 * (8 * w + i) + 8 * head_dim * g}"
+            a = f"q{(groups * (4 * w + i) + g) % QUERY_SETS}_"
+            address = f"query+{64 * (4 * w + i) + 8 * head_dim * g}"
             yield f"@active ld.shared.v4.b32 {listed(a, 0, 1, 2, 3)}, [{address}];"
             scores = listed("e" if groups == 1 and i % 2 else "s", *range(4 * g, 4 * g + 4))
-            b = listed("x", first + 2 * i, first + 2 * i + 1)
-            yield f"{mma(dtype)} {scores}, {listed(a, 0, 1, 2, 3)}, {b}, {scores};"
+            yield f"{sparse_mma('f32', dtype)} {scores}, {listed(a, 0, 1, 2, 3)}, {b}, {scores}, tokens, 0;"
 
 
 def transpose(first: int, half: int) -> Lines:
     """Warp: 8 channels of 32 tokens, x<first> ... x<first + 3> -> y<4 half> ... y<4 half + 3>.
 
     An mma with a 0/1 matrix on the raw 16-bit patterns, taken for float16: each sum has one term, so it is exact
-    unless a pattern is infinite or NaN as a float16 (``layout.EXTREME``).
+    unless a pattern is infinite or NaN as a float16 (``layout.EXTREME``). The matrix is structured sparse: one packed
+    matrix serves tokens 0 and 2 of the four of a column, and tokens 1 and 3.
     """
-    for tau in range(2):
-        y = listed("y", 4 * half + 2 * tau, 4 * half + 2 * tau + 1)
-        low, high = (listed("t", *range(8 * k + 4 * tau, 8 * k + 4 * tau + 4)) for k in range(2))
-        yield f"{TRANSPOSE} {y}, {low}, {listed('x', first, first + 1)}, {{zero,zero}};"
-        yield f"{TRANSPOSE} {y}, {high}, {listed('x', first + 2, first + 3)}, {y};"
+    x = listed("x", *range(first, first + 4))
+    for u, tokens in enumerate((FIRST_TOKEN, SECOND_TOKEN)):
+        y = listed("y", 4 * half + u, 4 * half + u + 2)
+        yield f"mov.b32 tokens, {tokens}; {sparse_mma('f16', 'f16')} {y}, {{t0,t1,t2,t3}}, {x}, {{zero,zero}}, tokens, 0;"
 
 
 def accumulate(tile: int, dtype: str) -> Lines:
