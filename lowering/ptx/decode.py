@@ -96,9 +96,10 @@ class Decode:
                     words = f"{{q{c}_{h[0]}_0,q{c}_{h[1]}_0,q{c}_{h[0]}_1,q{c}_{h[1]}_1}}"
                     offset = 8 * self.key_dim * g + 1024 * c + 16 * parity
                     yield f"@inside st.shared.v4.b32 [spot+{offset}], {words};"
-        # The address of a lane: + 16 for the upper half warp, + 32 for lanes 2 and 3 of four
-        yield "bar.sync 0; shr.u32 half, lane, 4; mad.lo.u32 query, half, 16, query;"
-        yield "shr.u32 row, lane, 2; and.b32 column, lane, 3; shr.u32 half, column, 1; mad.lo.u32 query, half, 32, query;"
+        # The fragments of a lane: its heads, the first or the second four channels
+        yield "bar.sync 0; and.b32 half, lane, 4; mad.lo.u32 query, half, 4, query;"
+        yield "and.b32 half, lane, 2; mad.lo.u32 query, half, 16, query;"
+        yield "shr.u32 row, lane, 2; and.b32 column, lane, 3; shr.u32 half, column, 1;"
         # t<2 k + i>, packed: A[8 i + channel, (k, t, e)] = 1 of tokens t // 2 = i
         yield "shr.u32 spot, row, 1; and.b32 column, column, 1; and.b32 row, row, 1; setp.eq.u32 inside, row, 0;"
         yield "selp.b32 row, 0x3C00, 0x3C000000, inside;"

@@ -11,8 +11,7 @@ b<w>        bitmap word w of the lane's row (32 channels)
 v<j>        packed values 2j and 2j+1 of the lane's row
 x<k>        two neighbouring channels of the lane's row, expanded (16 registers to a bitmap word)
 r, t        lane // 4 and lane % 4: row and column of the lane in an mma fragment
-s<k>        scores; s[2i] and s[2i+1]: head 4 (i // 2) + 2 (i % 2) + lane // 16 at tokens 8 t + u and 8 t + 4 + u,
-            where u = r % 4
+s<k>        scores; s[2i] and s[2i+1]: head 2 i + r % 2 at tokens 8 t + u and 8 t + 4 + u, where u = r // 2
 m<i>, l<i>  running maximum (base 2) and the lane's share of the sum of weights, for the head of s[2i]
 p<u>        weights of head r at tokens 8 t + u and 8 t + 4 + u
 y<k>        values transposed: channel r of a tile of 8, two tokens to a register
@@ -29,6 +28,7 @@ from .block import Lines, listed, locate_thread, names, vectors
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
+HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
 QUERY_SETS = 2  # query fragments in flight: a register that keeps its zeros cannot be renamed, and more would spill
 
 
@@ -141,9 +141,9 @@ def _signed(word: int) -> int:
 
 def score_setup() -> Lines:
     """Lane: the constants of ``score_word``: ``active``, ``tokens`` (which of two tokens its rows are for)."""
-    yield ".reg .b32 tokens; .reg .pred active, odd; shr.u32 tokens, lane, 3; xor.b32 tokens, tokens, lane;"
+    yield ".reg .b32 tokens; .reg .pred active, odd; shr.u32 tokens, lane, 4; xor.b32 tokens, tokens, lane;"
     yield "and.b32 tokens, tokens, 1; setp.eq.u32 active, tokens, 0;"
-    yield f"and.b32 tokens, lane, 4; setp.ne.u32 odd, tokens, 0; selp.b32 tokens, {SECOND_TOKEN}, {FIRST_TOKEN}, odd;"
+    yield f"and.b32 tokens, lane, 8; setp.ne.u32 odd, tokens, 0; selp.b32 tokens, {SECOND_TOKEN}, {FIRST_TOKEN}, odd;"
 
 
 def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Lines:
@@ -196,16 +196,16 @@ def rescale(groups: int, accumulators: int) -> Lines:
         yield f"max.f32 top{i}, s{2 * i}, s{2 * i + 1}; add.f32 other, m{i}, {_LAZY_RESCALE};"
         yield f"setp.gt.f32 over, top{i}, other;" if i == 0 else f"setp.gt.or.f32 over, top{i}, other, over;"
     yield "vote.sync.any.pred any, over, -1; @!any bra KEEP;"
-    for distance in (1, 2, 4, 8):  # the 16 lanes that share a head
+    for distance in HEAD_LANES:
         for i in range(heads):
             yield f"shfl.sync.bfly.b32 other, top{i}, {distance}, 31, -1; max.f32 top{i}, top{i}, other;"
     for i in range(heads):
         yield f"max.f32 new{i}, m{i}, top{i}; sub.f32 other, m{i}, new{i}; ex2.approx.ftz.f32 factor{i}, other;"
         yield f"mov.f32 m{i}, new{i}; mul.f32 l{i}, l{i}, factor{i};"
-    # The accumulators of a lane belong to heads 2 t and 2 t + 1: factor t of the lower and of the upper half warp.
+    # The accumulators of a lane belong to heads 2 t and 2 t + 1: factor t of lanes with r = 0 and r = 1.
     yield "and.b32 bit, lane, 1; setp.ne.u32 odd, bit, 0; and.b32 bit, lane, 2; setp.ne.u32 upper, bit, 0;"
     for parity in range(2):
-        fetch = f"{16 * parity}, 31, -1"
+        fetch = f"{4 * parity}, 31, -1"
         yield f"shfl.sync.idx.b32 f{parity}, factor0, {fetch}; shfl.sync.idx.b32 other, factor1, {fetch};"
         yield f"selp.f32 f{parity}, other, f{parity}, odd;"
         if groups == 2:
@@ -218,29 +218,30 @@ def rescale(groups: int, accumulators: int) -> Lines:
 
 
 def weigh(groups: int, dtype: str) -> Lines:
-    """Lane: s -> weights 2^(s - m), added to l and packed as w<i> (two tokens of one head)."""
+    """Lane: s -> weights 2^(s - m), added to l and packed as p<i> (two tokens of the head of s[2i])."""
     heads = 2 * groups
-    yield f".reg .f32 weight0, weight1, difference; .reg .b32 {', '.join(f'w{i}' for i in range(heads))};"
+    yield ".reg .f32 weight0, weight1, difference;"
     for i in range(heads):
         for token in range(2):
             yield f"sub.f32 difference, s{2 * i + token}, m{i}; ex2.approx.ftz.f32 weight{token}, difference;"
             yield f"add.f32 l{i}, l{i}, weight{token};"
-        yield f"cvt.rn.{dtype}x2.f32 w{i}, weight1, weight0;"
+        yield f"cvt.rn.{dtype}x2.f32 p{i}, weight1, weight0;"
 
 
 def exchange(groups: int) -> Lines:
-    """Warp: w (laid out as the scores) -> p (B operand): head r from the lane that scored it at tokens of u."""
-    yield ".reg .b32 source, near, far; and.b32 source, lane, 4; shl.b32 source, source, 2; and.b32 near, lane, 3;"
-    yield "or.b32 source, source, near;"
-    yield "and.b32 near, lane, 8; setp.ne.u32 odd, near, 0; and.b32 near, lane, 16; setp.ne.u32 upper, near, 0;"
-    for u in range(4):
-        yield "shfl.sync.idx.b32 near, w0, source, 31, -1; shfl.sync.idx.b32 far, w1, source, 31, -1;"
-        yield f"selp.b32 p{u}, far, near, odd;"
-        if groups == 2:
-            yield "shfl.sync.idx.b32 near, w2, source, 31, -1; shfl.sync.idx.b32 far, w3, source, 31, -1;"
-            yield f"selp.b32 near, far, near, odd; selp.b32 p{u}, near, p{u}, upper;"
-        if u < 3:
-            yield "add.u32 source, source, 4;"
+    """Warp: p<i> of weigh -> p<u> (B operand): a transposition of i and u, between registers and bits 3, 4 of the lane.
+
+    With one group of heads p2 and p3 are those of the other lane for heads 0 to 3; nobody reads heads 4 to 7.
+    """
+    yield ".reg .b32 given;"
+    for distance, pairs in ((16, ((0, 2), (1, 3))), (8, ((0, 1), (2, 3)))):
+        yield f"and.b32 bit, lane, {distance}; setp.ne.u32 upper, bit, 0;"
+        for a, b in pairs:
+            if distance == 16 and groups == 1:
+                yield f"shfl.sync.bfly.b32 p{b}, p{a}, {distance}, 31, -1;"
+                continue
+            yield f"selp.b32 given, p{a}, p{b}, upper; shfl.sync.bfly.b32 given, given, {distance}, 31, -1;"
+            yield f"selp.b32 p{a}, given, p{a}, upper; selp.b32 p{b}, p{b}, given, upper;"
 
 
 def share_partial(groups: int, accumulators: int, warp_bytes: int) -> Lines:
@@ -249,16 +250,16 @@ def share_partial(groups: int, accumulators: int, warp_bytes: int) -> Lines:
     yield from locate_thread()
     yield f"mad.lo.u32 mine, warp, {warp_bytes}, shared; mad.lo.u32 mine, lane, 4, mine;"
     for i in range(2 * groups):
-        for distance in (1, 2, 4, 8):
+        for distance in HEAD_LANES:
             yield f"shfl.sync.bfly.b32 other, l{i}, {distance}, 31, -1; add.f32 l{i}, l{i}, other;"
     yield "bar.warp.sync -1;"
     for k in range(accumulators):
         yield f"st.shared.b32 [mine+{128 * k}], o{k};"
     # (m, l) of head h of warp w at state + 64 w + 8 h
-    yield "and.b32 bit, lane, 15; setp.eq.u32 first, bit, 0; shr.u32 bit, lane, 4;"
-    yield "mad.lo.u32 spot, warp, 64, state; mad.lo.u32 spot, bit, 8, spot;"
+    yield "and.b32 bit, lane, 27; setp.eq.u32 first, bit, 0;"
+    yield "mad.lo.u32 spot, warp, 64, state; mad.lo.u32 spot, lane, 2, spot;"
     for i in range(2 * groups):
-        yield f"@first st.shared.v2.b32 [spot+{8 * (4 * (i // 2) + 2 * (i % 2))}], {{m{i},l{i}}};"
+        yield f"@first st.shared.v2.b32 [spot+{16 * i}], {{m{i},l{i}}};"
     yield "bar.sync 0;"
 
 
