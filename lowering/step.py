@@ -145,8 +145,7 @@ class Tuned:
         if max(self.step.key_dim, self.step.value_dim) > 128:
             return 255
         prefetched = max(rows.words + rows.packed for rows in (self.decode.keys, self.decode.values))
-        few = self.decode.groups == 1 or (prefetched <= 24 and self.step.mask == "none")
-        return 128 if few else 168
+        return 128 if prefetched <= (24 if self.step.softcap else 44) else 168
 
     @property
     def programs(self) -> int:

@@ -194,8 +194,8 @@ def test_shared_memory_of_decoding(decode):
     assert sorted(mine) == list(range(0, rows * decode.accumulators, rows))
     assert max(mine) + rows <= decode.warp_bytes
     read = [int(at) for at in re.findall(r"\[query\+(\d+)\]", blocks["score"].text)]
-    assert sorted(read) == list(range(0, 8 * decode.key_dim * decode.groups, 32)), "four channels of two heads each"
-    assert max(read) + 32 <= decode.query_bytes
+    assert sorted(read) == list(range(0, 8 * decode.key_dim * decode.groups, 64)), "eight channels of four heads"
+    assert max(read) + 64 <= decode.query_bytes
     assert decode.shared_bytes >= decode.warps * decode.warp_bytes + decode.query_bytes + 8 * 8 * decode.warps
 
 
@@ -316,7 +316,9 @@ MAIN = {
     "128, half": step_of(),
     "128, 70%": step_of(kept=40, mask="boolean", position=True),
     "128, one head": step_of(group=1, dtype="fp16"),
-    "128, eight heads": step_of(group=8, kept=40, mask="additive"),
+    "128, one head, capped": step_of(group=1, softcap=True),
+    "128, eight heads": step_of(group=8, mask="additive"),
+    "128, a third": step_of(group=8, kept=88, dtype="fp16", mask="boolean"),
     "64": step_of(64, group=8, dtype="fp16", softcap=True),
     "256": step_of(256, group=2),
 }
@@ -334,9 +336,10 @@ def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
     assert registers <= tuned.registers
     assert (stack, local) == (0, 0)
     assert kernel.metadata.shared + tuned.decode.shared_bytes <= 48 * 1024
-    tensor_cores = len(re.findall(r"mma\.sync", kernel.asm["ptx"]))
-    values = tuned.decode.values.words
-    assert tensor_cores == 8 * tuned.decode.keys.words * tuned.decode.groups + values * 2 * (2 * 4 + 2)
+    sparse, dense = (len(re.findall(rf"mma\.{kind}", kernel.asm["ptx"])) for kind in ("sp::", "sync"))
+    keys, values = tuned.decode.keys.words, tuned.decode.values.words
+    assert sparse == 4 * keys * tuned.decode.groups + 2 * 4 * values
+    assert dense == 2 * 2 * values
 
 
 @needs_compiler

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
-    QUERY_SETS,
     Rows,
     accumulate,
     exchange,
@@ -125,8 +124,6 @@ class Decode:
         yield from expand_setup()
         yield ".reg .f32 e<4>; .reg .b32 x<32>;"
         yield from score_setup()
-        for a in range(QUERY_SETS):
-            yield f".reg .b32 q{a}_<4>; " + " ".join(f"mov.b32 q{a}_{i}, 0;" for i in range(4))
         for s in self._score_sums():
             yield f"mov.f32 {s}, 0f00000000;"
         for w in range(self.keys.words):

@@ -29,7 +29,6 @@ from .block import Lines, listed, locate_thread, names, vectors
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
 HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
-QUERY_SETS = 2  # query fragments in flight: a register that keeps its zeros cannot be renamed, and more would spill
 
 
 def mma(dtype: str) -> str:
@@ -140,10 +139,11 @@ def _signed(word: int) -> int:
 
 
 def score_setup() -> Lines:
-    """Lane: the constants of ``score_word``: ``active``, ``tokens`` (which of two tokens its rows are for)."""
+    """Lane: ``tokens`` (which of two tokens its rows of A are for), ``active``, and zeros for where it is not."""
     yield ".reg .b32 tokens; .reg .pred active, odd; shr.u32 tokens, lane, 4; xor.b32 tokens, tokens, lane;"
     yield "and.b32 tokens, tokens, 1; setp.eq.u32 active, tokens, 0;"
     yield f"and.b32 tokens, lane, 8; setp.ne.u32 odd, tokens, 0; selp.b32 tokens, {SECOND_TOKEN}, {FIRST_TOKEN}, odd;"
+    yield ".reg .b32 q<4>; " + " ".join(f"mov.b32 q{i}, 0;" for i in range(4))
 
 
 def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Lines:
@@ -153,18 +153,19 @@ def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Li
 
     The expanded registers are the B operand as they are: column r, rows 2 t and 2 t + 1 (and those + 8, 16, 24) hold
     eight channels of token 4 r + t. A is the query laid out block-diagonally, row (head, u) nonzero only in the columns
-    of u = t, so that the four tokens of a column do not mix. Of four neighbouring columns two belong to a token, so A is
-    structured sparse. Packed, only lanes with t % 2 = u // 2 hold something and load it (``active``): the registers of
-    the others stay zero. Loading zeros instead would take as many shared-memory wavefronts again.
+    of u = t, so that the four tokens of a column do not mix. Two of four neighbouring columns belong to one token, so A
+    is structured sparse, and packed it has two columns for tokens 0 and 1 and two for tokens 2 and 3. Only lanes with
+    t % 2 = u // 2 load something (``active``): the registers of the others stay zero, as loading zeros would take as
+    many shared-memory wavefronts again.
     """
+    query = listed("q", 0, 1, 2, 3)
     for i in range(4):
-        b = listed("x", *(first + 4 * i + k for k in (0, 2, 1, 3)))  # a lane's 16 bytes of A: four channels side by side
+        b = listed("x", *(first + 4 * i + k for k in (0, 2, 1, 3)))  # so that A's are four neighbouring channels
         for g in range(groups):
-            a = f"q{(groups * (4 * w + i) + g) % QUERY_SETS}_"
             address = f"query+{64 * (4 * w + i) + 8 * head_dim * g}"
-            yield f"@active ld.shared.v4.b32 {listed(a, 0, 1, 2, 3)}, [{address}];"
+            yield f"@active ld.shared.v4.b32 {query}, [{address}];"
             scores = listed("e" if groups == 1 and i % 2 else "s", *range(4 * g, 4 * g + 4))
-            yield f"{sparse_mma('f32', dtype)} {scores}, {listed(a, 0, 1, 2, 3)}, {b}, {scores}, tokens, 0;"
+            yield f"{sparse_mma('f32', dtype)} {scores}, {query}, {b}, {scores}, tokens, 0;"
 
 
 def transpose(first: int, half: int) -> Lines:
@@ -177,7 +178,8 @@ def transpose(first: int, half: int) -> Lines:
     x = listed("x", *range(first, first + 4))
     for u, tokens in enumerate((FIRST_TOKEN, SECOND_TOKEN)):
         y = listed("y", 4 * half + u, 4 * half + u + 2)
-        yield f"mov.b32 tokens, {tokens}; {sparse_mma('f16', 'f16')} {y}, {{t0,t1,t2,t3}}, {x}, {{zero,zero}}, tokens, 0;"
+        yield f"mov.b32 tokens, {tokens};"
+        yield f"{sparse_mma('f16', 'f16')} {y}, {{t0,t1,t2,t3}}, {x}, {{zero,zero}}, tokens, 0;"
 
 
 def accumulate(tile: int, dtype: str) -> Lines:
