@@ -185,8 +185,8 @@ def transpose(first: int, half: int) -> Lines:
 def accumulate(tile: int, dtype: str) -> Lines:
     """Warp: 16 transposed channels (A operand) x the weights of 32 tokens -> added to o<4 tile> ... o<4 tile + 3>."""
     o = listed("o", *range(4 * tile, 4 * tile + 4))
-    yield f"{mma(dtype)} {o}, {listed('y', 0, 4, 1, 5)}, {listed('p', 0, 1)}, {o};"
-    yield f"{mma(dtype)} {o}, {listed('y', 2, 6, 3, 7)}, {listed('p', 2, 3)}, {o};"
+    yield f"{mma(dtype)} {o}, {listed('y', 0, 4, 2, 6)}, {listed('p', 0, 2)}, {o};"
+    yield f"{mma(dtype)} {o}, {listed('y', 1, 5, 3, 7)}, {listed('p', 1, 3)}, {o};"
 
 
 def rescale(groups: int, accumulators: int) -> Lines:
