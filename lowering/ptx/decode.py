@@ -20,6 +20,7 @@ from .decode_steps import (
     share_partial,
     stage,
     transpose,
+    transposer,
     weigh,
 )
 
@@ -81,7 +82,7 @@ class Decode:
 
     def _setup(self, chunks: int) -> Lines:
         yield f".shared .align 128 .b8 arena[{self.shared_bytes}];"
-        yield ".reg .b32 lane, warp, row, column, spot, half; .reg .pred inside, here;"
+        yield ".reg .b32 lane, warp, spot, bit; .reg .pred inside;"
         yield "mov.u32 shared, arena;"
         yield from locate_thread()
         yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared; mad.lo.u32 stage, lane, 4, stage;"
@@ -90,23 +91,15 @@ class Decode:
         for c in range(chunks):
             yield f"setp.lt.u32 inside, lane, {self.key_dim // 4 - 32 * c};"
             for g in range(self.groups):
-                for parity in range(2):  # a lane of the lower half warp loads heads 0 and 2, of the upper 1 and 3
+                for parity in range(2):  # a lane with even r loads heads 0 and 2, with odd r 1 and 3
                     h = [4 * g + parity, 4 * g + parity + 2]
                     words = f"{{q{c}_{h[0]}_0,q{c}_{h[1]}_0,q{c}_{h[0]}_1,q{c}_{h[1]}_1}}"
                     offset = 8 * self.key_dim * g + 1024 * c + 16 * parity
                     yield f"@inside st.shared.v4.b32 [spot+{offset}], {words};"
-        # The fragments of a lane: its heads, the first or the second four channels
-        yield "bar.sync 0; and.b32 half, lane, 4; mad.lo.u32 query, half, 4, query;"
-        yield "and.b32 half, lane, 2; mad.lo.u32 query, half, 16, query;"
-        yield "shr.u32 row, lane, 2; and.b32 column, lane, 3; shr.u32 half, column, 1;"
-        # t<2 k + i>, packed: A[8 i + channel, (k, t, e)] = 1 of tokens t // 2 = i
-        yield "shr.u32 spot, row, 1; and.b32 column, column, 1; and.b32 row, row, 1; setp.eq.u32 inside, row, 0;"
-        yield "selp.b32 row, 0x3C00, 0x3C000000, inside;"
-        for k in range(2):
-            for i in range(2):
-                yield f"setp.eq.u32 inside, column, {i}; setp.eq.and.u32 here, spot, half, inside;"
-                yield f"selp.b32 t{2 * k + i}, row, 0, here;"
-            yield "add.u32 half, half, 2;" if k == 0 else ""
+        # A lane's fragments: of heads 0 and 2 or 1 and 3 by r % 2, of the first or the last four channels by t // 2
+        yield "bar.sync 0; and.b32 bit, lane, 4; mad.lo.u32 query, bit, 4, query;"
+        yield "and.b32 bit, lane, 2; mad.lo.u32 query, bit, 16, query;"
+        yield from transposer()
 
     def first_keys(self) -> Block:
         """Loads the keys of the first block."""

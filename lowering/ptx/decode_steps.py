@@ -168,6 +168,23 @@ def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Li
             yield f"{sparse_mma('f32', dtype)} {scores}, {query}, {b}, {scores}, tokens, 0;"
 
 
+def transposer() -> Lines:
+    """Lane: its part of the 0/1 matrix of ``transpose`` -> t0 ... t3.
+
+    Packed, columns 2 t and 2 t + 1 are for tokens 0 and 1 (t even) or 2 and 3 (t odd) of the four of a column, at the
+    two channels of x register t // 2; those + 8 at the channels of the register after the next. Row r takes channel r of
+    tokens 0 and 1 (t0, t2), row r + 8 of tokens 2 and 3 (t1, t3).
+    """
+    yield ".reg .b32 one, odd, pair, own; .reg .pred chosen, here;"
+    yield "and.b32 odd, lane, 4; setp.eq.u32 here, odd, 0; selp.b32 one, 0x3C00, 0x3C000000, here;"  # 1.0 for channel r
+    yield "and.b32 odd, lane, 1; shr.u32 own, lane, 3; shr.u32 pair, lane, 1; and.b32 pair, pair, 1;"
+    for k in range(2):
+        for i in range(2):
+            yield f"setp.eq.u32 chosen, odd, {i}; setp.eq.and.u32 here, own, pair, chosen;"
+            yield f"selp.b32 t{2 * k + i}, one, 0, here;"
+        yield "add.u32 pair, pair, 2;"
+
+
 def transpose(first: int, half: int) -> Lines:
     """Warp: 8 channels of 32 tokens, x<first> ... x<first + 3> -> y<4 half> ... y<4 half + 3>.
 
