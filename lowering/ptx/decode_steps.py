@@ -172,8 +172,8 @@ def transposer() -> Lines:
     """Lane: its part of the 0/1 matrix of ``transpose`` -> t0 ... t3.
 
     Packed, columns 2 t and 2 t + 1 are for tokens 0 and 1 (t even) or 2 and 3 (t odd) of the four of a column, at the
-    two channels of x register t // 2; those + 8 at the channels of the register after the next. Row r takes channel r of
-    tokens 0 and 1 (t0, t2), row r + 8 of tokens 2 and 3 (t1, t3).
+    two channels of x register t // 2; those + 8 at the channels of the register after the next. Row r takes channel r
+    of tokens 0 and 1 (t0, t2), row r + 8 of tokens 2 and 3 (t1, t3).
     """
     yield ".reg .b32 one, odd, pair, own; .reg .pred chosen, here;"
     yield "and.b32 odd, lane, 4; setp.eq.u32 here, odd, 0; selp.b32 one, 0x3C00, 0x3C000000, here;"  # 1.0 for channel r
