@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from compilers import without_inductor
 from models import (
@@ -229,3 +230,44 @@ def test_compile_loop_bare_and_with_bad_settings():
         compile_loop(sparsity=0.5)(greedy)
     with pytest.raises(ValueError, match=r"key_sparsity=1.5 is not accepted"):
         compile_loop(key_sparsity=1.5)(greedy)
+
+
+class SharedCacheModel(TupleModel):
+    """Two attentions read one cache, as the later layers of Gemma 3n do; the past is nested."""
+
+    def step(self, x, past):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        if past is not None:
+            k, v = (torch.cat([past["layer"][i], t], dim=2) for i, t in enumerate((k, v)))
+        first, second = (
+            self.merge(F.scaled_dot_product_attention(y, k, v, is_causal=x.shape[1] > 1, enable_gqa=True))
+            for y in (q, q.flip(-1))
+        )
+        return first + second, {"layer": (k, v)}
+
+
+class NestedModel(TupleModel):
+    """The past is a tuple in a dict in a list."""
+
+    def step(self, x, past):
+        out, past = super().step(x, None if past is None else past[0]["kv"])
+        return out, [{"kv": past}]
+
+
+def test_a_cache_that_several_attentions_read_stays_dense_and_says_so():
+    torch.manual_seed(0)
+    model, inputs = SharedCacheModel(), embeddings(steps=4)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), run_steps(model, inputs))
+    assert not report.matched
+    assert {entry.reason for entry in report.missed} == {"its cache is read by several attention layers"}
+
+
+def test_a_nested_past():
+    torch.manual_seed(0)
+    model, inputs = NestedModel(), embeddings(steps=4)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1
