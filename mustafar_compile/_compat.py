@@ -45,6 +45,8 @@ WeakTensorKeyDictionary = _probe("torch.utils.weak", "WeakTensorKeyDictionary")
 _aot_export_module: Callable = _probe("torch._functorch.aot_autograd", "aot_export_module")
 _tracing: Callable = _probe("torch._guards", "tracing")
 _preserve_node_meta: Callable = _probe("torch.fx.traceback", "preserve_node_meta")
+_functorch_depth: Callable = _probe("torch._C._functorch", "get_dynamic_layer_stack_depth")
+_functorch_back_to: Callable = _probe("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth")
 
 
 def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> list[Any]:
@@ -71,9 +73,16 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
 
 
 def export_functional(module: torch.nn.Module, fakes: Sequence[Any]) -> tuple[torch.fx.GraphModule, Any]:
-    """Trace ``module`` to functional pre-dispatch ATen, keeping node metadata. Returns the graph and its signature."""
-    with _preserve_node_meta(), torch.no_grad(), _tracing(None):
-        return _aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+    """Trace ``module`` to functional pre-dispatch ATen, keeping node metadata. Returns the graph and its signature.
+
+    A graph enters and leaves the levels of a vmap by calls of its own; those that a failure leaves open are closed.
+    """
+    depth = _functorch_depth()
+    try:
+        with _preserve_node_meta(), torch.no_grad(), _tracing(None):
+            return _aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+    finally:
+        _functorch_back_to(depth)
 
 
 @contextmanager

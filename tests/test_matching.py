@@ -316,6 +316,19 @@ def test_the_plain_step_that_they_vary_matches():
     assert not report.missed
 
 
+class Mapped(Decode):
+    """A vmap, whose levels a graph enters and leaves by calls of its own."""
+
+    def attend(self, q, k, v):
+        return torch.vmap(torch.mul, in_dims=(0, None))(super().attend(q, k, v), q)
+
+
+def test_an_untraceable_graph_leaves_no_vmap_open():
+    actual, expected, report = run(Mapped())
+    assert "the graph could not be traced" in report.missed[0].reason
+    torch.testing.assert_close(actual, expected)
+
+
 class SpelledOut(Decode):
     """The eager attention of transformers. Tracing asserts the dtype of the weights before it casts them."""
 
