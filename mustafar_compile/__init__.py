@@ -1,8 +1,9 @@
 """KV-cache compression as a torch.compile backend: ``torch.compile(model, backend="mustafar")``.
 
 The backend is found by name through its entry point. This package adds what to use beside it: ``explain`` (what was
-compressed and why not), ``cache_stats`` (what a cache takes), ``compile_loop`` (for one's own generate loops) and
-``Settings``. Importing it changes nothing global and loads no compiler.
+compressed and why not), ``cache_stats`` (what a cache takes), ``compile_loop`` (for one's own generate loops),
+``safe_globals`` (for loading a saved cache) and ``Settings``. Importing it changes nothing global and loads no
+compiler.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import CompressedKV
-    from .errors import CompressedWriteError, MustafarError, NothingMatchedError, StaleCacheError
+    from .errors import CompressedWriteError, MustafarError, NoMemoryError, NothingMatchedError, StaleCacheError
     from .loop import compile_loop
     from .report import Report, explain
+    from .saving import safe_globals
     from .settings import Settings
     from .stats import CacheStats, cache_stats
 
@@ -23,6 +25,7 @@ _HOMES = {
     "CompressedKV": "cache",
     "CompressedWriteError": "errors",
     "MustafarError": "errors",
+    "NoMemoryError": "errors",
     "NothingMatchedError": "errors",
     "Report": "report",
     "Settings": "settings",
@@ -30,6 +33,7 @@ _HOMES = {
     "cache_stats": "stats",
     "compile_loop": "loop",
     "explain": "report",
+    "safe_globals": "saving",
 }
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "CompressedKV",
     "CompressedWriteError",
     "MustafarError",
+    "NoMemoryError",
     "NothingMatchedError",
     "Report",
     "Settings",
@@ -44,6 +49,7 @@ __all__ = [
     "cache_stats",
     "compile_loop",
     "explain",
+    "safe_globals",
 ]
 
 

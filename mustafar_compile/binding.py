@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 from .attached import AttachedState
 from .lowering.layout import BUFFERS
 from .patterns.plan import Argument, AttachedBuffer, Buffer, Input, Size
-
-_buffers_of = attrgetter(*BUFFERS)
 
 
 class Binding:
@@ -36,7 +33,7 @@ class Binding:
         """The inputs, in order. states: those of the attached caches, by argument."""
         laid_out: list[Any] = []
         for index in self.caches:
-            laid_out += _buffers_of(arguments[index])
+            laid_out += arguments[index].own_buffers()
         for index in self.attached:
             laid_out += states[index].buffers.values()
         laid_out += [arguments[size.index].shape[size.dim] for size in self.sizes]

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _compat
-from .errors import CompressedWriteError, StaleCacheError
+from .errors import StaleCacheError
+from .lineage import Branch
 from .lowering import ops
 from .lowering.layout import BLOCK_TOKENS, BUFFERS, Layout, blocks_for, grown_capacity
-
-aten = torch.ops.aten
-_reported: set[str] = set()
-
-
-class _History:
-    """Tokens written so far, known on the host, shared by all handles of one growing cache."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+from .wrapper import WithoutMemory
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -37,15 +28,17 @@ def _with_blocks(buffer: Tensor, blocks: int) -> Tensor:
     return torch.nn.functional.pad(buffer, (*(0, 0) * (buffer.dim() - 3), 0, spare))
 
 
-class CompressedKV(Tensor):
+class CompressedKV(WithoutMemory):
     """A cache tensor of logical shape [B, H, S, D] over the buffers that ``lowering.layout`` describes.
 
     It has the shape, dtype and device of the dense tensor and stands wherever a model keeps its K or V. The backend
-    works on the buffers; any other op decompresses (with one warning for each op) and reads right values. Writes
-    from outside are honoured for ``index_copy_`` and ``zero_`` and refused otherwise.
+    works on the buffers, and so do copies, moves and selections along the batch (``tensor_ops``); any other op
+    decompresses (with one warning for each op) and reads right values. Writes from outside are honoured for
+    ``index_copy_`` and ``zero_`` and refused otherwise.
 
     A growing cache (``grows``) is a handle: a decode step returns a longer handle of the same buffers, and the
-    shorter one can be read but no longer extended.
+    shorter one can be read but no longer extended. ``cache[:, :, :n]`` is a shorter handle that may be extended: the
+    tokens behind it are given up then, and StaleCacheError is raised where a longer handle is used after that.
     """
 
     values: Tensor
@@ -54,25 +47,27 @@ class CompressedKV(Tensor):
     counts: Tensor
     row_layout: Layout
     grows: bool
-    history: _History
+    branch: Branch
+    cropped: bool = False
+    writable: bool = True
 
     @staticmethod
     def __new__(cls, values, bitmap, window, counts, layout, grows, size, stride=None):
         _, heads, tokens, head_dim = size
         stride = stride or (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
-        return Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=window.dtype, device=window.device)
+        return cls.shaped(size, stride, window)
 
     def __init__(self, values, bitmap, window, counts, layout, grows, size, stride=None):
         self.values, self.bitmap, self.window, self.counts = values, bitmap, window, counts
         self.row_layout, self.grows = layout, grows
 
     @classmethod
-    def from_buffers(cls, buffers: list[Tensor], tokens: int, grows: bool) -> CompressedKV:
+    def from_buffers(cls, buffers: Iterable[Tensor], tokens: int, grows: bool) -> CompressedKV:
         """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
-        layout, values = Layout.of_buffers(*buffers), buffers[0]
-        size = (*values.shape[:2], tokens, layout.head_dim)
-        cache = cls(*buffers, layout, grows, size)
-        cache.history = _History(tokens)
+        values, bitmap, window, counts = buffers
+        layout = Layout.of_buffers(values, bitmap, window, counts)
+        cache = cls(values, bitmap, window, counts, layout, grows, (*values.shape[:2], tokens, layout.head_dim))
+        cache.branch = Branch(tokens)
         return cache._with_marks()
 
     @classmethod
@@ -84,11 +79,11 @@ class CompressedKV(Tensor):
         capacity = grown_capacity(length) if grows else length
         written = torch.tensor([length if tokens is None else tokens], device=dense.device)
         buffers = ops.compress(dense, written, layout.kept, layout.window, capacity)
-        return cls.from_buffers(list(buffers), length, grows)
+        return cls.from_buffers(buffers, length, grows)
 
     @property
     def buffers(self) -> list[Tensor]:
-        """values, bitmap, window, counts."""
+        """values, bitmap, window, counts, which all handles of a growing cache share."""
         return [getattr(self, name) for name in BUFFERS]
 
     @property
@@ -96,40 +91,85 @@ class CompressedKV(Tensor):
         """Bytes that the buffers really take."""
         return storage_bytes(self.buffers)
 
-    def dense(self) -> Tensor:
-        """The dense tensor that this stands for: pruned elements and unwritten tokens are zero."""
-        return ops.decompress(*self.buffers, self.shape[2])
-
-    def check_latest(self) -> None:
-        """Raise StaleCacheError if this handle was extended before."""
-        if self.grows and self.history.tokens != self.shape[2]:
-            raise StaleCacheError(
-                f"this cache of {self.shape[2]} tokens was already extended to {self.history.tokens}: its window has "
-                "moved on. To continue one past in several ways, copy.deepcopy it first"
-            )
-
-    def extended(self, count: int) -> CompressedKV:
-        """The handle after ``count`` more tokens were written into the buffers."""
-        self.history.tokens = self.shape[2] + count
-        cache = CompressedKV(
-            *self.buffers, self.row_layout, True, (*self.shape[:2], self.history.tokens, self.shape[3])
-        )
-        cache.history = self.history
-        return cache._with_marks()
-
-    def prepare(self, count: int) -> None:
-        """Make room for ``count`` more tokens. Raises StaleCacheError if this handle was extended before."""
-        if not self.grows:
-            return
-        self.check_latest()
-        needed = self.shape[2] + count - self.row_layout.window
-        if needed > self.capacity:
-            self.reserve(grown_capacity(needed))
-
     @property
     def capacity(self) -> int:
         """Tokens that the compressed part has room for."""
         return BLOCK_TOKENS * self.values.shape[2]
+
+    def dense(self) -> Tensor:
+        """The dense tensor that this stands for: pruned elements and unwritten tokens are zero.
+
+        Raises StaleCacheError where tokens of this handle were given up.
+        """
+        return ops.decompress(*self.own_buffers(), self.shape[2])
+
+    def own_buffers(self) -> list[Tensor]:
+        """The buffers as this handle sees them, see ``own_counts``."""
+        return [self.values, self.bitmap, self.window, self.own_counts()]
+
+    def own_counts(self) -> Tensor:
+        """``counts`` as this handle sees them: a copy with fewer tokens where a longer handle was made.
+
+        Raises StaleCacheError where tokens of this handle were given up.
+        """
+        if not self.grows or self.is_latest():
+            return self.counts
+        self._check_standing()
+        counts = self.counts.clone()
+        counts[:1].fill_(self.shape[2])
+        return counts
+
+    def is_latest(self) -> bool:
+        """Whether no other handle of this growing cache has gone further."""
+        return self.branch.successor is None and self.branch.tokens == self.shape[2]
+
+    def _check_standing(self) -> None:
+        standing = self.branch.standing()
+        if standing < self.shape[2]:
+            raise StaleCacheError(
+                f"this cache of {self.shape[2]} tokens was cropped to {standing} and continued: its later tokens are "
+                "gone. To continue one past in several ways, copy.deepcopy it first"
+            )
+
+    def prepare(self, count: int) -> None:
+        """Make a growing cache ready to take ``count`` more tokens. Call it before they are written.
+
+        Raises StaleCacheError if this handle was extended before, or some of its tokens were given up.
+        """
+        tokens = self.shape[2]
+        if not self.is_latest():
+            self._check_standing()
+            if not self.cropped:
+                raise StaleCacheError(
+                    f"this cache of {tokens} tokens was already extended to {self.branch.tokens}: its window has "
+                    "moved on. To continue one past in several ways, copy.deepcopy it first"
+                )
+            self.branch = self.branch.cut(tokens)
+            self.counts[:1].fill_(tokens)
+        self.cropped = False
+        needed = tokens + count - self.row_layout.window
+        if needed > self.capacity:
+            self.reserve(grown_capacity(needed))
+
+    def extended(self, count: int) -> CompressedKV:
+        """The handle after ``count`` more tokens were written into the buffers."""
+        longer = self._handle(self.shape[2] + count)
+        self.branch.tokens = longer.shape[2]
+        return longer
+
+    def crop(self, tokens: int) -> CompressedKV:
+        """A handle of the first ``tokens`` tokens of a growing cache, which may be extended."""
+        self._check_standing()
+        shorter = self._handle(tokens)
+        shorter.cropped = True
+        return shorter
+
+    def _handle(self, tokens: int) -> CompressedKV:
+        """Another handle of the same buffers."""
+        size = (*self.shape[:2], tokens, self.shape[3])
+        handle = CompressedKV(*self.buffers, self.row_layout, self.grows, size)
+        handle.branch = self.branch
+        return handle._with_marks()
 
     def reserve(self, capacity: int) -> None:
         """Grow to room for ``capacity`` tokens."""
@@ -143,11 +183,33 @@ class CompressedKV(Tensor):
                 _compat.maybe_mark_dynamic(tensor, 2)
         return self
 
-    def _mapped(self, change: Any) -> CompressedKV:
-        """A copy with ``change`` applied to each buffer."""
-        cache = CompressedKV(*map(change, self.buffers), self.row_layout, self.grows, self.shape)
-        cache.history = _History(self.history.tokens)
-        return cache._with_marks()
+    def alias(self) -> CompressedKV:
+        """Another object for this very handle."""
+        alias = CompressedKV(*self.buffers, self.row_layout, self.grows, self.shape, self.stride())
+        alias.__dict__.update({k: v for k, v in vars(self).items() if k in ("branch", "cropped", "writable")})
+        return alias
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
+        """A cache of its own with ``change`` applied to each buffer."""
+        return CompressedKV.from_buffers(map(change, self.own_buffers()), self.shape[2], self.grows)
+
+    def rebatched(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
+        """A cache of its own with ``change``, which selects along dimension 0, applied to what has a batch."""
+        buffers = [*map(change, (self.values, self.bitmap, self.window)), self.own_counts().clone()]
+        return CompressedKV.from_buffers(buffers, self.shape[2], self.grows)
+
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **options: Any) -> Tensor:
+        """As Tensor.repeat_interleave. Along dimension 0 the result is compressed: torch would only show its parts."""
+        if dim not in (0, -4) or isinstance(self.window, _compat.FakeTensor):
+            return super().repeat_interleave(repeats, dim, **options)
+        return self.rebatched(lambda buffer: buffer.repeat_interleave(repeats, 0, **options))
+
+    def __copy__(self) -> CompressedKV:
+        return self.alias()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        buffers = [buffer.detach() for buffer in self.mapped(lambda buffer: buffer).buffers]  # without Dynamo's marks
+        return restored_cache, (*buffers, self.shape[2], self.grows)
 
     def __tensor_flatten__(self):
         return list(BUFFERS), (self.row_layout, self.grows)
@@ -162,130 +224,13 @@ class CompressedKV(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if isinstance(first, CompressedKV):
-            if func in (aten.detach.default, aten.alias.default):
-                return _compat.return_and_correct_aliasing(func, args, kwargs, first._alias())
-            if isinstance(first.window, _compat.FakeTensor):  # while Dynamo traces: only shapes matter
-                if func._schema.is_mutable:
-                    return first
-            elif func is aten.clone.default:
-                return first._mapped(torch.clone)
-            elif func is aten._to_copy.default and kwargs.get("dtype", first.dtype) in (None, first.dtype):
-                device = kwargs.get("device") or first.device
-                return first._mapped(lambda buffer: buffer.to(device, copy=True))
-            elif func is aten.zero_.default:
-                return _zero(first)
-            elif func is aten.index_copy_.default and args[1] in (2, -2) and not first.grows:
-                return _index_copy(first, func, args, kwargs)
-        _refuse_lost_writes(func, args, kwargs)
-        return _on_dense(func, args, kwargs)
+        from .tensor_ops import dispatch  # which needs this class
 
-    def _alias(self) -> CompressedKV:
-        alias = CompressedKV(*self.buffers, self.row_layout, self.grows, self.shape, self.stride())
-        if hasattr(self, "history"):
-            alias.history = self.history
-        return alias
+        return dispatch(func, args, kwargs or {})
 
 
-class _ReadOnlyView(Tensor):
-    """A view of decompressed values. Reading is right; writing would be lost, so it is refused."""
-
-    @staticmethod
-    def __new__(cls, dense):
-        return Tensor._make_wrapper_subclass(
-            cls, dense.shape, strides=dense.stride(), dtype=dense.dtype, device=dense.device
-        )
-
-    def __init__(self, dense):
-        self.held = dense
-
-    def __repr__(self) -> str:
-        return repr(self.held)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        _refuse_lost_writes(func, args, kwargs or {})
-        result = func(*_compat.tree_map(_plain, args), **_compat.tree_map(_plain, kwargs or {}))
-        return _compat.tree_map(_read_only, result) if _is_view(func) else result
-
-
-def _plain(x: Any) -> Any:
-    return x.held if isinstance(x, _ReadOnlyView) else x
-
-
-def _read_only(x: Any) -> Any:
-    return _ReadOnlyView(x) if isinstance(x, Tensor) else x
-
-
-def _is_view(func: Any) -> bool:
-    return any(r.alias_info is not None for r in func._schema.returns) and not func._schema.is_mutable
-
-
-def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run any other op on decompressed values."""
-    fake = [False]
-
-    def expand(x: Any) -> Any:
-        if not isinstance(x, CompressedKV):
-            return x
-        if isinstance(x.window, _compat.FakeTensor):
-            fake[0] = True
-            return x.window.new_empty(x.shape)
-        _warn_once(func)
-        return x.dense()
-
-    args, kwargs = _compat.tree_map(expand, args), _compat.tree_map(expand, kwargs)
-    result = func(*args, **kwargs)
-    return _compat.tree_map(_read_only, result) if _is_view(func) and not fake[0] else result
-
-
-def _zero(cache: CompressedKV) -> CompressedKV:
-    """All zeros: of as many tokens where the cache grows, of none where it is static (HF resets its cache so)."""
-    for buffer in cache.buffers[:-1]:
-        buffer.zero_()
-    if not cache.grows:
-        cache.counts.zero_()
-    return cache
-
-
-def _index_copy(cache: CompressedKV, func: Any, args: Any, kwargs: Any) -> CompressedKV:
-    """New tokens in a static cache; what lay behind them is not written any more."""
-    _warn_once(func)
-    dense, position = cache.dense(), args[2]
-    func(dense, *args[1:], **kwargs)
-    tokens = position.max().reshape(1) + 1
-    packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.capacity)
-    for mine, new in zip(cache.buffers, packed, strict=True):
-        mine.copy_(new)
-    return cache
-
-
-def _refuse_lost_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise where ``func`` writes into a compressed cache or a view of one."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[place] if place < len(args) else kwargs.get(argument.name)
-        for target in given if isinstance(given, list | tuple) else [given]:
-            if isinstance(target, _ReadOnlyView):
-                raise CompressedWriteError(
-                    f"{func} would write through a view of a compressed KV cache, and the write would be lost. Write "
-                    "into a dense copy (cache.dense()) instead"
-                )
-            if isinstance(target, CompressedKV):
-                raise CompressedWriteError(
-                    f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, "
-                    "index_copy_ along dimension 2"
-                )
-
-
-def _warn_once(func: Any) -> None:
-    name = str(func)
-    if name not in _reported:
-        _reported.add(name)
-        warnings.warn(
-            f"mustafar: {name} runs on a compressed KV cache outside the compiled graphs, which decompresses it",
-            stacklevel=4,
-        )
+def restored_cache(
+    values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, tokens: int, grows: bool
+) -> CompressedKV:
+    """What pickle calls to make a saved cache again."""
+    return CompressedKV.from_buffers((values, bitmap, window, counts), tokens, grows)

@@ -15,5 +15,9 @@ class CompressedWriteError(MustafarError):
     """A write into a compressed cache that cannot be honoured."""
 
 
+class NoMemoryError(MustafarError):
+    """The memory of a compressed cache is asked for as if it were dense."""
+
+
 class NothingMatchedError(MustafarError):
     """``strict`` is on and a graph holds no attention that could be rewritten."""
