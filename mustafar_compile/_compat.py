@@ -7,6 +7,7 @@ unsupported version fails with one clear error and not deep inside a compilation
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,9 @@ return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 WeakTensorKeyDictionary = _probe("torch.utils.weak", "WeakTensorKeyDictionary")
 
+dynamo_config = _probe("torch._dynamo", "config")
+_dynamo_counters = _probe("torch._dynamo.utils", "counters")
+_compiled_versions: Callable = _probe("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")
 _aot_export_module: Callable = _probe("torch._functorch.aot_autograd", "aot_export_module")
 _tracing: Callable = _probe("torch._guards", "tracing")
 _preserve_node_meta: Callable = _probe("torch.fx.traceback", "preserve_node_meta")
@@ -105,3 +109,20 @@ def symbolic_expression(size: torch.SymInt) -> Any:
 def hint(size: int | torch.SymInt) -> int:
     """The value that a symbolic size was traced with, without guarding on it."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def recompile_limit_hits() -> int:
+    """How often Dynamo gave up on a function since it has too many compiled versions."""
+    graph_breaks = _dynamo_counters["unimplemented"]
+    return sum(count for reason, count in graph_breaks.items() if reason.startswith("Dynamo recompile limit exceeded"))
+
+
+def function_at_recompile_limit() -> str | None:
+    """The function on the Python stack that Dynamo gave up on, if any."""
+    frame = sys._getframe(1) if recompile_limit_hits() else None
+    while frame is not None:
+        code = frame.f_code
+        if len(_compiled_versions(code)) >= dynamo_config.recompile_limit:
+            return f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
+        frame = frame.f_back
+    return None

@@ -12,13 +12,14 @@ from . import _compat
 from .cache import CompressedKV
 from .convention import with_calling_convention
 from .errors import NothingMatchedError
+from .lowering import ops
 from .lowering.layout import CACHE_DTYPES, Layout, grown_capacity
 from .patterns.conditions import Context
 from .patterns.match import Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
 from .patterns.plan import Compressed, Plan
 from .patterns.rewrite import Rewriter
-from .report import record_failure, record_graph, record_untouched
+from .report import record_decompression, record_failure, record_graph, record_untouched
 from .runtime import CompiledCall
 from .settings import Settings, read_options
 
@@ -77,7 +78,10 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
     matches = [m for m in found if isinstance(m, Match)]
     if not matches and not caches:
         return None
-    return Rewriter(functional, compressed, _layout_of(settings), grown_capacity).run(matches)
+    plan = Rewriter(functional, compressed, _layout_of(settings), grown_capacity).run(matches)
+    if any(node.target is ops.decompress for node in plan.module.graph.nodes):
+        record_decompression(found)
+    return plan
 
 
 def _may_hold_attention(gm: GraphModule) -> bool:

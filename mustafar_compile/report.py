@@ -13,12 +13,12 @@ from torch.fx import GraphModule, Node
 
 from . import _compat
 from .lowering.layout import Layout, grown_capacity
+from .notices import notify, notify_recompile_limit, open_reports
 from .patterns.match import CacheUpdate, Match, NoMatch
 from .settings import Settings
 from .text import bytes_text, table
 
 log = logging.getLogger(__name__)
-_active: list[Report] = []
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ _NOTHING_RAN = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """What the backend did while the report was open. ``str(report)`` is a table.
 
     graphs: graphs compiled. calls: calls of graphs with a compressed cache, also of those compiled before.
+    notices: what was lost or cost more than it should.
     """
 
     graphs: int = 0
     calls: int = 0
+    notices: list[str] = field(default_factory=list)
     _entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -76,6 +78,9 @@ class Report:
         return sorted(layers.values(), key=lambda entry: (entry.layer, entry.name))
 
     def __str__(self) -> str:
+        return "\n".join([self._summary(), *(f"note: {notice}" for notice in self.notices)])
+
+    def _summary(self) -> str:
         if not self.graphs:
             return _NOTHING_RAN if not self.calls else f"mustafar: nothing new compiled, {self.calls} compressed calls"
         if not self._entries:
@@ -111,18 +116,21 @@ def explain() -> Iterator[Report]:
     where the block neither compiled anything nor ran a graph with a compressed cache.
     """
     report = Report()
-    _active.append(report)
+    hits = _compat.recompile_limit_hits()
+    open_reports.append(report)
     try:
         yield report
+        if _compat.recompile_limit_hits() > hits:
+            notify_recompile_limit("a compiled function, which Dynamo's own warning names")
     finally:
-        _active.remove(report)
+        open_reports.remove(report)
     if not report.graphs and not report.calls:
         warnings.warn(_NOTHING_RAN, stacklevel=3)
 
 
 def record_call() -> None:
     """Count a call of a rewritten graph."""
-    for report in _active:
+    for report in open_reports:
         report.calls += 1
 
 
@@ -131,6 +139,20 @@ def record_graph(
 ) -> None:
     """Enter the attention layers of one graph into the open reports and the log."""
     _record([_entry(m, settings, compressed) for m in found])
+
+
+SHORT_STEP = 16
+"""Query tokens up to which a step is one of generation, and not a prompt."""
+
+
+def record_decompression(found: Sequence[Match | NoMatch]) -> None:
+    """Say that a graph decompresses a cache that comes into it, unless that is for a prompt."""
+    if any(_compat.hint(m.attention.query_length) > SHORT_STEP for m in found):
+        return
+    reasons = dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))
+    other = "not only attention reads it" if found else "a graph break lies between its update and its attention"
+    why = "; ".join(reasons) or other
+    notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
 
 
 def record_failure(gm: GraphModule, reason: str) -> None:
@@ -146,7 +168,7 @@ def record_untouched() -> None:
 
 
 def _record(entries: list[Entry]) -> None:
-    for report in _active:
+    for report in open_reports:
         report.graphs += 1
         report._entries += entries
     for e in entries:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _compat
 from .cache import CompressedKV
 from .lowering import ops
-from .notices import warn_decompressed
+from .notices import notify_decompressed
 from .wrapper import is_view, read_only, refuse_lost_writes
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(x.window, _compat.FakeTensor):
             fake[0] = True
             return x.window.new_empty(x.shape)
-        warn_decompressed(func)
+        notify_decompressed(func)
         return x.dense()
 
     args, kwargs = _compat.tree_map(expand, args), _compat.tree_map(expand, kwargs)
@@ -160,7 +160,7 @@ def _index_copy(cache: CompressedKV, dim: int, position: Tensor, rows: Tensor) -
     """New tokens in a static cache; what lay behind them is not written any more."""
     if cache.grows or dim not in TOKENS:
         return NotImplemented
-    warn_decompressed(aten.index_copy_.default)
+    notify_decompressed(aten.index_copy_.default)
     dense = cache.dense().index_copy_(dim, position, rows)
     tokens = position.max().reshape(1) + 1
     packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.capacity)

@@ -1,0 +1,162 @@
+"""What users do with a live cache between compiled steps, and where they run them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+import warnings
+
+import pytest
+import torch
+
+from compilers import without_inductor
+from models import TupleModel, hf_model, prompt
+from mustafar_compile import CompressedKV, StaleCacheError, explain, notices, safe_globals
+from reference import pruned_generation
+from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
+
+
+@pytest.fixture(autouse=True)
+def _compiled_as_traced(monkeypatch):
+    monkeypatch.setattr(notices, "_given", set())
+    with torch.no_grad(), without_inductor(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="mustafar")
+        yield
+
+
+def tuple_model(sparsity=0.5, seed=0):
+    """A model and its compiled step."""
+    torch.manual_seed(seed)
+    model = TupleModel()
+    return model, torch.compile(model.step, backend="mustafar", options=options(sparsity))
+
+
+def run(step, inputs, past=None):
+    """Outputs of all steps, and the past after them."""
+    outputs = []
+    for x in inputs:
+        out, past = step(x, past)
+        outputs.append(out)
+    return outputs, past
+
+
+def saved_and_loaded(past):
+    file = io.BytesIO()
+    torch.save(past, file)
+    file.seek(0)
+    with torch.serialization.safe_globals(safe_globals()):
+        return torch.load(file)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded, lambda past: [x.clone() for x in past]])
+def test_one_past_continued_in_two_ways(duplicate):
+    model, step = tuple_model()
+    inputs, others = embeddings(steps=8), embeddings(steps=8, seed=1)
+    outputs, past = run(step, inputs[:4])
+    fork = duplicate(past)
+    one, _ = run(step, inputs[4:], past)
+    two, _ = run(step, others[4:], fork)
+    assert_close(outputs + one, oracle(model, inputs, 0.5))
+    assert_close(outputs + two, oracle(model, inputs[:4] + others[4:], 0.5))
+
+
+def test_a_past_cropped_and_continued():
+    """At sparsity 0: what was pruned stays pruned."""
+    model, step = tuple_model(sparsity=0.0)
+    inputs, others = embeddings(steps=8), embeddings(steps=8, seed=1)
+    outputs, past = run(step, inputs[:6])
+    cropped = [x[:, :, :-3] for x in past]
+    more, _ = run(step, others[3:], cropped)
+    assert_close(outputs[:3] + more, oracle(model, inputs[:3] + others[3:], 0.0))
+    with pytest.raises(StaleCacheError, match="was cropped to"):
+        step(inputs[6], past)
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 0, 0]], ids=["one ends early", "beams"])
+def test_rows_of_a_batch_selected(rows):
+    model, step = tuple_model()
+    inputs = embeddings(steps=8)
+    outputs, past = run(step, inputs[:5])
+    chosen = [x[torch.tensor(rows)] for x in past]
+    more, _ = run(step, [x[rows] for x in inputs[5:]], chosen)
+    assert_close([x[rows] for x in outputs] + more, [x[rows] for x in oracle(model, inputs, 0.5)])
+
+
+def test_two_models_take_turns():
+    (first, one), (second, two) = tuple_model(seed=0), tuple_model(seed=1)
+    inputs, pasts, outputs = embeddings(steps=8), [None, None], [[], []]
+    for x in inputs:
+        for i, step in enumerate((one, two)):
+            out, pasts[i] = step(x, pasts[i])
+            outputs[i].append(out)
+    assert_close(outputs[0], oracle(first, inputs, 0.5))
+    assert_close(outputs[1], oracle(second, inputs, 0.5))
+
+
+def test_two_threads_with_one_compiled_model():
+    model, step = tuple_model()
+    run(step, embeddings(steps=3))
+    inputs, results = [embeddings(steps=20, seed=seed) for seed in (0, 1)], {}
+
+    def generate(i):
+        with torch.no_grad():
+            results[i] = run(step, inputs[i])[0]
+
+    threads = [threading.Thread(target=generate, args=(i,)) for i in (0, 1)]
+    with explain() as report:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert report.calls == 2 * 21, "a report counts the calls of all threads"
+    for i in (0, 1):
+        assert_close(results[i], oracle(model, inputs[i], 0.5))
+
+
+def test_inference_mode():
+    model, step = tuple_model()
+    inputs = embeddings(steps=8)
+    expected = oracle(model, inputs, 0.5)
+    with torch.inference_mode():
+        outputs, past = run(step, inputs)
+    assert_close(outputs, expected)
+    assert type(past[0]) is CompressedKV
+
+
+def test_autocast():
+    model, step = tuple_model()
+    inputs = embeddings(steps=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, past = run(step, inputs)
+        expected = oracle(model, inputs, 0.5)
+    assert (type(past[0]), past[0].dtype) == (CompressedKV, torch.bfloat16)
+    torch.testing.assert_close(torch.cat(outputs, 1), torch.cat(expected, 1), rtol=0.05, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------- transformers
+
+
+def test_beam_search():
+    how = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = hf_model().generate(**prompt(padded=True), **how)
+    model = hf_model()
+    model.compile(backend="mustafar", options=options(0.5))
+    with explain() as report:
+        result = model.generate(**prompt(padded=True), **how, return_dict_in_generate=True)
+    assert torch.equal(result.sequences, expected)
+    assert len(report.matched) == 2
+    assert isinstance(result.past_key_values.layers[0].keys, CompressedKV)
+
+
+def test_sequences_that_end_early():
+    """The first token that a row generates ends it; the other row goes on."""
+    inputs, how = prompt(), {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    with pruned_generation(0.5, 0.5, WINDOW):
+        ends = hf_model().generate(**inputs, **how)[0, -7].item()
+        expected = hf_model().generate(**inputs, **how, eos_token_id=ends)
+    assert (expected == 0).any()
+    model = hf_model()
+    model.compile(backend="mustafar", options=options(0.5))
+    assert torch.equal(model.generate(**inputs, **how, eos_token_id=ends), expected)

@@ -1,0 +1,112 @@
+"""What is lost, or costs more than it should, is said: one warning, and a line in the report."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compilers import without_inductor
+from models import TupleModel, run_steps
+from mustafar_compile import CompressedKV, explain, notices
+from test_own_loops import assert_close, embeddings, options, oracle
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(notices, "_given", set())
+    with torch.no_grad(), without_inductor():
+        yield
+
+
+class BrokenModel(TupleModel):
+    """A graph break between the update of the cache and its attention."""
+
+    def step(self, x, past):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
+        torch._dynamo.graph_break()
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=True)
+        return self.merge(y), (k, v)
+
+
+def run(model, step, inputs, past=None):
+    """Outputs of all steps, and the past."""
+    outputs = []
+    for x in inputs:
+        out, past = step(x, past)
+        outputs.append(out)
+    return outputs, past
+
+
+def noticed(report, caught, text):
+    """The one notice with ``text``, which is one warning and one line."""
+    warned = [str(w.message) for w in caught if text in str(w.message)]
+    assert len(warned) == 1
+    (line,) = (notice for notice in report.notices if text in notice)
+    assert warned == [f"mustafar: {line}"]
+    assert f"note: {line}" in str(report)
+    return line
+
+
+def test_the_recompile_limit():
+    torch.manual_seed(0)
+    model, inputs = TupleModel(), embeddings(steps=6)
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = torch.compile(model.step, backend="mustafar", options=options(0.0))
+        with explain() as report:
+            outputs, _ = run(model, step, inputs)
+        with explain() as later:
+            run(model, step, inputs)
+    assert_close(outputs, oracle(model, inputs, 0.0))
+    assert "TupleModel.step" in noticed(report, caught, "Dynamo's recompile limit is reached in TupleModel")
+    assert any("recompile limit" in notice for notice in later.notices), "a warning comes once, a line in each report"
+
+
+def test_a_graph_break_between_cache_and_attention():
+    torch.manual_seed(0)
+    model, inputs = BrokenModel(), embeddings(steps=6)
+    past = tuple(CompressedKV.from_dense(torch.randn(2, 2, 7, 16), 0.5, 4) for _ in range(2))
+    with warnings.catch_warnings(record=True) as caught, explain() as report:
+        warnings.simplefilter("always")
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        run(model, step, inputs[1:], past)
+    noticed(report, caught, "decompresses the KV cache each time it runs: a graph break lies between its update")
+
+
+def test_a_step_that_cannot_use_the_compressed_cache():
+    torch.manual_seed(0)
+    model, inputs = TupleModel(), embeddings(steps=3)
+    _, past = run(model, torch.compile(model.step, backend="mustafar", options=options(0.5)), inputs)
+    with warnings.catch_warnings(record=True) as caught, explain() as report:
+        warnings.simplefilter("always")
+        other = torch.compile(model.step, backend="mustafar", options=options(0.5) | {"skip_layers": [0]})
+        torch._dynamo.reset()
+        run(model, other, inputs[1:], past)
+    noticed(report, caught, "decompresses the KV cache each time it runs: layer 0 is listed in skip_layers")
+
+
+def test_ordinary_generation_says_nothing():
+    model, inputs = TupleModel(), embeddings(steps=6)
+    with warnings.catch_warnings(), explain() as report:
+        warnings.simplefilter("error")
+        run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
+    assert report.notices == []
+
+
+def test_nested_reports_close_in_any_order():
+    """Reports in which nothing happened look alike."""
+    outer, inner = explain(), explain()
+    first, second = outer.__enter__(), inner.__enter__()
+    with pytest.warns(UserWarning, match="nothing was compiled"):
+        outer.__exit__(None, None, None)
+    with pytest.warns(UserWarning, match="mustafar: a notice"):
+        notices.notify("a notice")
+    assert (first.notices, second.notices) == ([], ["a notice"])
+    with pytest.warns(UserWarning, match="nothing was compiled"):
+        inner.__exit__(None, None, None)
+    assert notices.open_reports == []
