@@ -198,6 +198,12 @@ class CompressedKV(WithoutMemory):
         buffers = [*map(change, (self.values, self.bitmap, self.window)), self.own_counts().clone()]
         return CompressedKV.from_buffers(buffers, self.shape[2], self.grows)
 
+    def __getitem__(self, index: Any) -> Tensor:
+        """As Tensor's, but autograd does not keep this tensor alive as the base of the result."""
+        part = super().__getitem__(index)
+        fake = isinstance(self.window, _compat.FakeTensor)
+        return part.alias() if isinstance(part, CompressedKV) and not fake else part
+
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **options: Any) -> Tensor:
         """As Tensor.repeat_interleave. Along dimension 0 the result is compressed: torch would only show its parts."""
         if dim not in (0, -4) or isinstance(self.window, _compat.FakeTensor):

@@ -41,6 +41,10 @@ class WithoutMemory(Tensor):
         """Refused, but for Dynamo, which asks it for its size."""
         return self._no_storage() if _compat.TracingContext.try_get() is None else super().untyped_storage()
 
+    def _is_view(self) -> bool:
+        """Never, for Dynamo: it would make a view of the base, of which this may be a part only."""
+        return False
+
     @property
     def data(self) -> Tensor:
         """The same tensor, as ever."""

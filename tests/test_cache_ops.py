@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_a_selection_goes_on_by_itself(select):
     assert torch.equal(kv.dense(), past)
     kv, row = step(kv, seed=2)
     assert torch.equal(kv.dense(), pruned_cache(torch.cat([past, row], 2), 0.5, WINDOW))
+
+
+def test_a_part_does_not_keep_the_whole_alive():
+    kv, _ = growing()
+    part, whole = kv[:1], weakref.ref(kv)
+    del kv
+    assert whole() is None
+    assert part.shape[0] == 1
 
 
 def test_extreme_values_are_remembered_in_selections():
