@@ -147,11 +147,12 @@ SHORT_STEP = 16
 
 def record_decompression(found: Sequence[Match | NoMatch]) -> None:
     """Say that a graph decompresses a cache that comes into it, unless that is for a prompt."""
-    if any(_compat.hint(m.attention.query_length) > SHORT_STEP for m in found):
+    missed = [m for m in found if isinstance(m, NoMatch)]
+    long = any(_compat.hint(m.attention.query_length) > SHORT_STEP for m in missed)
+    if long or (found and not missed):
         return
-    reasons = dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))
-    other = "not only attention reads it" if found else "a graph break lies between its update and its attention"
-    why = "; ".join(reasons) or other
+    why = "; ".join(dict.fromkeys(m.reason for m in missed))
+    why = why or "a graph break lies between its update and its attention"
     notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
 
 

@@ -110,13 +110,25 @@ def test_a_batch_smaller_than_the_buffer():
     assert len(report.matched) == 1
 
 
-def test_a_foreign_write_into_a_dense_cache_is_noticed():
+FOREIGN_WRITES = {
+    "whole": lambda cache: cache.mul_(2),
+    "item": lambda cache: cache.__setitem__((slice(None), slice(None), 3), 1.0),
+    "view": lambda cache: cache.transpose(1, 2)[:, 2:5].zero_(),
+    "flat view": lambda cache: cache.view(-1)[:40].fill_(1.0),
+    "detached": lambda cache: cache.detach().add_(1),
+    "out=": lambda cache: torch.mul(cache, 2, out=cache),
+    "foreach": lambda cache: torch._foreach_mul_([cache], 2.0),
+}
+
+
+@pytest.mark.parametrize("write", FOREIGN_WRITES.values(), ids=FOREIGN_WRITES)
+def test_a_foreign_write_into_a_dense_cache_is_noticed(write):
     torch.manual_seed(0)
     model, inputs = BufferModel(), embeddings(steps=6)
     with without_inductor():
         step = torch.compile(model.step, backend="mustafar", options=options(0.0))
         run_steps(model, inputs, step)
-        model.v_cache.mul_(2)
+        write(model.v_cache)
         twin = copy.deepcopy(model)
         x, position = torch.randn(2, 1, 32), torch.tensor([13])
         torch.testing.assert_close(step(x, position), twin.step(x, position), rtol=1e-5, atol=1e-6)
