@@ -90,6 +90,11 @@ def export_functional(module: torch.nn.Module, fakes: Sequence[Any]) -> tuple[to
         _functorch_back_to(depth)
 
 
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The mode that the fake tensors among ``values`` belong to, a context manager."""
+    return next(x for x in values if isinstance(x, FakeTensor)).fake_mode
+
+
 @contextmanager
 def inductor_options(options: dict[str, Any]) -> Iterator[None]:
     """Inductor's config with ``options`` set.

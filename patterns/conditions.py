@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .attention import Attention
+from .attention import Attention, Operand
 from .cache_update import CacheUpdate, is_written_back, sliding_window
 from .normalise import Functional
-from .views import Axis, Read
+from .symbols import same_size
+from .views import Axis, Read, leading_axes
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,13 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
     )
 
 
-def check_read(update: CacheUpdate, read: Read | None, transposed: bool, attention: Attention) -> Read:
+def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attention: Attention) -> Read:
     """``read``, if attention sees the cache with query heads grouped over its KV heads."""
     require(read is not None, "the cache is changed between its update and the attention")
     assert read is not None
     tokens, heads = update.tokens_dim, 3 - update.tokens_dim
-    dims = [read.dims[i] for i in ((0, 1, 3, 2) if transposed else (0, 1, 2, 3))] if len(read.dims) == 4 else []
-    grouped = len(dims) == 4 and _is_grouped(dims[1], heads)
-    plain = grouped and all(_runs_over(dims[i], source) for i, source in ((0, 0), (2, tokens), (3, 3)))
+    plain = _runs_over(read.dims[operand.tokens], tokens) and _runs_over(read.dims[operand.channels], 3)
+    plain = plain and _is_grouped(leading_axes(read, operand), heads, attention.query)
     require(plain, "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow")
     kv_heads = update.node.meta["val"].shape[heads]
     query_heads = attention.query.meta["val"].shape[1]
@@ -94,9 +94,14 @@ def _runs_over(axes: list[Axis], source: int) -> bool:
     return not axes or [axis.source for axis in axes] == [source]
 
 
-def _is_grouped(axes: list[Axis], heads: int) -> bool:
-    """KV heads, each repeated in place; either part may be of size 1 and so absent."""
-    return [axis.source for axis in axes] in ([], [heads], [None], [heads, None])
+def _is_grouped(axes: list[Axis], heads: int, query: Node) -> bool:
+    """The batch, then KV heads, each repeated in place; what is of size 1 is absent."""
+    sources = [axis.source for axis in axes]
+    has_batch = sources[:1] == [0]
+    if has_batch == same_size(query.meta["val"].shape[0], 1):
+        return False
+    grouped = sources[has_batch:]
+    return all(source is None for source in grouped[grouped[:1] == [heads] :])
 
 
 def other_uses(update: CacheUpdate, chain: list[Node], readers: Set[Node], functional: Functional) -> set[str]:

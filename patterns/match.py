@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .attention import Attention, find_attention
+from .attention import Attention
 from .cache_update import CacheUpdate, find_update
 from .conditions import Context, Reason, check_cache, check_read, other_uses, require
+from .find_attention import find_attention
 from .nodes import is_call
 from .normalise import Functional
 from .phase import phase_of
@@ -93,14 +94,14 @@ def _judge(attention: Attention, functional: Functional, context: Context, reade
     try:
         require(attention.problem is None, str(attention.problem))
         require(attention.layer not in context.skip_layers, f"layer {attention.layer} is listed in skip_layers")
-        key, key_chain = find_update(attention.key, functional)
-        value, value_chain = find_update(attention.value, functional)
+        key, key_chain = find_update(attention.key.node, functional)
+        value, value_chain = find_update(attention.value.node, functional)
         if key is None or value is None:
             raise Reason(_no_cache_reason(attention, functional))
         reads = []
-        for update, chain, transposed in ((key, key_chain, attention.key_transposed), (value, value_chain, False)):
+        for update, chain, operand in ((key, key_chain, attention.key), (value, value_chain, attention.value)):
             check_cache(update, functional, context)
-            reads.append(check_read(update, read_through(chain, update.node), transposed, attention))
+            reads.append(check_read(update, read_through(chain, update.node), operand, attention))
             others = other_uses(update, chain, readers, functional) if update.base is not None else ()
             require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
         phase = phase_of(attention, (key, reads[0]), (value, reads[1]), functional.graph, context)
@@ -112,14 +113,14 @@ def _judge(attention: Attention, functional: Functional, context: Context, reade
 def _no_cache_reason(attention: Attention, functional: Functional) -> str:
     """Tell a bounded buffer that rolls, and a write that is not recognised, from attention that has no cache at all."""
     between: set[Node] = set()
-    todo = [attention.key]
+    todo = [attention.key.node]
     while todo:
         node = todo.pop()
         shape = getattr(node.meta.get("val"), "shape", ())
         if node in functional.mutated and len(shape) == 4:
             if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
                 return f"cache is bounded by a sliding window of {shape[2]}"
-            return f"its cache is written by {_writer(attention.key).target} in a way that is not recognised"
+            return f"its cache is written by {_writer(attention.key.node).target} in a way that is not recognised"
         if node not in between and len(shape) >= 4:
             between.add(node)
             todo += node.all_input_nodes

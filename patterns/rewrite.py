@@ -118,9 +118,12 @@ class Rewriter:
                 *buffers,
                 position,
                 attention.mask,
-                None,
+                attention.sinks,
                 attention.scale,
+                attention.softcap,
             )
+            for target, *rest in attention.restore:
+                result = self._call(target, result, *rest)
         result.meta = dict(attention.node.meta)
         attention.node.replace_all_uses_with(result)
         self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]

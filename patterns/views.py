@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .attention import Operand
 from .symbols import same_size
 
 aten = torch.ops.aten
@@ -26,6 +27,8 @@ class Axis:
     source: int | None
     size: Any
 
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Dims = list[list[Axis]]
 """For each dimension its axes, outermost first; none where the size is 1."""
@@ -44,8 +47,9 @@ def _dim(node: Node, index: int, rank: int | None = None) -> int:
 
 
 def _keep(dims: Dims, node: Node) -> Dims | None:
-    source = node.args[0]
-    return dims if isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype else None
+    """A cast to another float is a rounding at most: attention sums in float32 whatever it is given."""
+    dtypes = [x.meta["val"].dtype for x in (node.args[0], node)]
+    return dims if all(dtype in _FLOATS for dtype in dtypes) else None
 
 
 def _unsqueeze(dims: Dims, node: Node) -> Dims:
@@ -102,6 +106,7 @@ _MOVES: dict[Any, Callable[[Dims, Node], Dims | None]] = {
     aten.detach.default: _keep,
     aten._to_copy.default: _keep,
     aten.type_as.default: _keep,
+    aten.to.dtype: _keep,
     aten.unsqueeze.default: _unsqueeze,
     aten.expand.default: _expand,
     aten.transpose.int: _transpose,
@@ -110,6 +115,7 @@ _MOVES: dict[Any, Callable[[Dims, Node], Dims | None]] = {
     aten.reshape.default: _view,
     aten._unsafe_view.default: _view,
     aten.flatten.using_ints: _view,
+    aten.unflatten.int: _view,
     aten.squeeze.dim: _view,
     aten.repeat_interleave.self_int: _repeat_interleave,
 }
@@ -134,6 +140,11 @@ def is_move(node: Node) -> bool:
     return node.op == "call_function" and (node.target in _MOVES or node.target is aten.slice.Tensor)
 
 
+def is_regrouping(node: Node) -> bool:
+    """True for an op that splits, joins, adds or drops dimensions and leaves all elements in order."""
+    return node.op == "call_function" and _MOVES.get(node.target) in (_view, _unsqueeze)
+
+
 def read_through(chain: list[Node], source: Node) -> Read | None:
     """Carry the axes of ``source`` through ``chain`` (first op first). None where an op does more than move."""
     shape = source.meta["val"].shape
@@ -156,3 +167,21 @@ def read_through(chain: list[Node], source: Node) -> Read | None:
             return None
         read.dims = dims_or_none
     return read
+
+
+def first_of_rank(node: Node, rank: int) -> Node | None:
+    """The first tensor of ``rank`` dimensions that ``node`` is moved from, itself included; None without one."""
+    while node.meta["val"].dim() != rank:
+        if not is_move(node):
+            return None
+        node = node.args[0]
+    return node
+
+
+def leading_axes(read: Read, operand: Operand) -> list[Axis]:
+    """What batch and heads of the operand run over, outermost first, repeated as its product broadcasts them."""
+    axes = []
+    for dim, size in zip(operand.leading, operand.sizes, strict=True):
+        own = [] if dim is None else read.dims[dim]
+        axes += own or ([] if same_size(size, 1) else [Axis(None, size)])
+    return axes

@@ -1,0 +1,194 @@
+"""Taking attention scores apart: ``cap(scale * query @ key) + bias``, in any order of steps that comes to this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .attention import Operand
+from .calls import call_before, is_cast, skip_casts
+from .frame import Frame
+from .nodes import is_call, is_single
+from .products import Product, read_product
+from .symbols import same_size
+from .views import first_of_rank, is_regrouping
+
+aten = torch.ops.aten
+_MASKED = -1e4  # what is filled in at masked scores: nothing of its exponential is left in float32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """query: [B, Hq, L, D]. bias: additive, broadcastable to [B, Hq, L, S]. softcap: as ``Attention`` has it."""
+
+    reader: Node
+    query: Node
+    key: Operand
+    heads: int
+    batch: Any
+    scale: float = 1.0
+    softcap: float = 0.0
+    bias: Node | None = None
+
+    def times(self, factor: float, place: Node) -> Scores:
+        """c * tanh(s * x) is a cap of c over a scale of c * s, so a factor scales both alike."""
+        bias = None if self.bias is None else call_before(place, aten.mul.Tensor, self.bias, factor)
+        return replace(self, scale=self.scale * factor, softcap=self.softcap * factor, bias=bias)
+
+
+def _frame(scores: Scores, node: Node) -> Frame | None:
+    """The frame of ``node``, a step of the scores; None where the step makes them larger."""
+    shape = node.meta["val"].shape
+    frame = Frame.of(scores.batch, tuple(shape[:-2]))
+    sizes = scores.reader.meta["val"].shape[-2:]
+    larger = any(same_size(a, 1) != same_size(b, 1) for a, b in zip(sizes, shape[-2:], strict=True))
+    return frame if frame is not None and frame.heads == scores.heads and not larger else None
+
+
+def _from_product(product: Product) -> Scores | None:
+    *leading, row, column = product.labels
+    if row in product.right.labels:
+        product = product.swapped()
+    left, right = product.left, product.right
+    channels = set(left.labels) & set(right.labels) - set(product.labels)
+    known = set(left.labels) == {*leading, row, *channels} and set(right.labels) <= {*leading, column, *channels}
+    if len(channels) != 1 or not known or column not in right.labels:
+        return None
+    channel = channels.pop()
+    key = product.operand(right, "".join(leading), column, channel)
+    batch = first_of_rank(right.node, 4)
+    frame = None if batch is None else Frame.of(batch.meta["val"].shape[0], key.sizes)
+    if frame is None:
+        return None
+    query, scale = _unscaled(left.node)
+    order = [left.labels.index(label) for label in (*leading, row, channel)]
+    if order != sorted(order):
+        query = call_before(product.node, aten.permute.default, query, order)
+    query = frame.rows(query, product.node)
+    scores = Scores(product.node, query, key, frame.heads, batch.meta["val"].shape[0], product.scale * scale)
+    return scores if product.bias is None else _plus(scores, product.bias, product.node)
+
+
+def _unscaled(query: Node) -> tuple[Node, float]:
+    """What is multiplied by a number to give the query; so a query that is scaled in float32 keeps its dtype."""
+    scale = 1.0
+    while True:
+        query = skip_casts(query)
+        factor = _number(query)
+        if factor is None:
+            return query, scale
+        query, scale = query.args[0], scale * factor
+
+
+def _number(node: Node) -> float | None:
+    """f, where ``node`` is its input times a number f."""
+    if not is_call(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) or node.kwargs:
+        return None
+    factor = node.args[1]
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor:
+        return None
+    return float(factor) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else 1 / factor
+
+
+def _scaled(node: Node) -> Scores | None:
+    factor, inner = _number(node), read_scores(node.args[0])
+    if inner is None:
+        return None
+    if factor is not None:
+        return inner.times(factor, node)
+    factor = node.args[1]
+    if not is_single(factor) or inner.bias is not None or inner.softcap or node.kwargs:
+        return None
+    factor = call_before(node, aten.reshape.default, factor, [])
+    return replace(inner, query=call_before(node, node.target, inner.query, factor))
+
+
+def _capped(node: Node) -> Scores | None:
+    inner = read_scores(node.args[0])
+    if inner is None or inner.bias is not None or inner.softcap:
+        return None
+    return replace(inner, softcap=1.0)
+
+
+def _plus(scores: Scores, bias: Node, place: Node) -> Scores | None:
+    frame = _frame(scores, place)
+    if frame is None:
+        return None
+    bias = frame.bias(bias, place)
+    both = bias if scores.bias is None else call_before(place, aten.add.Tensor, scores.bias, bias)
+    return replace(scores, bias=both)
+
+
+def _biased(node: Node) -> Scores | None:
+    if node.kwargs or not all(isinstance(x, Node) for x in node.args):
+        return None
+    for inner, bias in (node.args, node.args[::-1]):
+        scores = read_scores(inner)
+        if scores is not None and scores.reader is not bias:
+            return _plus(scores, bias, node)
+    return None
+
+
+def _masked(node: Node, inner: Node, condition: Node, fill: Any, where_true: bool) -> Scores | None:
+    """Scores replaced by a very negative number where ``condition`` is ``where_true``."""
+    if is_call(fill, aten.full.default, aten.scalar_tensor.default) and not fill.meta["val"].dim():
+        fill = fill.args[-1]
+    scores = read_scores(inner)
+    if scores is None or not isinstance(fill, int | float) or fill > _MASKED:
+        return None
+    frame = _frame(scores, node)
+    if frame is None:
+        return None
+    condition = frame.bias(condition, node)
+    if not where_true:
+        condition = call_before(node, aten.logical_not.default, condition)
+    if scores.bias is None:
+        bias = call_before(node, aten.where.Scalar, condition, fill, 0.0)
+    else:
+        bias = call_before(node, aten.where.ScalarSelf, condition, fill, scores.bias)
+    return replace(scores, bias=bias)
+
+
+def _where(node: Node) -> Scores | None:
+    condition, chosen, other = node.args
+    kept = _masked(node, chosen, condition, other, where_true=False)
+    return kept or _masked(node, other, condition, chosen, where_true=True)
+
+
+_STEPS: dict[Any, Callable[[Node], Scores | None]] = {
+    aten.mul.Tensor: _scaled,
+    aten.mul.Scalar: _scaled,
+    aten.div.Tensor: _scaled,
+    aten.div.Scalar: _scaled,
+    aten.tanh.default: _capped,
+    aten.add.Tensor: _biased,
+    aten.masked_fill.Scalar: lambda node: _masked(node, *node.args, where_true=True),
+    aten.masked_fill.Tensor: lambda node: _masked(node, *node.args, where_true=True),
+    aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.where.ScalarSelf: _where,
+}
+
+
+def keeps_matrices(node: Node) -> bool:
+    """True for a view that regroups leading dimensions only."""
+    if not is_regrouping(node):
+        return False
+    before, after = (x.meta["val"].shape[-2:] for x in (node.args[0], node))
+    return all(map(same_size, before, after))
+
+
+def read_scores(node: Any) -> Scores | None:
+    """The scores that ``node`` is, None where it is something else or cannot be brought into this form."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    product = read_product(node)
+    if product is not None:
+        return _from_product(product)
+    if node.target in _STEPS:
+        return _STEPS[node.target](node)
+    return read_scores(node.args[0]) if is_cast(node) or keeps_matrices(node) else None
