@@ -10,6 +10,7 @@ from torch.fx import Node
 from .attention import Attention, Operand
 
 aten = torch.ops.aten
+_FLEX = "flex_attention is not supported; sdpa and eager attention are"
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -46,4 +47,4 @@ def _sdpa_problem(query: Node, dropout: float) -> str | None:
 def read_flex(node: Node) -> Attention:
     query, key, value = node.args[:3]
     operands = _operands(query, key, value)
-    return Attention(node, query, *operands, key_reader=node, problem="flex_attention is not supported")
+    return Attention(node, query, *operands, key_reader=node, problem=_FLEX)

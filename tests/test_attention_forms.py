@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from architectures import measure
 from compilers import without_inductor
+from models import hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from reference import pruned_cache
 
@@ -269,3 +271,30 @@ def test_one_row():
     """Sizes of 1 vanish from the description of a tensor; what is left must not be mistaken for something else."""
     for form in (eager, five_dims, bmm, einsum):
         check_decode(form, case(queries=1, past=9, batch=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "found", "compressed"),
+    [
+        ("gemma2", "dynamic", 2, 1),  # softcap; its other layer slides
+        ("gpt_oss", "static", 2, 1),  # sinks
+        ("bloom", "dynamic", 2, 2),  # baddbmm on ALiBi
+        ("mpt", "dynamic", 2, 2),  # ALiBi, and masked_fill
+    ],
+)
+def test_models_with_a_form_of_their_own(name, cache, found, compressed):
+    outcome = measure(name, "eager", cache)
+    assert (outcome.found, outcome.compressed, outcome.error) == (found, compressed, "")
+    assert not outcome.is_wrong
+
+
+def test_flex_attention_runs_as_it_is_and_says_so():
+    expected = hf_model().generate(**prompt(), max_new_tokens=2, do_sample=False)
+    model = hf_model()
+    model.set_attn_implementation("flex_attention")
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar")
+        assert torch.equal(model.generate(**prompt(), max_new_tokens=2, do_sample=False), expected)
+    assert {entry.reason for entry in report.missed} == {
+        "flex_attention is not supported; sdpa and eager attention are"
+    }
