@@ -279,7 +279,6 @@ def test_one_row():
         ("gemma2", "dynamic", 2, 1),  # softcap; its other layer slides
         ("gpt_oss", "static", 2, 1),  # sinks
         ("bloom", "dynamic", 2, 2),  # baddbmm on ALiBi
-        ("mpt", "dynamic", 2, 2),  # ALiBi, and masked_fill
     ],
 )
 def test_models_with_a_form_of_their_own(name, cache, found, compressed):
