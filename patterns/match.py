@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from .attention import Attention
-from .cache_update import CacheUpdate, find_update
+from .cache_update import CacheUpdate, find_update, recognise_update
 from .conditions import Context, Reason, check_cache, check_read, other_uses, require
 from .find_attention import find_attention
 from .nodes import is_call
@@ -124,7 +124,17 @@ def _no_cache_reason(attention: Attention, functional: Functional) -> str:
         if node not in between and len(shape) >= 4:
             between.add(node)
             todo += node.all_input_nodes
+    if _unmoved(attention.key.node).op == "placeholder":
+        return "no token enters its cache, as in cross-attention"
+    if any(recognise_update(node) is not None for node in between):
+        return "keys are computed from what is cached, as in latent attention"
     return "keys and values do not come from a KV cache"
+
+
+def _unmoved(node: Node) -> Node:
+    while is_move(node):
+        node = node.args[0]
+    return node
 
 
 def _writer(node: Node) -> Node:

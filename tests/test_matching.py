@@ -64,7 +64,7 @@ class Double(Decode):
 
 
 class ChangedKeys(Decode):
-    reason = "keys and values do not come from a KV cache"
+    reason = "keys are computed from what is cached, as in latent attention"
 
     def attend(self, q, k, v):
         return F.scaled_dot_product_attention(q, k * 2, v)
@@ -184,7 +184,7 @@ class SinksOfTheQuery(Decode):
 class BatchMixed(Decode):
     """Every row attends to the cache of the other one."""
 
-    reason = "keys and values do not come from a KV cache"
+    reason = ChangedKeys.reason
 
     def attend(self, q, k, v):
         return (q @ k.flip(0).transpose(2, 3)).softmax(-1) @ v
@@ -220,11 +220,18 @@ class LinearAttention(Decode):
         return q.softmax(-1) @ (k.softmax(-2).transpose(2, 3) @ v)
 
 
-class CrossAttention(Decode):
+class NoCache(Decode):
     reason = "keys and values do not come from a KV cache"
 
     def forward(self, q, k, v, past):
         return self.attend(q, past[0] + 0, past[1] + 0)
+
+
+class CrossAttention(Decode):
+    reason = "no token enters its cache, as in cross-attention"
+
+    def forward(self, q, k, v, past):
+        return self.attend(q, *past)
 
 
 class UnmaskedBuffer(Decode):
