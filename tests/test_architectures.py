@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -33,9 +34,16 @@ def test_outcome(name, attention, cache, found, compressed):
     assert bool(outcome.reasons) == (compressed < found)
 
 
-def test_what_transformers_refuses_is_its_outcome():
-    outcome = measure("gptj", "sdpa", "dynamic")
-    assert "scaled_dot_product_attention" in outcome.error
+@pytest.mark.parametrize(
+    ("name", "attention", "cache", "error"),
+    [
+        ("gptj", "sdpa", "dynamic", "does not support .*scaled_dot_product_attention"),
+        ("gpt_neo", "eager", "static", "something else with a static cache"),
+    ],
+)
+def test_what_transformers_does_not_run_right_is_its_outcome(name, attention, cache, error):
+    outcome = measure(name, attention, cache)
+    assert re.search(error, outcome.error)
     assert not outcome.is_wrong
 
 
