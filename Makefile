@@ -1,10 +1,11 @@
-# make demo | test | architectures | lint | clean. `make` alone lists them.
+# make demo | test | fuzz | architectures | lint | clean. `make` alone lists them.
 #
 # PYTHON       interpreter that makes the environment, 3.11 or newer
 # VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
 # TORCH_INDEX  index to take torch from, such as https://download.pytorch.org/whl/cpu (default: as pip is configured)
-# WORKERS      processes of `make test` and `make architectures`. Empty: one, without pytest-xdist
+# WORKERS      processes of `make test`, `make fuzz` and `make architectures`. Empty: one, without pytest-xdist
 # DEMO, TEST   further arguments of the demo and of pytest
+# EXAMPLES     how far `make fuzz` searches: 4000 is 10,000 examples and 2,000 sequences of operations
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +13,7 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 DEMO ?=
 TEST ?=
+EXAMPLES ?= 4000
 
 ifeq ($(strip $(VENV)),)
   python := PYTHONSAFEPATH=1 PYTHONPATH=build/site $(PYTHON)
@@ -27,11 +29,12 @@ else
   lint := $(VENV)/.installed-dev
 endif
 
-.PHONY: help demo test architectures lint clean
+.PHONY: help demo test fuzz architectures lint clean
 
 help:
 	@echo "make demo    compare dense and compressed generation with a small model"
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
+	@echo "make fuzz    random models, caches and operations, thousands of them"
 	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
@@ -43,6 +46,10 @@ demo: $(demo)
 test: $(test)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
+fuzz: $(test)
+	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(python) -m pytest tests/test_fuzz_*.py \
+		$(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
+
 architectures: $(test)
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) --write docs/architectures.md
 
@@ -52,7 +59,7 @@ lint: $(lint)
 	$(python) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml

@@ -1,4 +1,8 @@
-"""Hypothesis profiles: HYPOTHESIS_PROFILE=long searches further; CI runs the same examples every time."""
+"""Hypothesis profiles: HYPOTHESIS_PROFILE=long searches further; CI runs the same examples every time.
+
+FUZZ_EXAMPLES is how far the long profile searches. Each of the five properties of `make fuzz` takes half of it, and so
+does the stateful test: 4000 gives 10,000 examples and 2,000 stateful runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from hypothesis import HealthCheck, settings
 # The only fixture that property tests take is `device`, a constant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=20, derandomize="CI" in os.environ, **_COMMON)
-settings.register_profile("long", max_examples=500, **_COMMON)
+settings.register_profile("long", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
