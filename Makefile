@@ -5,7 +5,7 @@
 # TORCH_INDEX  index to take torch from, such as https://download.pytorch.org/whl/cpu (default: as pip is configured)
 # WORKERS      processes of `make test`, `make fuzz` and `make architectures`. Empty: one, without pytest-xdist
 # DEMO, TEST   further arguments of the demo and of pytest
-# EXAMPLES     how far `make fuzz` searches: 4000 is 10,000 examples and 2,000 sequences of operations
+# EXAMPLES     how far `make fuzz` searches: 2000 is 15,000 examples and 2,000 sequences of operations
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 DEMO ?=
 TEST ?=
-EXAMPLES ?= 4000
+EXAMPLES ?= 2000
 
 ifeq ($(strip $(VENV)),)
   python := PYTHONSAFEPATH=1 PYTHONPATH=build/site $(PYTHON)
@@ -47,7 +47,7 @@ test: $(test)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 fuzz: $(test)
-	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(python) -m pytest tests/test_fuzz_*.py \
+	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(python) -m pytest tests/test_fuzz_*.py tests/test_portable_ops.py \
 		$(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 architectures: $(test)

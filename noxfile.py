@@ -1,7 +1,7 @@
 """The supported versions, each in an environment of its own: `nox` for a quick subset, `nox -- tests` for all tests.
 
 nox -l                                  # the sessions
-nox -s 'versions(torch=2.12, transformers=newest)'
+nox -s "versions(torch='2.12', transformers='newest')"
 """
 
 from __future__ import annotations

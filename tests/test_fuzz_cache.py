@@ -226,4 +226,4 @@ class GrowingCaches(RuleBasedStateMachine):
 
 
 TestGrowingCaches = GrowingCaches.TestCase
-TestGrowingCaches.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=20)
+TestGrowingCaches.settings = settings(stateful_step_count=20)

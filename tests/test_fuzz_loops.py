@@ -37,7 +37,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("form", [BufferModel, SliceModel, TupleModel, WhereModel])
-@settings(max_examples=settings().max_examples // 2, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=settings().max_examples // 4, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_every_step_equals_the_oracle(form, case):
     torch.manual_seed(case["seed"])
