@@ -1,7 +1,7 @@
 """Hypothesis profiles: HYPOTHESIS_PROFILE=long searches further; CI runs the same examples every time.
 
-FUZZ_EXAMPLES is how far the long profile searches. A property takes so many examples, or half or a quarter of them where
-each compiles a model. 2000 gives `make fuzz` 15,000 examples, 3,000 of them models, and 2,000 stateful runs.
+FUZZ_EXAMPLES is how far the long profile searches. A property takes so many examples, or half or a quarter where
+each compiles a model. 2000 gives `make fuzz` 13,500 examples, 1,500 of them models, and 2,000 stateful runs.
 """
 
 from __future__ import annotations
