@@ -1,8 +1,8 @@
 """The ops on a GPU: which kernel runs, with which constants, on which grid.
 
 Each function has the arguments and the results of its namesake in ``portable``. A decode step is three launches:
-``attend`` (over the tokens pruned before, split over the GPU), ``append`` (the new token, pruning, attention over the
-window and the leaving token; where the GPU can, beside ``attend``), ``combine`` (one softmax; moves the counts on).
+``attend`` (over the tokens pruned before, split over the GPU), ``append`` (new tokens, pruning, attention over the
+window and the leaving tokens; where the GPU can, beside ``attend``), ``combine`` (one softmax; moves the counts on).
 Nothing is read on the host, so they can be captured in a CUDA graph, and the work follows the length that the device
 holds, not the capacity.
 """
@@ -99,7 +99,7 @@ def _decompressor(layout: Layout) -> ModuleType:
 
 
 def _constants(layout: Layout) -> dict[str, Any]:
-    return asdict(layout) | {"words": layout.words}
+    return asdict(layout) | {"words": layout.words, "ring": layout.ring}
 
 
 @functools.cache
@@ -114,18 +114,19 @@ def _splits(rows: int, blocks: int, programs: int, blocks_a_round: int) -> int:
     return max(1, min(programs // rows, cdiv(blocks, blocks_a_round)))
 
 
-def _splits_for(tuned: Tuned | None, rows: int, blocks: int, device: torch.device) -> int:
-    if tuned is None:
-        return _splits(rows, blocks, _multiprocessors(device) * _PORTABLE_PROGRAMS, 1)
-    return _splits(rows * tuned.chunks, blocks, _multiprocessors(device) * tuned.programs, tuned.warps)
+def _splits_for(attending: Tuned | Step, rows: int, blocks: int, device: torch.device) -> int:
+    if isinstance(attending, Step):
+        return _splits(rows * attending.row_tiles, blocks, _multiprocessors(device) * _PORTABLE_PROGRAMS, 1)
+    programs = _multiprocessors(device) * attending.programs
+    return _splits(rows * attending.chunks, blocks, programs, attending.warps)
 
 
 def _step(
     keys: Layout,
     values: Layout,
     group: int,
+    queries: int,
     dtype: torch.dtype,
-    position: Tensor | None,
     mask: Tensor | None,
     sinks: Tensor | None,
     softcap: float,
@@ -137,9 +138,9 @@ def _step(
         value_kept=values.kept,
         window=keys.window,
         group=group,
+        queries=queries,
         dtype=DTYPE_NAMES[dtype],
         mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
-        position=position is not None,
         sinks=sinks is not None,
         softcap=softcap != 0,
     )
@@ -170,30 +171,32 @@ def decode_attention(
     variant: "tuned" (where it can run) or "portable". overlap: run ``append`` beside ``attend`` where the GPU can; off,
     each kernel can be timed alone.
     """
-    batch, query_heads, _, _ = query.shape
+    batch, query_heads, queries, _ = query.shape
     heads, value_dim = value_window.shape[1], value_window.shape[3]
-    result = torch.empty(batch, query_heads, 1, value_dim, dtype=query.dtype, device=query.device)
+    result = torch.empty(batch, query_heads, queries, value_dim, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
     key_layout = Layout.of_buffers(key_values, key_bitmap, key_window, key_counts)
     value_layout = Layout.of_buffers(value_values, value_bitmap, value_window, value_counts)
-    step = _step(key_layout, value_layout, query_heads // heads, key_window.dtype, position, mask, sinks, softcap)
+    step = _step(
+        key_layout, value_layout, query_heads // heads, queries, key_window.dtype, mask, sinks, softcap
+    )  # fmt: skip
     rows, key_blocks, value_blocks = batch * heads, key_values.shape[2], value_values.shape[2]
     aligned = all(x.data_ptr() % 16 == 0 for x in (key_values, key_bitmap, value_values, value_bitmap))
     usable = aligned and key_blocks == value_blocks and _runs_ptx(query.device)
     tuned = step.tuned() if variant == "tuned" and usable else None
-    splits = _splits_for(tuned, rows, max(key_blocks, value_blocks), query.device)
+    splits = _splits_for(tuned or step, rows, max(key_blocks, value_blocks), query.device)
     parts = splits + step.window_parts
     overlap = overlap and tuned is not None and _overlaps(query.device)
 
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    sums = torch.empty(rows, parts, step.group, value_dim, dtype=torch.float32, device=query.device)
-    states = torch.empty(rows, parts, step.group, 2, dtype=torch.float32, device=query.device)
+    sums = torch.empty(rows, parts, step.query_rows, value_dim, dtype=torch.float32, device=query.device)
+    states = torch.empty(rows, parts, step.query_rows, 2, dtype=torch.float32, device=query.device)
     moved = torch.empty(3, dtype=torch.int64, device=query.device)
     keys, values = (key_values, key_bitmap), (value_values, value_bitmap)
     at = key_counts if position is None else position
     sinks = sinks if sinks is None else sinks.contiguous()
-    given, *strides = _mask_arguments(mask, batch, query_heads)
+    given, *strides = _mask_arguments(mask, query.shape)
     rest = (key_blocks, value_blocks, heads, *strides, scale, softcap)
 
     if tuned is not None:
@@ -202,33 +205,36 @@ def decode_attention(
             num_warps=tuned.warps, maxnreg=tuned.registers,
         )  # fmt: skip
     else:
-        step.portable().attend[rows, splits](query, *keys, *values, key_counts, at, given, sums, states, splits, *rest)
+        step.portable().attend[rows * step.row_tiles, splits](
+            query, *keys, *values, key_counts, at, given, sums, states, splits, *rest
+        )
     early = {"launch_pdl": True} if overlap else {}
     step.append(overlap).append[rows, step.window_parts](
         query, key, value, *keys, key_window, key_counts, *values, value_window, value_counts, at, given, sums, states,
         moved, splits, *rest, num_warps=step.append_warps, **early,
     )  # fmt: skip
-    combined, channels = _to_combine(rows, step.group, value_dim, _multiprocessors(query.device))
+    combined, channels = _to_combine(rows, step.query_rows, value_dim, _multiprocessors(query.device))
     combine = step.combine(parts, combined, channels, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
-    combine.combine[batch * query_heads // combined, cdiv(value_dim, channels)](
+    combine.combine[rows * step.query_rows // combined, cdiv(value_dim, channels)](
         query, *keys, *values, given, sinks, sums, states, moved, result, key_counts, value_counts, parts, *rest,
         **early, **few,
     )  # fmt: skip
     return result
 
 
-def _to_combine(rows: int, group: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
-    """Query heads of a group and channels to a program of the combining kernel: enough programs for the GPU, no more.
+def _to_combine(rows: int, query_rows: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
+    """Query rows of a KV head and channels to a program of the combining kernel: enough programs for the GPU, no more.
 
-    A program costs about as much for four heads as for one.
+    A program costs about as much for four query rows as for one.
     """
-    heads, channels = 1, padded(head_dim)
-    while group % (2 * heads) == 0 and heads < 4 and rows * group // (2 * heads) >= multiprocessors:
-        heads *= 2
-    while channels > 16 and rows * group // heads * cdiv(head_dim, channels) < 2 * multiprocessors and heads == 1:
+    combined, channels = 1, padded(head_dim)
+    programs = rows * query_rows
+    while query_rows % (2 * combined) == 0 and combined < 4 and programs // (2 * combined) >= multiprocessors:
+        combined *= 2
+    while channels > 16 and programs // combined * cdiv(head_dim, channels) < 2 * multiprocessors and combined == 1:
         channels //= 2
-    return heads, channels
+    return combined, channels
 
 
 @functools.cache
@@ -237,14 +243,14 @@ def _overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _mask_arguments(mask: Tensor | None, batch: int, query_heads: int) -> tuple[Any, ...]:
-    """The mask as the kernels take it, its strides by batch, query head and token, and its tokens."""
+def _mask_arguments(mask: Tensor | None, queries: torch.Size) -> tuple[Any, ...]:
+    """The mask as the kernels take it, its strides by batch, query head, query token and token, and its tokens."""
     if mask is None:
-        return None, 0, 0, 0, 1
+        return None, 0, 0, 0, 0, 1
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    expanded = mask.expand(batch, query_heads, 1, mask.shape[-1])
-    strides = expanded.stride()
+    expanded = mask.expand(*queries[:3], mask.shape[-1])
+    strides, tokens = expanded.stride(), mask.shape[-1]
     if mask.dtype == torch.bool:
         expanded = expanded.view(torch.uint8)
-    return expanded, strides[0], strides[1], strides[3], mask.shape[-1]
+    return expanded, *strides, tokens

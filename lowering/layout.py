@@ -10,15 +10,20 @@ values  [B, H, N, kept / 8, 32, 8]  dtype  the kept elements: the ``r``-th of to
 bitmap  [B, H, N, 32, D / 32]       int32  which channels were kept: bit ``8 * c + i`` of word ``w`` of token ``t``,
                                            at ``[.., t // 32, t % 32, w]``, is set where channel
                                            ``32 * w + 4 * i + c`` was (c < 4, i < 8); D / 32 is rounded up
-window  [B, H, W, D]                dtype  ring of the latest tokens, exact; token ``p`` stands in slot ``p % W``
-counts  [3]                         int64  on the device: tokens written; how many of them are pruned; 1 if a row
-                                           with an extreme value (see ``EXTREME``) was ever taken in, else 0
+window  [B, H, R, D]                dtype  ring of the latest tokens, exact; token ``p`` stands in slot ``p % R``
+counts  [3]                         int64  on the device: tokens written; the first token that the ring holds; 1 if
+                                           a row with an extreme value (see ``EXTREME``) was ever taken in, else 0
 ======  ==========================  =====  =====================================================================
 
 ``N`` is the number of blocks of 32 tokens. In a block a GPU thread that owns a token loads 8 elements at once, and the
 threads of a warp read what lies side by side. ``word & (0x01010101 << i)`` is a group of four neighbouring channels,
-one in each byte. Bits of channels past ``D`` are 0. Slots of ``values`` and ``bitmap`` at or past the pruned count hold
-nothing that is read, and may hold anything.
+one in each byte. Bits of channels past ``D`` are 0.
+
+The ring has room for the window and for ``MAX_QUERY_TOKENS`` tokens that have left it. With ``tokens`` written and the
+ring holding those from ``held`` on, the tokens below ``max(held, tokens - window)`` count as pruned and are packed in
+``values`` and ``bitmap``; slots from there on hold nothing that is read, and may hold anything. A cache that is rewound
+to fewer tokens, to no fewer than ``held + window`` (or to any where the ring holds all), is as it was then: the tokens
+that come back to the window are still in the ring. Rewound further, it keeps as pruned what the ring no longer holds.
 """
 
 from __future__ import annotations
@@ -46,6 +51,9 @@ CHUNK = 8
 WORD_CHANNELS = 32
 """Channels of a word of the bitmap."""
 
+MAX_QUERY_TOKENS = 16
+"""The most tokens that one decode step takes, and that a cache can be rewound by without a loss."""
+
 EXTREME = 2.0**97
 """NaN, infinities and magnitudes from here on are extreme: tricks of fast kernels are not exact with them."""
 
@@ -68,6 +76,11 @@ def kept_elements(head_dim: int, sparsity: float) -> int:
     exact = (1 - Fraction(repr(float(sparsity)))) * head_dim
     rounded_up = -(-exact // CHUNK) * CHUNK
     return min(int(rounded_up), head_dim)
+
+
+def window_of(ring: Tensor) -> int:
+    """The window of a cache with this buffer ``window`` [B, H, R, D]."""
+    return ring.shape[2] - MAX_QUERY_TOKENS
 
 
 @dataclass(frozen=True)
@@ -97,12 +110,17 @@ class Layout:
     @classmethod
     def of_buffers(cls, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor) -> Layout:
         """The layout that these buffers have."""
-        return cls.interned(window.shape[3], CHUNK * values.shape[3], window.shape[2])
+        return cls.interned(window.shape[3], CHUNK * values.shape[3], window_of(window))
 
     @property
     def words(self) -> int:
         """Words of the bitmap of a row."""
         return -(-self.head_dim // WORD_CHANNELS)
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring of exact tokens."""
+        return self.window + MAX_QUERY_TOKENS
 
     def buffers(self, batch: Any, heads: Any, capacity: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
         """(shape, dtype) of each buffer, in the order of ``BUFFERS``. ``capacity`` is in tokens."""
@@ -110,7 +128,7 @@ class Layout:
         return [
             ((batch, heads, blocks, self.kept // CHUNK, BLOCK_TOKENS, CHUNK), dtype),
             ((batch, heads, blocks, BLOCK_TOKENS, self.words), torch.int32),
-            ((batch, heads, self.window, self.head_dim), dtype),
+            ((batch, heads, self.ring, self.head_dim), dtype),
             ((3,), torch.int64),
         ]
 
@@ -121,7 +139,7 @@ class Layout:
     def stored_bytes(self, batch: Any, heads: Any, capacity: Any, itemsize: Any) -> Any:
         """Bytes of all buffers of one cache tensor. The arguments may be numbers or sympy symbols."""
         compressed = blocks_for(capacity) * BLOCK_TOKENS * self.token_bytes(itemsize)
-        return batch * heads * (compressed + self.window * self.head_dim * itemsize) + 3 * 8
+        return batch * heads * (compressed + self.ring * self.head_dim * itemsize) + 3 * 8
 
 
 def grown_capacity(tokens: Any) -> Any:

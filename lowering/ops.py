@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import portable
-from .layout import Layout
+from .layout import MAX_QUERY_TOKENS, Layout
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,6 +53,12 @@ def _decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, 
 
 
 def _decode_attention(query: Tensor, key: Tensor, value: Tensor, *rest, **options) -> Tensor:
+    counts = [x.shape[2] for x in (query, key, value)]
+    if not 1 <= counts[0] <= MAX_QUERY_TOKENS or counts[1] != counts[0] or counts[2] != counts[0]:
+        raise ValueError(
+            f"decode_attention was given a query, key and value of {counts} tokens; accepted are as many of each, 1 to "
+            f"{MAX_QUERY_TOKENS}"
+        )
     key_window, value_window = rest[2], rest[6]
     use_kernels = query.dtype == key_window.dtype and _kernels_for(key_window, value_window)
     attention = torch.ops.mustafar.decode_attention_kernel if use_kernels else portable.decode_attention
@@ -105,11 +111,13 @@ decompress = torch.ops.mustafar.decompress.default
 decode_attention = torch.ops.mustafar.decode_attention.default
 """One decode step of one layer over a compressed cache, in place.
 
-query: [B, Hq, 1, D]. key, value: the new token, [B, H, 1, D] and [B, H, 1, Dv], with Hq a multiple of H. The buffers
-of K and V are updated in place. position: int64, one element, where the token goes, at most the tokens written (what
+query: [B, Hq, L, D], of at most ``MAX_QUERY_TOKENS`` tokens. key, value: the same tokens, [B, H, L, D] and
+[B, H, L, Dv], with Hq a multiple of H. The buffers of K and V are updated in place. The results and the buffers are
+those of L steps with one token each: every token sees the tokens up to itself, and of them as many in their pruned form
+as if it were the last. position: int64, one element, where the first of them goes, at most the tokens written (what
 lies past that is undefined); None: behind the last.
-mask: boolean (True: attend) or additive, broadcastable to [B, Hq, 1, S]. sinks: [Hq], any float dtype: a logit for each
+mask: boolean (True: attend) or additive, broadcastable to [B, Hq, L, S]. sinks: [Hq], any float dtype: a logit for each
 query head that counts in the softmax and has no value; scale, softcap and mask do not apply to it. softcap: scores
-become ``softcap * tanh(score / softcap)`` before the mask; 0: they stay. Returns [B, Hq, 1, Dv] in the dtype of
-``query``; sums are in float32.
+become ``softcap * tanh(score / softcap)`` before the mask; 0: they stay. Returns [B, Hq, L, Dv] in the dtype of
+``query``; sums are in float32. Raises ValueError where the numbers of tokens are others.
 """

@@ -6,8 +6,8 @@ dense copy of the cache is ever made. Nothing here reads a device value on the h
 
 Functions of rows know nothing of blocks, and those that move rows into and out of blocks nothing of what is in them.
 
-Glossary: B batch, H KV heads, G query heads per KV head, N blocks of 32 tokens, W window slots, D channels of a row,
-K kept elements of a row, w words of the bitmap of a row.
+Glossary: B batch, H KV heads, G query heads per KV head, L query tokens, N blocks of 32 tokens, R slots of the ring, D
+channels of a row, K kept elements of a row, w words of the bitmap of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import BLOCK_TOKENS, CHUNK, EXTREME, WORD_CHANNELS, blocks_for
+from .layout import BLOCK_TOKENS, CHUNK, EXTREME, MAX_QUERY_TOKENS, WORD_CHANNELS, blocks_for, window_of
 
 aten = torch.ops.aten
 
@@ -141,11 +141,11 @@ def _write_rows(values: Tensor, bitmap: Tensor, token: Tensor, rows: Tensor, wor
     aten.index_put_(bitmap, [None, None, block, row], words)
 
 
-def _ring_tokens(tokens: Tensor, window: int) -> Tensor:
+def _ring_tokens(tokens: Tensor, slots: int) -> Tensor:
     """The token that each ring slot holds when ``tokens`` (int64, one element) are written; negative: none."""
-    slot = torch.arange(window, device=tokens.device)
+    slot = torch.arange(slots, device=tokens.device)
     last = tokens - 1
-    return last - torch.remainder(last - slot, window)
+    return last - torch.remainder(last - slot, slots)
 
 
 def compress(
@@ -157,13 +157,14 @@ def compress(
     rows = dense[:, :, :slots]
     packed = [torch.nn.functional.pad(x, (0, 0, 0, slots - rows.shape[2])) for x in pack(rows, kept)]
     values, bitmap = (x.unflatten(2, (-1, BLOCK_TOKENS)) for x in packed)
-    counts = torch.cat([tokens, (tokens - window).clamp(min=0), _has_extreme(dense, tokens)])
-    return _blocked(values).contiguous(), bitmap, _ring(dense, tokens, window), counts
+    slots = window + MAX_QUERY_TOKENS
+    counts = torch.cat([tokens, (tokens - slots).clamp(min=0), _has_extreme(dense, tokens)])
+    return _blocked(values).contiguous(), bitmap, _ring(dense, tokens, slots), counts
 
 
-def _ring(dense: Tensor, tokens: Tensor, window: int) -> Tensor:
-    """The latest ``window`` of the first ``tokens`` rows of [B, H, S, D] in their slots; zeros where there is none."""
-    in_ring = _ring_tokens(tokens, window)
+def _ring(dense: Tensor, tokens: Tensor, slots: int) -> Tensor:
+    """The latest ``slots`` of the first ``tokens`` rows of [B, H, S, D] in their slots; zeros where there is none."""
+    in_ring = _ring_tokens(tokens, slots)
     if dense.shape[2] == 0:  # a row to select where there is none
         dense = torch.nn.functional.pad(dense, (0, 0, 0, 1))
     ring = dense.index_select(2, in_ring.clamp(min=0, max=dense.shape[2] - 1))
@@ -183,58 +184,66 @@ def decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, l
     slot = token.clamp(max=values.shape[2] * BLOCK_TOKENS - 1)
     pruned = expand(*_read_rows(values, bitmap, slot), window.shape[3])
     written = torch.where((token < counts[0]).view(1, 1, -1, 1), in_ring, torch.zeros_like(in_ring))
-    return torch.where((token < counts[1]).view(1, 1, -1, 1), pruned, written)
+    first_exact = torch.maximum(counts[1], counts[0] - window_of(window))
+    return torch.where((token < first_exact).view(1, 1, -1, 1), pruned, written)
 
 
 def append(
-    row: Tensor, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, position: Tensor | None
+    rows: Tensor, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, position: Tensor | None
 ) -> None:
-    """Write one token [B, H, 1, D] at ``position`` (default: behind the last) and prune the one that leaves the window.
+    """Write tokens [B, H, L, D] from ``position`` on (default: behind the last); prune those that leave the window.
 
-    A position before the last token rewinds the cache to it. What was pruned stays pruned then: the exact rows are
-    gone, so the window refills from the tokens written after.
+    A position before the last token rewinds the cache to it. What the ring no longer holds stays pruned then, so the
+    window refills from the tokens written after.
     """
-    ring_slots = window.shape[2]
+    count, ring_slots, slots = rows.shape[2], window.shape[2], values.shape[2] * BLOCK_TOKENS
     position = counts[0:1].clone() if position is None else position.reshape(1).to(torch.int64)
-    pruned = torch.minimum(counts[1:2], position)
-    leaving = position + 1 - ring_slots > pruned
-    ring_slot = torch.remainder(position, ring_slots)
-    slot = (position - ring_slots).clamp(min=0, max=values.shape[2] * BLOCK_TOKENS - 1)
-    packed = pack(window.index_select(2, ring_slot), values.shape[3] * CHUNK)
+    held, end, leaving = torch.minimum(counts[1:2], position), position + count, position - window_of(window)
+    offset = torch.arange(count, device=rows.device)
+    window.index_copy_(2, torch.remainder(position + offset, ring_slots), rows)
+    # As many slots as tokens come in, each once; those that none leaves for keep what they hold.
+    slot = leaving.clamp(min=0, max=slots - count) + offset
+    leaves = (slot >= torch.maximum(held, leaving)) & (slot < leaving + count)
+    packed = pack(window.index_select(2, torch.remainder(slot, ring_slots)), values.shape[3] * CHUNK)
     stays = _read_rows(values, bitmap, slot)
-    _write_rows(values, bitmap, slot, *(torch.where(leaving, new, old) for new, old in zip(packed, stays, strict=True)))
-    window.index_copy_(2, ring_slot, row)
-    flag = torch.maximum(counts[2:3], extreme(row).any().reshape(1).to(torch.int64))
-    counts.copy_(torch.cat([position + 1, torch.maximum(pruned, position + 1 - ring_slots), flag]))
+    leaves = leaves.unsqueeze(-1)
+    _write_rows(values, bitmap, slot, *(torch.where(leaves, new, old) for new, old in zip(packed, stays, strict=True)))
+    flag = torch.maximum(counts[2:3], extreme(rows).any().reshape(1).to(torch.int64))
+    counts.copy_(torch.cat([end, torch.maximum(held, end - ring_slots), flag]))
 
 
 def _scores(query: Tensor, keys: Tensor) -> Tensor:
-    """[B, H, G, D] and blocks of n rows [B, H, N, n, D] -> [B, H, G, N * n], in float32.
+    """[B, H, G, L, D] and blocks of n rows [B, H, N, n, D] -> [B, H, G, L, N * n], in float32.
 
     One reduction for each query head of the group: they fuse into one loop that expands each key once.
     """
-    keys, query = keys.float(), query.float()
-    return torch.stack([(query[:, :, g, None, None] * keys).sum(-1).flatten(2) for g in range(query.shape[2])], dim=2)
+    keys, query = keys.float().unsqueeze(2), query.float()
+    heads = [(query[:, :, g, :, None, None] * keys).sum(-1).flatten(3) for g in range(query.shape[2])]
+    return torch.stack(heads, dim=2)
 
 
-def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """[B, H, G, N * n] and blocks of n rows [B, H, N, n, D] -> [B, H, G, D], in float32."""
-    values = values.float()
-    weights = weights.unflatten(-1, values.shape[2:4]).unsqueeze(-1)
-    return torch.stack([(weights[:, :, g] * values).sum((-3, -2)) for g in range(weights.shape[2])], dim=2)
+def _weighted_sum(weights: Tensor, values: Tensor, attended: Tensor) -> Tensor:
+    """[B, H, G, L, N * n] and blocks of n rows [B, H, N, n, D] -> [B, H, G, L, D], in float32.
+
+    attended: [L, N * n]; other rows may hold anything, and 0 * NaN is NaN.
+    """
+    blocks = values.shape[2:4]
+    attended, weights = (x.unflatten(-1, blocks).unsqueeze(-1) for x in (attended, weights))
+    values = values.float().unsqueeze(2)
+    heads = [torch.where(attended, weights[:, :, g] * values, 0).sum((-3, -2)) for g in range(weights.shape[2])]
+    return torch.stack(heads, dim=2)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, valid: Tensor) -> Tensor:
-    """Apply an attention mask [B or 1, Hq or 1, 1, S] at the tokens that the scores [B, H, G, n] belong to."""
+def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, attended: Tensor) -> Tensor:
+    """Apply a mask [B or 1, Hq or 1, L or 1, S] at the tokens [n] that the scores [B, H, G, L, n] belong to."""
     nothing = float("-inf")
     if mask is not None:
         while mask.dim() < 4:
             mask = mask.unsqueeze(0)
         at_token = mask.index_select(-1, token.clamp(min=0, max=mask.shape[-1] - 1))
-        heads = at_token.shape[1]
-        grouped = at_token.reshape(at_token.shape[0], *((1, 1) if heads == 1 else scores.shape[1:3]), token.shape[0])
+        grouped = at_token.unflatten(1, (1, 1) if at_token.shape[1] == 1 else scores.shape[1:3])
         scores = torch.where(grouped, scores, nothing) if mask.dtype == torch.bool else scores + grouped.float()
-    return torch.where(valid, scores, nothing)
+    return torch.where(attended, scores, nothing)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -256,32 +265,35 @@ def attend(
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attention of one query token [B, Hq, 1, D] over the compressed tokens and the window, with one softmax."""
-    batch, query_heads, _, head_dim = query.shape
+    """Attention of the latest L tokens [B, Hq, L, D] over the compressed tokens and the ring, with one softmax each.
+
+    Each token sees the cache as it was when that token was the latest.
+    """
+    batch, query_heads, count, head_dim = query.shape
     key_values, key_bitmap, key_window, counts = key
     value_values, value_bitmap, value_window, _ = value
     heads = key_values.shape[1]
-    grouped = query.reshape(batch, heads, query_heads // heads, head_dim)
-    tokens, pruned = counts[0:1], counts[1:2]
+    grouped = query.reshape(batch, heads, query_heads // heads, count, head_dim)
+    tokens = counts[0:1]
+    latest = (tokens - count + torch.arange(count, device=query.device)).unsqueeze(-1)
+    first_exact = torch.maximum(counts[1:2], latest + 1 - window_of(key_window))
 
     slot = torch.arange(key_values.shape[2] * BLOCK_TOKENS, device=query.device)
     in_ring = _ring_tokens(tokens, key_window.shape[2])
-    stored, exact = slot < pruned, in_ring >= pruned
+    pruned, exact = slot < first_exact, (in_ring >= first_exact) & (in_ring <= latest)
     past = expand(_unblocked(key_values), key_bitmap, head_dim)
     scores = [
-        _masked(_bounded(_scores(grouped, past) * scale, softcap), mask, slot, stored),
+        _masked(_bounded(_scores(grouped, past) * scale, softcap), mask, slot, pruned),
         _masked(_bounded(_scores(grouped, key_window.unsqueeze(2)) * scale, softcap), mask, in_ring, exact),
     ]
     if sinks is not None:
-        scores.append(sinks.float().view(1, heads, -1, 1).expand(batch, -1, -1, -1))
+        scores.append(sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, -1))
     weights = _computed_once(_softmax(torch.cat(scores, dim=-1)))
     split, end = slot.shape[0], slot.shape[0] + in_ring.shape[0]
-    # Slots that hold nothing may hold anything, and 0 * NaN is NaN. Clearing their bitmap is cheaper than their rows.
-    words = _computed_once(torch.where(stored.view(-1, BLOCK_TOKENS, 1), value_bitmap, 0))
-    past = expand(_unblocked(value_values), words, value_window.shape[3])
-    recent = torch.where(exact.unsqueeze(-1), value_window, 0).unsqueeze(2)
-    out = _weighted_sum(weights[..., :split], past) + _weighted_sum(weights[..., split:end], recent)
-    return out.reshape(batch, query_heads, 1, value_window.shape[-1]).to(query.dtype)
+    past = expand(_unblocked(value_values), value_bitmap, value_window.shape[3])
+    out = _weighted_sum(weights[..., :split], past, pruned)
+    out = out + _weighted_sum(weights[..., split:end], value_window.unsqueeze(2), exact)
+    return out.reshape(batch, query_heads, count, value_window.shape[-1]).to(query.dtype)
 
 
 def decode_attention(
@@ -302,7 +314,7 @@ def decode_attention(
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """One decode step of one layer: append the new token's key and value, then attend. See ``ops.py``."""
+    """One decode step of one layer: append the new tokens' keys and values, then attend. See ``ops.py``."""
     key_buffers = (key_values, key_bitmap, key_window, key_counts)
     value_buffers = (value_values, value_bitmap, value_window, value_counts)
     append(key, *key_buffers, position)

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from . import render
+from .layout import MAX_QUERY_TOKENS
 from .ptx.decode import Decode
 from .ptx.decode_steps import Rows
 
@@ -20,11 +21,12 @@ _SLOTS_A_WARP = 8  # of the window
 # Arguments of which a new value does not compile the kernels of a step anew.
 _INTEGERS = (
     *("splits", "parts", "blocks", "key_blocks", "value_blocks", "kv_heads"),
-    *("mask_batch", "mask_head", "mask_token", "mask_tokens"),
+    *("mask_batch", "mask_head", "mask_query", "mask_token", "mask_tokens"),
 )
 _LOWEST = -3.4028234663852886e38  # of float32: a running maximum before any score
+_MOST_ROWS = 64  # of the query, so that they fit into shared memory with any head_dim
 _PORTABLE_TILE = 32  # tokens that a program of the portable kernel works on at a time
-_HEADS_A_PROGRAM = 8  # columns of an mma
+_ROWS_A_PROGRAM = 8  # of the query: columns of an mma
 _MMA_DTYPES = {"bf16": "bf16", "fp16": "f16"}
 
 
@@ -51,9 +53,9 @@ class Step:
     value_kept: int
     window: int
     group: int
+    queries: int  # tokens
     dtype: str
     mask: str  # "none", "boolean" or "additive"
-    position: bool
     sinks: bool
     softcap: bool
 
@@ -63,9 +65,29 @@ class Step:
         return min(8, max(1, power_of_two(self.window) // 64))
 
     @property
+    def query_rows(self) -> int:
+        """Rows of the query for each KV head: the query heads of the group, each with all its tokens."""
+        return self.group * self.queries
+
+    @property
+    def row_tile(self) -> int:
+        """Query rows that a program of the portable kernel works on: at least what tl.dot takes."""
+        return min(_MOST_ROWS, max(16, power_of_two(self.query_rows)))
+
+    @property
+    def row_tiles(self) -> int:
+        """Programs of the portable kernel that share the query rows of a KV head."""
+        return cdiv(self.query_rows, self.row_tile)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens that are in the window of some query token."""
+        return self.window + self.queries - 1
+
+    @property
     def window_parts(self) -> int:
-        """Partial results of the appending kernel: of the leaving token, and of each piece of the window."""
-        return 1 + cdiv(self.window, _SLOTS_A_WARP * self.append_warps)
+        """Partial results of the appending kernel: of each leaving token, and of each piece of the window."""
+        return self.queries + cdiv(self.exact_tokens, _SLOTS_A_WARP * self.append_warps)
 
     def constants(self) -> dict[str, Any]:
         """What the templates of a step have in common."""
@@ -74,7 +96,11 @@ class Step:
             "value_padded": padded(self.value_dim),
             "key_words": cdiv(self.key_dim, 32),
             "value_words": cdiv(self.value_dim, 32),
-            "group_padded": max(16, power_of_two(self.group)),  # rows that tl.dot takes at least
+            "ring": self.window + MAX_QUERY_TOKENS,
+            "query_rows": self.query_rows,
+            "row_tile": self.row_tile,
+            "row_tiles": self.row_tiles,
+            "exact_tokens": self.exact_tokens,
             "tile": _PORTABLE_TILE,
             "window_parts": self.window_parts,
             "window_piece": _SLOTS_A_WARP * self.append_warps,
@@ -132,12 +158,12 @@ class Tuned:
         """Its inline assembly."""
         step = self.step
         keys, values = Rows(step.key_dim // 32, step.key_kept), Rows(step.value_dim // 32, step.value_kept)
-        return Decode(keys, values, min(step.group, _HEADS_A_PROGRAM), self.warps, _MMA_DTYPES[step.dtype])
+        return Decode(keys, values, min(step.query_rows, _ROWS_A_PROGRAM), self.warps, _MMA_DTYPES[step.dtype])
 
     @property
     def chunks(self) -> int:
-        """Programs that share the query heads of a KV head."""
-        return cdiv(self.step.group, _HEADS_A_PROGRAM)
+        """Programs that share the query rows of a KV head. Each reads its cache."""
+        return cdiv(self.step.query_rows, _ROWS_A_PROGRAM)
 
     @functools.cached_property
     def registers(self) -> int:

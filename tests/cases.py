@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import CACHE_DTYPES
+from mustafar_compile.lowering.layout import CACHE_DTYPES, MAX_QUERY_TOKENS, window_of
 from reference import kept_count, prune, pruned_cache, reference_attention
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -17,6 +17,7 @@ NAN, INF = float("nan"), float("inf")
 
 dtypes = st.sampled_from(CACHE_DTYPES)
 seeds = st.integers(0, 2**31)
+query_counts = st.sampled_from([1, 1, 2, 3, 5, MAX_QUERY_TOKENS])
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9, 0.999])
 
 
@@ -97,6 +98,17 @@ def rows_of(buffers):
     return values.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3), bitmap.flatten(2, 3)
 
 
+def counts_of(tokens, window, flag=0):
+    """The counts of a cache that ``tokens`` were written into in order."""
+    return [tokens, max(tokens - window - MAX_QUERY_TOKENS, 0), flag]
+
+
+def pruned_in(buffers):
+    """How many tokens count as pruned."""
+    tokens, held, _ = buffers[3].tolist()
+    return max(held, tokens - window_of(buffers[2]))
+
+
 LAYOUTS = ["plain", "tokens first", "channels strided", "part of a larger one", "heads expanded"]
 
 
@@ -124,8 +136,8 @@ def row_holding(value, dtype, device="cpu"):
 class Case:
     """One decode step: what is in the cache, what is asked, what must come out."""
 
-    query: torch.Tensor
-    keys: torch.Tensor  # of all tokens, the new one included
+    query: torch.Tensor  # of the last tokens
+    keys: torch.Tensor  # of all tokens, the new ones included
     values: torch.Tensor
     key_sparsity: float = 0.5
     value_sparsity: float = 0.5
@@ -146,14 +158,34 @@ class Case:
         return self.keys.shape[2]
 
     @property
+    def queries(self):
+        return self.query.shape[2]
+
+    @property
+    def written(self):
+        """Tokens before the step."""
+        return self.tokens - self.queries
+
+    def singles(self):
+        """The steps of one token each that this step stands for."""
+        for i, tokens in enumerate(range(self.written + 1, self.tokens + 1)):
+            mask = self.mask
+            if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+                mask = mask[..., i : i + 1, :]
+            if mask is not None and mask.shape[-1] > 1:
+                mask = mask[..., :tokens]
+            seen = self.keys[:, :, :tokens], self.values[:, :, :tokens]
+            yield replace(self, query=self.query[:, :, i : i + 1], keys=seen[0], values=seen[1], mask=mask)
+
+    @property
     def scale_number(self):
         return 1 / math.sqrt(self.query.shape[3]) if self.scale is None else self.scale
 
     def past(self, role):
-        """Buffers with all but the last token; slots that hold nothing hold NaN."""
+        """Buffers with all but the new tokens; slots that hold nothing hold NaN."""
         x = self.keys if role == "key" else self.values
         sparsity = self.key_sparsity if role == "key" else self.value_sparsity
-        written = self.tokens - 1
+        written = self.written
         capacity = max(self.tokens - self.window, 0) + 1 + self.spare
         kept = kept_count(x.shape[3], sparsity)
         dense = x[:, :, : max(written, 1)]
@@ -168,15 +200,17 @@ class Case:
 
     def step(self, key_buffers=None, value_buffers=None, position=None, decode=ops.decode_attention):
         """The result of ``decode``, which updates the buffers."""
-        new = [x[:, :, -1:] for x in (self.keys, self.values)]
+        new = [x[:, :, self.written :] for x in (self.keys, self.values)]
         key_buffers, value_buffers = key_buffers or self.past("key"), value_buffers or self.past("value")
         how = position, self.mask, self.sinks, self.scale_number, self.softcap
         return decode(self.query, *new, *key_buffers, *value_buffers, *how)
 
     def expected(self):
         """The oracle's result in float64."""
-        mask = self.mask if self.mask is None or self.mask.shape[-1] == 1 else self.mask[..., : self.tokens]
-        how = (*self.sparsities, self.window, mask, self.scale_number, torch.float64, self.softcap, self.sinks)
+        return torch.cat([case._expected() for case in self.singles()], dim=2)
+
+    def _expected(self):
+        how = (*self.sparsities, self.window, self.mask, self.scale_number, torch.float64, self.softcap, self.sinks)
         return reference_attention(self.query.double(), self.keys, self.values, *how)
 
     def allowed_error(self, rounds_weights=False):
@@ -184,6 +218,9 @@ class Case:
 
         rounds_weights: the weights are rounded to the dtype of the cache before they meet the values.
         """
+        return torch.cat([case._allowed_error(rounds_weights) for case in self.singles()], dim=2)
+
+    def _allowed_error(self, rounds_weights):
         unit, out = 2.0**-24, torch.finfo(self.query.dtype)
         group = self.query.shape[1] // self.keys.shape[1]
         keys = pruned_cache(self.keys, self.key_sparsity, self.window).double().abs().repeat_interleave(group, 1)
@@ -196,7 +233,7 @@ class Case:
         if self.mask is not None and self.mask.dtype != torch.bool:
             in_score = in_score + unit * (self.mask.double().abs().nan_to_num(posinf=0) + 1).clamp(max=1e5).amax()
         in_weights = torch.expm1(2 * in_score) + (self.tokens + 16) * unit
-        expected, averaged = self.expected(), replace(self, values=self.values.abs()).expected()
+        expected, averaged = self._expected(), replace(self, values=self.values.abs())._expected()
         sums = (in_weights + (self.tokens + 4) * unit) * averaged
         if rounds_weights:
             values = pruned_cache(self.values, self.value_sparsity, self.window).double().abs()
@@ -228,7 +265,7 @@ def assert_close(actual, case, factor=1, rounds_weights=False):
 def assert_same_cache(actual, expected):
     """Buffers that hold the same: all but the slots that nothing reads, to the last bit."""
     assert actual[3].tolist() == expected[3].tolist()
-    pruned = expected[3][1].item()
+    pruned = pruned_in(expected)
     mine, other = ([x[:, :, :pruned].to(expected[0].device) for x in rows_of(b)] for b in (actual, expected))
     assert_same_bits(mine[0], other[0])
     assert torch.equal(mine[1], other[1])
@@ -241,10 +278,10 @@ def sparsity_for(head_dim, kept):
 
 
 def make_case(batch=2, heads=2, group=2, head_dim=16, value_dim=16, tokens=11, seed=0, dtype=torch.float32, **how):
-    device = how.pop("device", "cpu")
+    device, queries = how.pop("device", "cpu"), how.pop("queries", 1)
     make = {"dtype": dtype, "device": device}
     return Case(
-        randn(batch, heads * group, 1, head_dim, seed=seed, **make),
+        randn(batch, heads * group, queries, head_dim, seed=seed, **make),
         randn(batch, heads, tokens, head_dim, seed=seed + 1, **make),
         randn(batch, heads, tokens, value_dim, seed=seed + 2, **make),
         **how,
@@ -265,7 +302,7 @@ def make_mask(kind, shape, seed, density=0.7):
 def make_sinks(query_heads, seed, dtype=torch.float32):
     """Logits of sinks, of which some outweigh all tokens and some count for nothing."""
     sinks = 4 * randn(query_heads, seed=seed)
-    sinks[::5] *= 10
+    sinks[::5] += 30
     return sinks.to(dtype)
 
 
@@ -276,19 +313,21 @@ def masks(draw, case):
     if not kind:
         return None
     (batch, query_heads), length = case.query.shape[:2], draw(st.sampled_from([case.tokens, case.tokens + 3, 1]))
-    shapes = [(), (1,), (1, 1, 1), (batch, 1, 1), (1, query_heads, 1), (batch, query_heads, 1), (query_heads, 1)]
+    rows = draw(st.sampled_from([1, case.queries]))
+    shapes = [(), (rows,), (1, 1, rows), (batch, 1, rows), (1, query_heads, rows), (batch, query_heads, rows)]
+    shapes.append((query_heads, rows))
     return make_mask(kind, (*draw(st.sampled_from(shapes)), length), draw(seeds))
 
 
 @st.composite
-def cases(draw, dtypes=dtypes, dims=(8, 16, 24, 64, 80, 128), windows=tuple(range(1, 13))):
+def cases(draw, dtypes=dtypes, dims=(8, 16, 24, 64, 80, 128), windows=tuple(range(1, 13)), queries=query_counts):
     batch, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 8]))
-    dims, dtype = st.sampled_from(dims), draw(dtypes)
+    dims, dtype, queries = st.sampled_from(dims), draw(dtypes), draw(queries)
     case = make_case(
-        batch, heads, group, draw(dims), draw(dims), draw(st.integers(1, 80)), draw(seeds), dtype,
-        key_sparsity=draw(sparsities), value_sparsity=draw(sparsities), window=draw(st.sampled_from(windows)),
-        spare=draw(st.integers(0, 9)), scale=draw(st.sampled_from([None, 1.0, 0.3, -0.5])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 20.0])),
+        batch, heads, group, draw(dims), draw(dims), draw(st.integers(queries, 80)), draw(seeds), dtype,
+        queries=queries, key_sparsity=draw(sparsities), value_sparsity=draw(sparsities),
+        window=draw(st.sampled_from(windows)), spare=draw(st.integers(0, 9)),
+        scale=draw(st.sampled_from([None, 1.0, 0.3, -0.5])), softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 20.0])),
     )  # fmt: skip
     case.mask = draw(masks(case))
     if draw(st.booleans()):
@@ -297,14 +336,66 @@ def cases(draw, dtypes=dtypes, dims=(8, 16, 24, 64, 80, 128), windows=tuple(rang
 
 
 class TokenByToken:
-    """The oracle of ``append``: a list of rows, the first ``pruned`` of which are pruned for good."""
+    """The oracle of the buffers: a list of rows, the first ``held`` of which are pruned for good."""
 
     def __init__(self, kept, window):
-        self.kept, self.window, self.rows, self.pruned = kept, window, [], 0
+        self.kept, self.window, self.rows, self.held = kept, window, [], 0
 
-    def write(self, row, position):
+    def write(self, rows, position):
+        """Tokens [B, H, L, D] at ``position``. Returns what each of them sees [B, H, n, D]."""
+        return [self._write_one(row, position + i) for i, row in enumerate(rows.split(1, dim=2))]
+
+    def _write_one(self, row, position):
         self.rows = [*self.rows[:position], row]
-        leaving = range(min(self.pruned, position), position + 1 - self.window)
-        for i in leaving:
-            self.rows[i] = prune(self.rows[i], self.kept)
-        self.pruned = max(min(self.pruned, position), position + 1 - self.window)
+        held = max(min(self.held, position), position + 1 - self.window - MAX_QUERY_TOKENS)
+        self.rows = [prune(x, self.kept) if i < held else x for i, x in enumerate(self.rows)]
+        self.held = held
+        return self.seen()
+
+    def seen(self):
+        """The cache as attention takes it."""
+        pruned = len(self.rows) - self.window
+        return torch.cat([prune(x, self.kept) if i < pruned else x for i, x in enumerate(self.rows)], dim=2)
+
+
+moves = st.lists(st.tuples(st.floats(0, 1) | st.just(1.0), query_counts), min_size=1, max_size=25)
+
+
+def check_steps(
+    moves, window, seed, decode=ops.decode_attention, start=0, head_dim=24, dtype=torch.float32, device="cpu"
+):
+    """Steps of so many tokens each, at the end (1.0) or the start (0.0) of what is written, or between: rewinding.
+
+    Results and caches must be those of tokens that come one by one.
+    """
+    kept = 8
+    oracles = [TokenByToken(kept, window) for _ in range(2)]
+    written, buffers = torch.tensor([start], device=device), []
+    for i, oracle in enumerate(oracles):
+        prompt = randn(2, 1, start + 1, head_dim, seed=seed - i - 1, dtype=dtype)
+        if start:
+            oracle.write(prompt[:, :, :start], 0)
+        capacity = start + sum(count for _, count in moves)
+        buffers.append(list(ops.compress(prompt.to(device), written, kept, window, capacity)))
+    for n, (fraction, count) in enumerate(moves):
+        position = round(fraction * len(oracles[0].rows))
+        query, *new = (randn(2, h, count, head_dim, seed=seed + 10 * n + h, dtype=dtype) for h in (2, 1, 1))
+        seen = [oracle.write(rows, position) for oracle, rows in zip(oracles, new, strict=True)]
+        arguments = [x.to(device) for x in (query, *new)]
+        at = torch.tensor([position], device=device)
+        out = decode(*arguments, *buffers[0], *buffers[1], at, None, None, 0.2)
+        for i, (keys, values) in enumerate(zip(*seen, strict=True)):
+            case = Case(query[:, :, i : i + 1], keys, values, 0.0, 0.0, scale=0.2)
+            assert_close(out[:, :, i : i + 1], case, rounds_weights=True)
+        for mine, oracle in zip(buffers, oracles, strict=True):
+            assert mine[3].tolist() == [position + count, oracle.held, 0]
+            assert_same_bits(ops.decompress(*mine, position + count).cpu(), oracle.seen())
+
+
+REWINDING = [
+    ([(1.0, 1)] * 9 + [(0.0, 1)] + [(1.0, 1)] * 9, 3, 0),  # a new text in the same buffers
+    ([(1.0, 5)] * 8 + [(0.925, 5), (1.0, 4)], 3, 0),  # back by three, as rejected drafts are
+    ([(1.0, 16)] * 4 + [(0.75, 1), (0.75, 16), (1.0, 2)], 3, 0),  # as far as the ring goes
+    ([(1.0, 16)] * 4 + [(0.5, 3)] + [(1.0, 2)] * 6, 3, 0),  # beyond it
+    ([(1.0, 16)] * 3 + [(0.1, 1), (0.5, 1), (1.0, 16), (0.3, 5), (1.0, 1)], 1, 0),
+]

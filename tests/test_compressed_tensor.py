@@ -11,7 +11,7 @@ import torch
 
 from mustafar_compile import CompressedKV, CompressedWriteError, MustafarError, StaleCacheError, cache_stats, notices
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import Layout, grown_capacity
+from mustafar_compile.lowering.layout import MAX_QUERY_TOKENS, Layout, grown_capacity
 from reference import pruned_cache
 
 WINDOW = 4
@@ -264,7 +264,7 @@ def test_zero_empties_a_static_cache():
     dense = randn(2, 3, 12, 16)
     dense[0, 0, 0, 0] = float("inf")
     kv = CompressedKV.from_dense(dense, 0.5, WINDOW, tokens=7)
-    assert kv.counts.tolist() == [7, 3, 1]
+    assert kv.counts.tolist() == [7, 0, 1]
     pointers = [buffer.data_ptr() for buffer in kv.buffers]
     assert kv.zero_() is kv
     assert kv.counts.tolist() == [0, 0, 0]
@@ -293,7 +293,7 @@ def test_index_copy_into_a_static_cache(dim, positions):
         assert kv.index_copy_(dim, where, rows) is kv
     written = positions[-1] + 1
     expected = pruned_cache(expected.index_copy(2, where, rows)[:, :, :written], 0.5, WINDOW)
-    assert kv.counts.tolist() == [written, max(written - WINDOW, 0), 0]
+    assert kv.counts.tolist() == [written, max(written - WINDOW - MAX_QUERY_TOKENS, 0), 0]
     assert torch.equal(kv.dense()[:, :, :written], expected)
     assert kv.dense()[:, :, written:].count_nonzero() == 0
     assert [buffer.data_ptr() for buffer in kv.buffers] == pointers

@@ -21,14 +21,17 @@ from cases import (
     INF,
     LAYOUTS,
     NAN,
-    TokenByToken,
+    REWINDING,
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    check_steps,
+    counts_of,
     hard_rows,
     make_case,
     make_mask,
     make_sinks,
+    moves,
     partly_written,
     randn,
     row_holding,
@@ -66,7 +69,7 @@ def test_the_plain_kernels_in_the_interpreter():
 def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
     value_dim = value_dim or key_dim
     kept = kept or key_dim // 2
-    fixed = {"window": 32, "mask": "none", "position": False, "sinks": False, "softcap": False}
+    fixed = {"window": 32, "mask": "none", "queries": 1, "sinks": False, "softcap": False}
     return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
@@ -213,21 +216,28 @@ class Shape:
     position: bool = False
     softcap: float = 0.0
     sinks: bool = False
+    queries: int = 1
 
     def __str__(self):
-        how = [self.mask or "", "at" * self.position, "cap" * bool(self.softcap), "sinks" * self.sinks]
+        how = [
+            f"q{self.queries}" * (self.queries > 1),
+            self.mask or "",
+            "at" * self.position,
+            "cap" * bool(self.softcap),
+            "sinks" * self.sinks,
+        ]
         sizes = "-".join(f"{k}of{d}" for k, d in zip(self.kept, self.dims, strict=True))
         return "-".join([str(self.dtype)[6:], sizes, f"g{self.group}", f"w{self.window}", *filter(None, how)])
 
     def case(self, batch, heads, tokens, seed, **how):
         key_sparsity, value_sparsity = (sparsity_for(d, k) for d, k in zip(self.dims, self.kept, strict=True))
-        how = {"window": self.window, "softcap": self.softcap} | how
+        how = {"window": self.window, "softcap": self.softcap, "queries": self.queries} | how
         how["sinks"] = make_sinks(heads * self.group, seed, self.dtype) if self.sinks else None
         how |= {"key_sparsity": key_sparsity, "value_sparsity": value_sparsity}
         return make_case(batch, heads, self.group, *self.dims, tokens, seed, self.dtype, **how)
 
     def position_of(self, case):
-        return torch.tensor([case.tokens - 1], device="cuda") if self.position else None
+        return torch.tensor([case.written], device="cuda") if self.position else None
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -245,10 +255,16 @@ SHAPES = [
     Shape(FP16, (256, 128), (8, 16), 16, 64),
     Shape(BF16, (128, 128), (128, 128), 16, 32, "bias", position=True),
     Shape(BF16, (32, 32), (16, 8), 1, 5),
+    Shape(BF16, (128, 128), (64, 40), 4, 32, queries=5, position=True),
+    Shape(FP16, (128, 128), (40, 64), 1, 32, "bool", queries=4),
+    Shape(BF16, (64, 64), (32, 24), 8, 3, "bias", queries=16, sinks=True),
+    Shape(BF16, (128, 128), (64, 64), 2, 100, queries=2, softcap=20.0, sinks=True),
     Shape(BF16, (80, 80), (40, 24), 4, 32, "bool"),
+    Shape(BF16, (80, 80), (40, 24), 5, 32, "bool", queries=16, sinks=True),
     Shape(FP16, (24, 24), (8, 16), 3, 7),
     Shape(FP32, (128, 128), (64, 64), 4, 32, "bias", sinks=True),
     Shape(FP32, (64, 80), (32, 40), 16, 7, position=True),
+    Shape(FP32, (128, 128), (64, 64), 4, 7, queries=5, position=True),
 ]
 TUNED = [s for s in SHAPES if s.dtype != FP32 and all(d % 32 == 0 for d in s.dims)]
 WITH_VARIANTS = [(s, v) for s in SHAPES for v in ("tuned", "portable") if v == "portable" or s in TUNED]
@@ -280,7 +296,7 @@ def stepped(case, variant, position=None, caches=None):
     theirs = [[b.cpu() for b in buffers] for buffers in ours]
     out = case.to("cuda").step(*ours, position, decode=decode(variant))
     for x, buffers in zip((case.keys, case.values), theirs, strict=True):
-        portable.append(x[:, :, -1:], *buffers, position if position is None else position.cpu())
+        portable.append(x[:, :, case.written :], *buffers, position if position is None else position.cpu())
     for mine, other in zip(ours, theirs, strict=True):
         assert_same_cache(mine, other)
     return out
@@ -296,14 +312,15 @@ def check(out, case):
 @some
 @given(data=st.data())
 def test_a_step_equals_the_oracle(shape, variant, data):
-    batch, heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(lengths)
+    batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    tokens = data.draw(lengths) + shape.queries - 1
     scale = data.draw(st.sampled_from([None, 0.3, -0.1]))
     case = shape.case(batch, heads, tokens, data.draw(seeds), spare=data.draw(st.sampled_from([0, 1, 40, 5000])))
     case.scale = scale
     if shape.mask:
-        query_heads = heads * shape.group
+        query_heads, queries = heads * shape.group, shape.queries
         leading = data.draw(
-            st.sampled_from([(), (1, 1, 1), (batch, 1, 1), (1, query_heads, 1), (batch, query_heads, 1)])
+            st.sampled_from([(), (1, 1, queries), (batch, 1, 1), (1, query_heads, 1), (batch, query_heads, queries)])
         )
         length = data.draw(st.sampled_from([tokens, tokens + 3, 1]))
         density = data.draw(st.sampled_from([0.0, 0.01, 0.5, 1.0]))
@@ -395,7 +412,8 @@ def test_scores_that_grow_and_fall_along_the_cache(variant):
 @needs_gpu
 @variants
 def test_static_caches_of_any_capacity(shape, variant):
-    for tokens in (1, 2, shape.window, shape.window + 1, shape.window + 2, 70):
+    for more in (1, 2, shape.window, shape.window + 1, shape.window + 2, 70):
+        tokens = more + shape.queries - 1
         for spare in (0, 20_000):
             case = shape.case(2, 2, tokens, seed=tokens, spare=spare)
             if shape.mask:
@@ -500,13 +518,13 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
         dense = torch.cat([row if i == place else plain for i in range(70)], dim=2)
         dense = torch.nn.functional.pad(dense, (unaligned, 0))[..., unaligned:]
         counts = kernels.compress(dense, torch.tensor([tokens], device="cuda"), 8, 2, 70)[3]
-        assert counts.tolist() == [tokens, max(tokens - 2, 0), flag if place < tokens else 0]
+        assert counts.tolist() == counts_of(tokens, 2, flag if place < tokens else 0)
     for role in (0, 1):
         buffers = [kernels.compress(plain, torch.tensor([1], device="cuda"), 8, 2, 9) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
         for n in (2, 3):
             kernels.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
-            expected = [[n, max(n - 2, 0), flag if i == role else 0] for i in range(2)]
+            expected = [counts_of(n, 2, flag if i == role else 0) for i in range(2)]
             assert [b[3].tolist() for b in buffers] == expected
             new = [plain, plain]
 
@@ -517,18 +535,18 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 @needs_gpu
 @variants
 def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
-    tokens, capacity = shape.window + 75, shape.window + 90
+    tokens, capacity = (shape.window + 75) // shape.queries * shape.queries, shape.window + 90
     case = shape.case(2, 2, tokens, seed=11)
     empty = torch.zeros(1, dtype=torch.int64, device="cuda")
     grown = [
         list(kernels.compress(x[:, :, :1].cuda(), empty, kept, shape.window, capacity))
         for x, kept in zip((case.keys, case.values), shape.kept, strict=True)
     ]
-    for n in range(tokens):
-        step = shape.case(2, 2, 1, seed=0)
-        step.query, step.keys, step.values = case.query, case.keys[:, :, : n + 1], case.values[:, :, : n + 1]
+    for n in range(shape.queries, tokens + 1, shape.queries):
+        step = shape.case(2, 2, shape.queries, seed=0)
+        step.query, step.keys, step.values = case.query, case.keys[:, :, :n], case.values[:, :, :n]
         if shape.mask:
-            step.mask = make_mask(shape.mask, (2, 1, 1, n + 1), n, density=0.9)
+            step.mask = make_mask(shape.mask, (2, 1, 1, n), n, density=0.9)
         out = step.to("cuda").step(*grown, shape.position_of(step), decode=decode(variant))
         check(out, step)
     for x, kept, buffers in zip((case.keys, case.values), shape.kept, grown, strict=True):
@@ -538,27 +556,16 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
 @needs_gpu
 @tuned_and_portable
 @some
-@given(st.lists(st.floats(0, 1) | st.just(1.0), min_size=1, max_size=40), st.sampled_from([1, 3, 32]), seeds)
-def test_writing_at_an_earlier_position_rewinds(variant, where, window, seed):
-    """1.0 is the end, 0.0 the start of what is written. What was pruned stays pruned."""
-    oracles, tokens = [TokenByToken(16, window) for _ in range(2)], 60
-    start = randn(2, 2, tokens, 64, seed=seed, dtype=BF16)
-    buffers = [kernels.compress(start.cuda(), torch.tensor([tokens], device="cuda"), 16, window, 200) for _ in oracles]
-    for oracle in oracles:
-        oracle.rows = list(pruned_cache(start, sparsity_for(64, 16), window).split(1, dim=2))
-        oracle.pruned = tokens - window
-    for n, fraction in enumerate([*where, 1.0]):
-        position = round(fraction * len(oracles[0].rows))
-        new = [randn(2, 2, 1, 64, seed=seed + 10 * n + i, dtype=BF16) for i in range(2)]
-        for oracle, row in zip(oracles, new, strict=True):
-            oracle.write(row, position)
-        case = make_case(2, 2, 2, 64, 64, 1, seed + 10 * n + 2, BF16, key_sparsity=0.0, value_sparsity=0.0)
-        case.keys, case.values = (torch.cat(oracle.rows, dim=2) for oracle in oracles)
-        at = torch.tensor([position], device="cuda")
-        check(case.to("cuda").step(*buffers, at, decode=decode(variant)), case)
-        for mine, oracle, expected in zip(buffers, oracles, (case.keys, case.values), strict=True):
-            assert mine[3].tolist() == [position + 1, oracle.pruned, 0]
-            assert_same_bits(kernels.decompress(*mine, position + 1).cpu(), expected)
+@given(moves, st.sampled_from([1, 3, 32]), seeds)
+def test_writing_at_an_earlier_position_rewinds(variant, moves, window, seed):
+    check_steps(moves, window, seed, decode(variant), start=60, head_dim=64, dtype=BF16, device="cuda")
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize(("moves", "window", "seed"), REWINDING)
+def test_rewinding_within_the_ring_and_beyond(variant, moves, window, seed):
+    check_steps(moves, window, seed, decode(variant), head_dim=64, dtype=BF16, device="cuda")
 
 
 @needs_gpu
@@ -595,7 +602,7 @@ def test_a_cuda_graph_replayed_equals_eager_steps(given_position, variant):
         graph.replay()
         assert_same_bits(out, step(eager))
     for mine, other in zip(replayed, eager, strict=True):
-        assert other[3].tolist() == [start + steps, start + steps - 32, 0]
+        assert other[3].tolist() == counts_of(start + steps, 32)
         assert_same_cache(mine, other)
 
 
@@ -663,7 +670,7 @@ def test_a_compressed_cache_stands_for_the_pruned_one(dtype, sizes, shift, sizes
     plain = partly_written(plain, tokens)
     dense = strided(shifted(plain.cuda(), shift), how)
     buffers = kernels.compress(dense, torch.tensor([tokens], device="cuda"), kept, window, capacity)
-    assert buffers[3].tolist() == [tokens, max(tokens - window, 0), 0], "NaN that is not written is not extreme"
+    assert buffers[3].tolist() == counts_of(tokens, window), "NaN that is not written is not extreme"
     assert_same_cache(buffers, portable.compress(plain, torch.tensor([tokens]), kept, window, capacity))
     for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
         assert_same_bits(kernels.decompress(*buffers, asked).cpu(), with_length(expected, asked))

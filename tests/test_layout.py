@@ -13,6 +13,7 @@ from mustafar_compile.lowering.layout import (
     BLOCK_TOKENS,
     BUFFERS,
     CACHE_DTYPES,
+    MAX_QUERY_TOKENS,
     Layout,
     blocks_for,
     grown_capacity,
@@ -73,7 +74,7 @@ def test_buffers_of_known_cases(head_dim, words):
     assert dict(zip(BUFFERS, layout.buffers(2, 3, 70, torch.bfloat16), strict=True)) == {
         "values": ((2, 3, 3, kept // 8, 32, 8), torch.bfloat16),
         "bitmap": ((2, 3, 3, 32, words), torch.int32),
-        "window": ((2, 3, 5, head_dim), torch.bfloat16),
+        "window": ((2, 3, 5 + MAX_QUERY_TOKENS, head_dim), torch.bfloat16),
         "counts": ((3,), torch.int64),
     }
 

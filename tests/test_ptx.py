@@ -212,15 +212,15 @@ def test_shared_memory_of_pruning(prune):
 
 
 def test_a_template_with_an_unknown_constant_fails():
-    constants = {"head_dim": 64, "padded": 64, "words": 2, "kept": 32}
+    constants = {"head_dim": 64, "padded": 64, "words": 2, "kept": 32, "ring": 20}
     with pytest.raises(jinja2.UndefinedError):
         render.source("decompress", **constants)
     assert "window" in render.source("decompress", **constants, window=4)
 
 
 def test_no_constant_is_left_in_a_template():
-    for mask, position, softcap in itertools.product(("none", "boolean", "additive"), (False, True), (False, True)):
-        step = step_of(mask=mask, position=position, softcap=softcap)
+    for mask, queries, softcap in itertools.product(("none", "boolean", "additive"), (1, 5), (False, True)):
+        step = step_of(mask=mask, queries=queries, softcap=softcap)
         for template in ("append", "attend_portable"):
             text = render.source(template, **step.constants(), overlap=False)
             assert not re.search("{[{%#]|[}%#]}", text)
@@ -235,7 +235,9 @@ def test_the_same_constants_give_one_module():
     tuned, again = step_of().tuned(), step_of().tuned()
     assert tuned == again
     assert tuned.kernel(True) is again.kernel(True)
-    first, second = (render.kernels("decompress", head_dim=64, padded=64, words=2, kept=k, window=4) for k in (24, 32))
+    first, second = (
+        render.kernels("decompress", head_dim=64, padded=64, words=2, kept=k, window=4, ring=20) for k in (24, 32)
+    )
     assert first.__name__ != second.__name__
     assert first.__file__ != second.__file__
 
@@ -251,7 +253,7 @@ def test_results_become_dtypes():
 def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
     value_dim = value_dim or key_dim
     kept = kept or key_dim // 2
-    fixed = {"window": 32, "mask": "none", "position": False, "sinks": False, "softcap": False}
+    fixed = {"window": 32, "mask": "none", "queries": 1, "sinks": False, "softcap": False}
     return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
@@ -314,11 +316,12 @@ needs_compiler = pytest.mark.skipif(not has_tools(), reason="Triton came without
 
 MAIN = {
     "128, half": step_of(),
-    "128, 70%": step_of(kept=40, mask="boolean", position=True),
+    "128, 70%": step_of(kept=40, mask="boolean"),
     "128, one head": step_of(group=1, dtype="fp16"),
     "128, one head, capped": step_of(group=1, softcap=True),
     "128, eight heads": step_of(group=8, mask="additive"),
     "128, a third": step_of(group=8, kept=88, dtype="fp16", mask="boolean"),
+    "128, five tokens": step_of(kept=40, queries=5, mask="boolean"),
     "64": step_of(64, group=8, dtype="fp16", softcap=True),
     "256": step_of(256, group=2),
 }
@@ -356,9 +359,10 @@ def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, t
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
-def test_the_plain_kernels_compile(mask, dtype):
+@pytest.mark.parametrize("queries", [1, 16])
+def test_the_plain_kernels_compile(mask, dtype, queries):
     """As Triton compiles them: its interpreter takes more than its compiler."""
-    step = step_of(80, 64, 40, 24, group=6, dtype=dtype, mask=mask, position=mask == "none", softcap=mask == "boolean")
+    step = step_of(80, 64, 40, 24, group=6, dtype=dtype, mask=mask, queries=queries, softcap=mask == "boolean")
     assert compiled(step.append(True).append, dtype, mask, num_warps=step.append_warps).asm["cubin"]
     assert compiled(step.portable().attend, dtype, mask).asm["cubin"]
     for exact, sinks in itertools.product((False, True), repeat=2):
