@@ -24,7 +24,7 @@ _INTEGERS = (
     *("mask_batch", "mask_head", "mask_query", "mask_token", "mask_tokens"),
 )
 _LOWEST = -3.4028234663852886e38  # of float32: a running maximum before any score
-_MOST_ROWS = 64  # of the query, so that they fit into shared memory with any head_dim
+_MOST_ROWS = 32  # of the query: with more, tl.dot takes instructions that need more than COMBINE_REGISTERS
 _PORTABLE_TILE = 32  # tokens that a program of the portable kernel works on at a time
 _ROWS_A_PROGRAM = 8  # of the query: columns of an mma
 _MMA_DTYPES = {"bf16": "bf16", "fp16": "f16"}
@@ -124,7 +124,7 @@ class Step:
         return _tuned(self)
 
     def combine(self, parts: int, heads: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
-        """Kernel ``combine``: of ``heads`` query heads and ``channels`` channels to a program.
+        """Kernel ``combine``: of ``heads`` query rows and ``channels`` channels to a program.
 
         exact_for_extremes: it does the work again where a cache holds extreme values.
         """
