@@ -13,7 +13,7 @@ from .cache import CompressedKV
 from .convention import with_calling_convention
 from .errors import NothingMatchedError
 from .lowering import ops
-from .lowering.layout import CACHE_DTYPES, Layout, grown_capacity
+from .lowering.layout import CACHE_DTYPES, MAX_QUERY_TOKENS, Layout, grown_capacity
 from .patterns.conditions import Context
 from .patterns.match import Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
@@ -112,7 +112,7 @@ def _context(
         unwatchable={node for node, x in tensors.items() if x.is_inference() and node not in compressed},
         skip_layers=settings.skip_layers,
         dtypes=CACHE_DTYPES,
-        max_query_tokens=1,
+        max_query_tokens=MAX_QUERY_TOKENS,
     )
 
 

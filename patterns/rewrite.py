@@ -124,10 +124,22 @@ class Rewriter:
             )
             for target, *rest in attention.restore:
                 result = self._call(target, result, *rest)
+            result = self._laid_out_as(attention.node, result)
         result.meta = dict(attention.node.meta)
         attention.node.replace_all_uses_with(result)
         self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]
         self.graph.erase_node(attention.node)
+
+    def _laid_out_as(self, original: Node, result: Node) -> Node:
+        """``result`` with the strides of ``original``, on which views behind it rely.
+
+        SDPA may give [B, L, Hq, D] in memory, the op gives [B, Hq, L, D]. For one token they are the same.
+        """
+        value = original.meta["val"]
+        if value.dim() != 4 or same_size(value.shape[2], 1) or not value.transpose(1, 2).is_contiguous():
+            return result
+        swapped = self._call(aten.transpose.int, result, 1, 2)
+        return self._call(aten.transpose.int, self._call(aten.contiguous.default, swapped), 1, 2)
 
     def _first_position(self, update: CacheUpdate) -> Node | None:
         """Where the first new token goes, on the device; None for a cache that grows by its end."""

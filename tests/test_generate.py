@@ -146,9 +146,9 @@ def test_a_growing_cache_compiles_once_for_all_lengths():
 
 
 def test_second_turn_on_a_compressed_cache():
-    """A prompt on top of a compressed cache is attended densely and stored compressed again."""
+    """A long prompt on top of a compressed cache is attended densely and stored compressed again."""
     inputs = prompt()
-    follow_up = torch.randint(1, 100, (2, 3), generator=torch.Generator().manual_seed(5))
+    follow_up = torch.randint(1, 100, (2, 17), generator=torch.Generator().manual_seed(5))
 
     def chat(model):
         first = generate(model, inputs)

@@ -1,0 +1,120 @@
+"""Several query tokens over a compressed cache: a step that equals one by one, or a longer one that is dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compilers import without_inductor
+from models import BufferModel, TupleModel, hf_model, prompt
+from mustafar_compile import CompressedKV, explain
+from reference import pruned_generation
+
+WINDOW = 4
+OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad(), without_inductor():
+        yield
+
+
+class Growing(TupleModel):
+    """A tuple that grows, under a causal mask."""
+
+    def step(self, x, past, start):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        mask = torch.arange(k.shape[2]) <= torch.arange(x.shape[1]).unsqueeze(1) + start
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)), (k, v)
+
+
+class Static(BufferModel):
+    """A buffer of the caller, written at positions that stand side by side."""
+
+    def step(self, x, past, start):
+        return super().step(x, torch.arange(x.shape[1]) + start), None
+
+
+class Scattered(BufferModel):
+    """The same, but nothing in the graph says that the positions stand side by side."""
+
+    def step(self, x, past, start):
+        return super().step(x, past), None
+
+
+def feed(step, x, counts):
+    """Outputs of ``step`` for the tokens of x [B, T, E], ``counts`` at a time."""
+    outputs, past, start = [], None, torch.tensor([0])
+    for part in x.split(counts, dim=1):
+        out, past = step(part, past, start)
+        outputs.append(out)
+        start = start + part.shape[1]
+    return torch.cat(outputs, 1), past
+
+
+def compiled(model):
+    return torch.compile(model.step, backend="mustafar", options=OPTIONS)
+
+
+@pytest.mark.parametrize("form", [Growing, Static])
+def test_a_step_of_several_tokens_equals_one_by_one(form):
+    torch.manual_seed(0)
+    model, x = form(), torch.randn(2, 26, 32)
+    one_by_one, _ = feed(compiled(model), x, [9] + [1] * 17)
+    torch._dynamo.reset()
+    with explain() as report:
+        together, _ = feed(compiled(model), x, [9, 1, 3, 4, 2, 4, 1, 2])
+    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")]
+    assert report.graphs <= 4
+
+
+def test_more_tokens_than_a_step_takes_are_attended_densely_and_compressed():
+    torch.manual_seed(0)
+    model, x = Growing(), torch.randn(2, 34, 32)
+    expected, _ = feed(compiled(model), x, [9, 1, 3, 20, 1])
+    torch._dynamo.reset()
+    step = compiled(model)
+    feed(step, x[:, :19], [9, 1, 3, 4, 2])  # a graph for any number of tokens
+    with explain() as report:
+        actual, past = feed(step, x, [9, 1, 3, 20, 1])
+    assert report.graphs >= 1, "20 tokens ran in the graph for at most 16"
+    torch.testing.assert_close(actual, expected)
+    assert isinstance(past[0], CompressedKV)
+
+
+def test_positions_that_may_stand_anywhere_are_attended_densely():
+    torch.manual_seed(0)
+    model, x = Scattered(), torch.randn(2, 12, 32)
+    step = compiled(model)
+    step(x[:, :8], torch.arange(8), None)
+    step(x[:, 8:9], torch.tensor([8]), None)
+    with explain() as report:
+        out, _ = step(x[:, 9:11], torch.tensor([11, 9]), None)
+    expected, _ = model.step(x[:, 9:11], torch.tensor([11, 9]), None)
+    torch.testing.assert_close(out, expected)
+    assert [entry.phases for entry in report.matched] == [("prefill",)]
+
+
+def lookup(model, inputs):
+    return model.generate(**inputs, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+def assisted(model, inputs):
+    return model.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=hf_model(seed=3))
+
+
+@pytest.mark.parametrize("speculate", [lookup, assisted])
+def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(speculate):
+    inputs = prompt(batch=1)
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = hf_model().generate(**inputs, max_new_tokens=24, do_sample=False)
+    model = hf_model()
+    model.compile(backend="mustafar", options=OPTIONS)
+    with explain() as report:
+        assert torch.equal(speculate(model, inputs), expected)
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * 2
