@@ -110,7 +110,7 @@ def read_softmax(softmax: Node) -> Attention | None:
 
 def _unreadable(softmax: Node, product: Product, value: Operand) -> Attention | None:
     """Attention, by its looks, with scores of another kind; a softmax over less (a router's) is none."""
-    if softmax.meta["val"].dim() < 4:
+    if softmax.meta["val"].dim() < 3:
         return None
     problem = "the scores are more than a scaled product, a softcap and an additive mask"
     return Attention(product.node, product.left.node, value, value, product.node, problem=problem)

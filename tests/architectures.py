@@ -76,7 +76,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_SLIDING, **_EXPERTS},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
     "bloom": {},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "use_cache": True},
     "falcon": {"head_dim": _ABSENT},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "starcoder2": {"sliding_window": None},

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from architectures import Generated, build, generate, measure
+from architectures import ARCHITECTURES, Generated, build, generate, measure
 from reference import pruned_generation
+
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +69,11 @@ def test_tokens_may_part_at_a_tie_only():
     assert one.agrees(tie)
     assert not one.agrees(replace(one, logits=logits + torch.tensor([[[0.0, 0.1], [0.0, 0.0]]])))
     assert not one.agrees(replace(one, logits=logits + torch.tensor([[[0.0, 0.0], [0.0, 0.1]]])))
+
+
+def test_the_table_holds_every_architecture_and_nothing_wrong():
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.read_text().splitlines()]
+    rows = [row for row in cells if len(row) == 7 and re.match("all|sdpa|eager", row[1])]
+    assert {row[0] for row in rows} == set(ARCHITECTURES)
+    assert {answer for row in rows for answer in row[4:6]} == {"yes"}
+    assert all(row[6] for row in rows if row[2] != row[3])
