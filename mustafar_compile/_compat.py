@@ -43,6 +43,8 @@ forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_t
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 WeakTensorKeyDictionary = _probe("torch.utils.weak", "WeakTensorKeyDictionary")
+enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
+exit_autocast: Callable = _probe("torch.amp.autocast_mode", "_exit_autocast")
 
 dynamo_config = _probe("torch._dynamo", "config")
 _dynamo_counters = _probe("torch._dynamo.utils", "counters")

@@ -12,7 +12,7 @@ from .masked_write import masked_write
 from .nodes import is_call, is_single, is_tensor
 from .normalise import Functional
 from .symbols import expression, same_size
-from .views import is_move, is_whole_slice, slice_bounds
+from .views import changes_nothing, is_move, slice_bounds, unmoved
 
 aten = torch.ops.aten
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -55,13 +55,19 @@ class _Base:
     batch: Any | None = None
 
 
+def _takes_first_rows(node: Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    dim, start, _, step = slice_bounds(node)
+    return (dim, start, step) == (0, 0, 1)
+
+
 def _base(node: Any) -> _Base | None:
     """The buffer behind ``node``, None where it is something else."""
     batch = None
-    while isinstance(node, Node) and node.op == "call_function" and is_move(node):
-        if node.target is aten.slice.Tensor and not is_whole_slice(node):
-            dim, start, _, step = slice_bounds(node)
-            if (dim, start, step) != (0, 0, 1) or batch is not None:
+    while isinstance(node, Node) and is_move(node):
+        if not changes_nothing(node):
+            if batch is not None or not _takes_first_rows(node):
                 return None
             batch = node.meta["val"].shape[0]
         node = node.args[0]
@@ -143,6 +149,15 @@ def recognise_update(node: Node) -> CacheUpdate | None:
     update = _WRITES[node.target](node)
     four_dims = update is not None and update.node.meta["val"].dim() == 4 and update.new.meta["val"].dim() == 4
     return update if four_dims and update.tokens_dim in (1, 2) else None
+
+
+def joins_changed_past(read: Node) -> bool:
+    """Whether new tokens join a past that is not the graph's input as it came, and attention reads them together."""
+    node = unmoved(read)
+    if not is_call(node, aten.cat.default) or _is_empty(node.args[0][0]):
+        return False
+    past = node.args[0][0]
+    return unmoved(past).op == "placeholder" and _base(past) is None
 
 
 def recognise_shift(base: Node, value: Node) -> CacheUpdate | None:

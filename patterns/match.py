@@ -10,13 +10,13 @@ import torch
 from torch.fx import Node
 
 from .attention import Attention
-from .cache_update import CacheUpdate, find_update, recognise_update
+from .cache_update import CacheUpdate, find_update, joins_changed_past, recognise_update
 from .conditions import Context, Reason, check_cache, check_read, other_uses, require
 from .find_attention import find_attention
 from .nodes import is_call
 from .normalise import Functional
 from .phase import phase_of
-from .views import is_move, read_through
+from .views import is_move, read_through, unmoved
 
 aten = torch.ops.aten
 
@@ -94,6 +94,8 @@ def _judge(attention: Attention, functional: Functional, context: Context, reade
     try:
         require(attention.problem is None, str(attention.problem))
         require(attention.layer not in context.skip_layers, f"layer {attention.layer} is listed in skip_layers")
+        changed = any(joins_changed_past(operand.node) for operand in (attention.key, attention.value))
+        require(not changed, "its past is moved, cast or changed before the new tokens join it")
         key, key_chain = find_update(attention.key.node, functional)
         value, value_chain = find_update(attention.value.node, functional)
         if key is None or value is None:
@@ -124,17 +126,11 @@ def _no_cache_reason(attention: Attention, functional: Functional) -> str:
         if node not in between and len(shape) >= 4:
             between.add(node)
             todo += node.all_input_nodes
-    if _unmoved(attention.key.node).op == "placeholder":
+    if unmoved(attention.key.node).op == "placeholder":
         return "no token enters its cache, as in cross-attention"
     if any(recognise_update(node) is not None for node in between):
         return "keys are computed from what is cached, as in latent attention"
     return "keys and values do not come from a KV cache"
-
-
-def _unmoved(node: Node) -> Node:
-    while is_move(node):
-        node = node.args[0]
-    return node
 
 
 def _writer(node: Node) -> Node:

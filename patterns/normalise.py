@@ -32,14 +32,37 @@ class Functional:
         return self.module.graph
 
 
+class _Interpreter(torch.fx.Interpreter):
+    """Enters autocast where the graph does. Tracing alone notes the calls, and dtypes inside would miss the casts."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.regions: list[torch.autocast] = []
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().run(*args, **options)
+        finally:  # what a failure leaves open
+            while self.regions:
+                self._leave()
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _compat.enter_autocast:
+            self.regions.append(torch.autocast(*args))
+            return self.regions[-1].__enter__()
+        return self._leave() if target is _compat.exit_autocast else super().call_function(target, args, kwargs)
+
+    def _leave(self) -> None:
+        self.regions.pop().__exit__(None, None, None)
+
+
 def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> Functional:
     """Trace ``gm`` again. ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``)."""
     fakes = _compat.fakify(example_inputs, stand_in)
-    interpreter = torch.fx.Interpreter(gm)
 
     class Flat(torch.nn.Module):
         def forward(self, *args):
-            return tuple(interpreter.run(*args))
+            return tuple(_Interpreter(gm).run(*args))
 
     traced, signature = _compat.export_functional(Flat(), fakes)
     _drop_assertions(traced.graph)

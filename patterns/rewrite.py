@@ -124,6 +124,8 @@ class Rewriter:
             )
             for target, *rest in attention.restore:
                 result = self._call(target, result, *rest)
+            if attention.dtype != attention.query.meta["val"].dtype:
+                result = self._call(aten._to_copy.default, result, dtype=attention.dtype)
             result = self._laid_out_as(attention.node, result)
         result.meta = dict(attention.node.meta)
         attention.node.replace_all_uses_with(result)

@@ -66,12 +66,11 @@ def _value(product: Product) -> tuple[Operand, tuple[int, ...]] | None:
     return product.operand(product.right, "".join(leading), token, channel), order
 
 
-def _restore(product: Product, order: tuple[int, ...], frame: Frame, query: Node) -> tuple[tuple, ...]:
+def _restore(order: tuple[int, ...], frame: Frame) -> tuple[tuple, ...]:
     steps = frame.restore()
     if order != tuple(sorted(order)):
         steps += ((aten.permute.default, [order.index(dim) for dim in range(len(order))]),)
-    dtype = product.node.meta["val"].dtype
-    return steps if dtype == query.meta["val"].dtype else (*steps, (aten.to.dtype, dtype))
+    return steps
 
 
 def read_softmax(softmax: Node) -> Attention | None:
@@ -103,7 +102,7 @@ def read_softmax(softmax: Node) -> Attention | None:
         scores.bias,
         softcap=scores.softcap,
         sinks=sinks,
-        restore=_restore(use.product, order, frame, scores.query),
+        restore=_restore(order, frame),
         problem=problem,
     )
 

@@ -129,10 +129,27 @@ def slice_bounds(node: Node, first: int = 1) -> tuple[int, Any, Any, Any]:
 
 def is_whole_slice(node: Node) -> bool:
     """True for a slice that leaves its input as it is."""
+    return _same_shape(node, node.args[0])
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    shapes = [x.meta["val"].shape for x in (a, b)]
+    return len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+
+
+def unmoved(node: Any) -> Any:
+    """What ``node`` is moved from."""
+    while isinstance(node, Node) and is_move(node):
+        node = node.args[0]
+    return node
+
+
+def changes_nothing(node: Node) -> bool:
+    """True for an op that moves elements at most and gives its input as it was."""
+    if not is_move(node) or _MOVES.get(node.target) in (_transpose, _permute, _repeat_interleave):
+        return False
     source = node.args[0]
-    return isinstance(source, Node) and all(
-        same_size(a, b) for a, b in zip(source.meta["val"].shape, node.meta["val"].shape, strict=True)
-    )
+    return source.meta["val"].dtype == node.meta["val"].dtype and _same_shape(node, source)
 
 
 def is_move(node: Node) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from architectures import measure
 from compilers import without_inductor
-from models import hf_model, prompt
+from models import TupleModel, hf_model, prompt, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, explain
 from reference import pruned_cache
 
@@ -216,17 +216,17 @@ def step(form):
     return forward
 
 
-def compiled(form, inputs, sparsity=0.5):
+def compiled(forward, inputs, sparsity=0.5):
+    """What ``forward`` returns when compiled, and the report."""
     options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
     with without_inductor(), explain() as report:
-        out, caches = torch.compile(step(form), backend="mustafar", options=options)(*inputs)
-    return out, caches, report
+        return *torch.compile(forward, backend="mustafar", options=options)(*inputs), report
 
 
 def check_decode(form, inputs, sparsity=0.5, **tolerance):
     q, k, v, past, mask = inputs
     k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-    out, caches, report = compiled(form, inputs, sparsity)
+    out, caches, report = compiled(step(form), inputs, sparsity)
     assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
     assert not report.missed
     assert all(isinstance(x, CompressedKV) for x in caches)
@@ -243,7 +243,7 @@ def test_a_decode_step_equals_the_form_over_a_pruned_cache(form):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_a_prefill_is_exact_and_leaves_a_compressed_cache(form):
     inputs = case(queries=5, past=0)
-    out, caches, report = compiled(form, inputs)
+    out, caches, report = compiled(step(form), inputs)
     assert [entry.phases for entry in report.matched] == [("prefill",)], str(report)
     torch.testing.assert_close(out, form(*inputs[:3], inputs[4]))
     for cache, dense in zip(caches, inputs[1:3], strict=True):
@@ -265,6 +265,61 @@ def test_half_precision(form, dtype):
         inputs = (*inputs[:4], inputs[4].to(dtype))
     step = 16 * torch.finfo(dtype).eps
     check_decode(form, inputs, rtol=step, atol=step)
+
+
+AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+ROUNDING = dict.fromkeys(("rtol", "atol"), 16 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("form", [sdpa, eager, scores_in_float32, five_dims, einsum, softcap, sinks])
+def test_autocast_around_the_compiled_call(form):
+    with torch.autocast(**AUTOCAST):
+        check_decode(form, case(queries=1, past=9), **ROUNDING)
+
+
+@pytest.mark.parametrize("form", [sdpa, eager, scores_in_float32, five_dims, einsum, softcap, sinks])
+def test_autocast_inside_the_graph(form):
+    """Also where it is switched off again."""
+
+    def cast(q, k, v, mask):
+        with torch.autocast(**AUTOCAST):
+            out = form(q, k, v, mask)
+            with torch.autocast("cpu", enabled=False):
+                return out, out.float() @ torch.ones(out.shape[-1], 1)
+
+    def forward(*inputs):
+        (out, total), caches = step(cast)(*inputs)
+        return out, total, caches
+
+    q, k, v, past, mask = inputs = case(queries=1, past=9)
+    out, total, caches, report = compiled(forward, inputs)
+    assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
+    dense = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
+    expected, expected_total = cast(q, *(pruned_cache(x, 0.5, WINDOW) for x in dense), mask)
+    assert all(isinstance(x, CompressedKV) and x.dtype == torch.float32 for x in caches)
+    assert (out.dtype, total.dtype) == (expected.dtype, expected_total.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out, expected, **ROUNDING)
+    torch.testing.assert_close(total, expected_total, **ROUNDING)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_a_model_under_autocast(sparsity):
+    """Its projections give bfloat16, and so what its caches hold."""
+    model = TupleModel()
+    x = list(torch.randn(2, 9, 32).split([5, 1, 1, 1, 1], dim=1))
+    options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
+
+    def attention(q, k, v):
+        k, v = (pruned_cache(x, sparsity, WINDOW) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    with torch.autocast(**AUTOCAST), without_inductor(), explain() as report:
+        outputs = run_steps(model, x, torch.compile(model.step, backend="mustafar", options=options))
+        expected = pruned_steps(model, x, attention)
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")], str(report)
+    for out, wanted in zip(outputs, expected, strict=True):
+        assert out.dtype == wanted.dtype == torch.bfloat16
+        torch.testing.assert_close(out, wanted, **ROUNDING)
 
 
 def test_one_row():

@@ -311,9 +311,13 @@ class CachedInDifferentWays(UnmaskedBuffer):
     reason = "keys and values are cached in different ways"
 
     def forward(self, q, k, v, past):
-        keys = torch.cat([past[0][:, :, :5], k], 2)
+        keys = torch.cat([past[0], k], 2)
         past[1][:, :, torch.tensor([5])] = v
         return F.scaled_dot_product_attention(q, keys, past[1], attn_mask=torch.ones(1, 6, dtype=torch.bool)), keys
+
+    def inputs(self):
+        q, k, v, (keys, values) = super().inputs()
+        return q, k, v, (keys[:, :, :5].clone(), values)
 
 
 class OutOfPlaceBuffer(UnmaskedBuffer):
@@ -370,6 +374,49 @@ class UnknownMask(UnmaskedBuffer):
         return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
 
 
+class MovedPast(Decode):
+    """New tokens join a past that was changed on its way, so what leaves the graph is not the past with them behind."""
+
+    reason = "its past is moved, cast or changed before the new tokens join it"
+
+    def changed(self, past):
+        return past.transpose(0, 1)
+
+    def forward(self, q, k, v, past):
+        return super().forward(q, k, v, tuple(map(self.changed, past)))
+
+
+class MovedValues(MovedPast):
+    def forward(self, q, k, v, past):
+        return Decode.forward(self, q, k, v, (past[0], self.changed(past[1])))
+
+
+class RoundedPast(MovedPast):
+    def changed(self, past):
+        return past.bfloat16().float()
+
+
+class CastPast(MovedPast):
+    def changed(self, past):
+        return past.bfloat16()
+
+    def inputs(self):
+        q, k, v, past = super().inputs()
+        return q.bfloat16(), k.bfloat16(), v.bfloat16(), past
+
+
+class RepeatedPast(MovedPast):
+    def changed(self, past):
+        return past[:, :1].expand(2, 2, 6, 16)
+
+
+class TokensMixed(MovedPast):
+    """Heads and tokens change places: sizes alone do not tell."""
+
+    def changed(self, past):
+        return past.reshape(2, 6, 2, 16).transpose(1, 2)
+
+
 class NotAttended(Decode):
     """A cache that takes up tokens in this graph and is attended to in another."""
 
@@ -380,7 +427,13 @@ class NotAttended(Decode):
 
 
 COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain]
-COUNTER_EXAMPLES += [*UnmaskedBuffer.__subclasses__(), Bidirectional, CrossPrefillOfEqualLength, CausalOverPast]
+COUNTER_EXAMPLES += [
+    *UnmaskedBuffer.__subclasses__(),
+    *MovedPast.__subclasses__(),
+    Bidirectional,
+    CrossPrefillOfEqualLength,
+    CausalOverPast,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -422,6 +475,19 @@ def test_an_untraceable_graph_leaves_no_vmap_open():
     actual, expected, report = run(Mapped())
     assert "the graph could not be traced" in report.missed[0].reason
     torch.testing.assert_close(actual, expected)
+
+
+class MappedUnderAutocast(Mapped):
+    def attend(self, q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().attend(q, k, v)
+
+
+def test_an_untraceable_graph_leaves_no_autocast_on():
+    _, _, report = run(MappedUnderAutocast())
+    assert "the graph could not be traced" in report.missed[0].reason
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.ones(1, 1).matmul(torch.ones(1, 1)).dtype == torch.float32
 
 
 class SpelledOut(Decode):
