@@ -197,7 +197,7 @@ def append(
     window refills from the tokens written after.
     """
     count, ring_slots, slots = rows.shape[2], window.shape[2], values.shape[2] * BLOCK_TOKENS
-    position = counts[0:1].clone() if position is None else position.reshape(1).to(torch.int64)
+    position = counts[0:1] if position is None else position.reshape(1).to(torch.int64)
     held, end, leaving = torch.minimum(counts[1:2], position), position + count, position - window_of(window)
     offset = torch.arange(count, device=rows.device)
     window.index_copy_(2, torch.remainder(position + offset, ring_slots), rows)
