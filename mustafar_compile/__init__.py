@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import CompressedKV
-    from .errors import CompressedWriteError, MustafarError, NoMemoryError, NothingMatchedError, StaleCacheError
+    from .errors import (
+        CompressedWriteError,
+        MustafarError,
+        NoMemoryError,
+        NothingMatchedError,
+        ReleaseError,
+        StaleCacheError,
+    )
     from .loop import compile_loop
     from .report import Report, explain
     from .saving import safe_globals
@@ -27,6 +34,7 @@ _HOMES = {
     "MustafarError": "errors",
     "NoMemoryError": "errors",
     "NothingMatchedError": "errors",
+    "ReleaseError": "errors",
     "Report": "report",
     "Settings": "settings",
     "StaleCacheError": "errors",
@@ -43,6 +51,7 @@ __all__ = [
     "MustafarError",
     "NoMemoryError",
     "NothingMatchedError",
+    "ReleaseError",
     "Report",
     "Settings",
     "StaleCacheError",

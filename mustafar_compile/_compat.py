@@ -92,6 +92,14 @@ def export_functional(module: torch.nn.Module, fakes: Sequence[Any]) -> tuple[to
         _functorch_back_to(depth)
 
 
+def forbid_storage(storage: torch.UntypedStorage, message: str) -> None:
+    """Let every access to the data of ``storage`` raise RuntimeError with ``message``.
+
+    Probed when it is needed: builds of torch without CUDA do not have it.
+    """
+    _probe("torch._C", "_set_storage_data_ptr_access_error_msg")(storage._cdata, message)
+
+
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The mode that the fake tensors among ``values`` belong to, a context manager."""
     return next(x for x in values if isinstance(x, FakeTensor)).fake_mode

@@ -19,6 +19,7 @@ from .patterns.match import Match, NoMatch, find_matches
 from .patterns.normalise import Functional, normalise
 from .patterns.plan import Compressed, Plan
 from .patterns.rewrite import Rewriter
+from .release import check_releasable
 from .report import record_decompression, record_failure, record_graph, record_untouched
 from .runtime import CompiledCall
 from .settings import Settings, read_options
@@ -78,7 +79,10 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
     matches = [m for m in found if isinstance(m, Match)]
     if not matches and not caches:
         return None
-    plan = Rewriter(functional, compressed, _layout_of(settings), grown_capacity).run(matches)
+    plan = Rewriter(functional, compressed, _layout_of(settings), grown_capacity, settings.release_dense).run(matches)
+    for attached in plan.attached:
+        if attached.releases:
+            check_releasable(example_inputs[attached.index])
     if any(node.target is ops.decompress for node in plan.module.graph.nodes):
         record_decompression(found)
     return plan
@@ -113,6 +117,7 @@ def _context(
         skip_layers=settings.skip_layers,
         dtypes=CACHE_DTYPES,
         max_query_tokens=MAX_QUERY_TOKENS,
+        release_dense=settings.release_dense,
     )
 
 

@@ -19,5 +19,9 @@ class NoMemoryError(MustafarError):
     """The memory of a compressed cache is asked for as if it were dense."""
 
 
+class ReleaseError(MustafarError):
+    """``release_dense`` cannot be honoured for a cache, or a cache that it released is used otherwise."""
+
+
 class NothingMatchedError(MustafarError):
     """``strict`` is on and a graph holds no attention that could be rewritten."""

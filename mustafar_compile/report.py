@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from . import _compat
-from .lowering.layout import Layout, grown_capacity
+from .lowering.layout import MAX_QUERY_TOKENS, Layout, grown_capacity
 from .notices import notify, notify_recompile_limit, open_reports
 from .patterns.match import CacheUpdate, Match, NoMatch
 from .settings import Settings
@@ -141,17 +141,19 @@ def record_graph(
     _record([_entry(m, settings, compressed) for m in found])
 
 
-SHORT_STEP = 16
-"""Query tokens up to which a step is one of generation, and not a prompt."""
+_DENSE_STEP = (
+    "several tokens are taken one by one only under a mask with a row for each, at positions that stand side by side "
+    "and, on a static cache, where they are no more than the window"
+)
 
 
 def record_decompression(found: Sequence[Match | NoMatch]) -> None:
     """Say that a graph decompresses a cache that comes into it, unless that is for a prompt."""
-    missed = [m for m in found if isinstance(m, NoMatch)]
-    long = any(_compat.hint(m.attention.query_length) > SHORT_STEP for m in missed)
-    if long or (found and not missed):
+    dense = [m for m in found if isinstance(m, NoMatch) or m.phase == "prefill"]
+    long = any(_compat.hint(m.attention.query_length) > MAX_QUERY_TOKENS for m in dense)
+    if long or (found and not dense):
         return
-    why = "; ".join(dict.fromkeys(m.reason for m in missed))
+    why = "; ".join(dict.fromkeys(m.reason if isinstance(m, NoMatch) else _DENSE_STEP for m in dense))
     why = why or "a graph break lies between its update and its attention"
     notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
 
@@ -180,7 +182,7 @@ def _record(entries: list[Entry]) -> None:
 def _entry(m: Match | NoMatch, settings: Settings, compressed: Mapping[Node, tuple[int, int]]) -> Entry:
     attention = m.attention
     sizes = [
-        _cache_bytes(update, settings.sparsity(role), settings.window, isinstance(m, Match), compressed)
+        _cache_bytes(update, role, settings, isinstance(m, Match), compressed)
         for role, update in (("key", m.key), ("value", m.value))
         if update is not None
     ]
@@ -191,7 +193,7 @@ def _entry(m: Match | NoMatch, settings: Settings, compressed: Mapping[Node, tup
 
 
 def _cache_bytes(
-    update: CacheUpdate, sparsity: float, window: int, matched: bool, compressed: Mapping[Node, Any]
+    update: CacheUpdate, role: str, settings: Settings, matched: bool, compressed: Mapping[Node, Any]
 ) -> tuple[int, int]:
     """(dense, stored) bytes of the cache after the update, at the sizes the graph was compiled with."""
     value = update.node.meta["val"]
@@ -202,6 +204,7 @@ def _cache_bytes(
     if not matched and update.base not in compressed:
         return dense, dense
     capacity = grown_capacity(tokens) if update.grows else tokens
-    stored = Layout.of(shape[3], sparsity, window).stored_bytes(shape[0], heads, capacity, itemsize)
-    kept_dense = not update.grows and update.base is not None and update.base not in compressed
-    return dense, stored + (dense if kept_dense else 0)
+    layout = Layout.of(shape[3], settings.sparsity(role), settings.window)
+    stored = layout.stored_bytes(shape[0], heads, capacity, itemsize)
+    of_caller = not update.grows and update.base is not None and update.base not in compressed
+    return dense, stored + (dense if of_caller and not settings.release_dense else 0)

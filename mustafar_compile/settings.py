@@ -17,6 +17,8 @@ class Settings:
     skip_layers: numbers of the attention layers that are left dense, counted from 0.
     strict: raise NothingMatchedError for a graph in which no attention could be rewritten. A graph with neither
         attention nor parameters (a sampling helper, say) is not judged.
+    release_dense: give back the CUDA memory of dense caches of the caller once they are compressed. ReleaseError is
+        raised where it cannot be given back; whatever else touches such a cache later raises RuntimeError.
     """
 
     key_sparsity: float = 0.5
@@ -24,13 +26,16 @@ class Settings:
     window: int = 32
     skip_layers: frozenset[int] = field(default_factory=frozenset)
     strict: bool = False
+    release_dense: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key_sparsity", "value_sparsity"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
         _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
-        _check("strict", self.strict, isinstance(self.strict, bool), "True or False")
+        for name in ("strict", "release_dense"):
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, bool), "True or False")
         layers = self.skip_layers
         iterable = isinstance(layers, set | frozenset | list | tuple | range)
         accepted = iterable and all(_is_count(layer) and layer >= 0 for layer in layers)

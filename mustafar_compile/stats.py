@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attached import find_state
 from .cache import CompressedKV, storage_bytes
+from .release import is_released
 from .text import bytes_text
 
 
@@ -43,7 +44,8 @@ def cache_stats(past_key_values: Any) -> CacheStats:
 
     past_key_values: a transformers Cache, nested tuples, lists or dicts of tensors, or a module whose buffers are the
     cache. Tensors of other than four dimensions are passed over. A dense cache with attached compressed state
-    counts with both. Raises TypeError where no cache tensor is found. Reads device counters of static caches.
+    counts with both, unless its dense memory was released. Raises TypeError where no cache tensor is found. Reads
+    device counters of static caches.
     """
     tensors = list({id(t): t for t in _cache_tensors(past_key_values)}.values())
     if not tensors:
@@ -87,5 +89,6 @@ def _holding(tensor: Tensor) -> tuple[int, list[Tensor], bool]:
         return tokens, tensor.buffers, True
     state = find_state(tensor)
     if state is not None:
-        return int(state.buffers["counts"][0]), [tensor, *state.buffers.values()], True
+        dense = [] if is_released(tensor) else [tensor]
+        return int(state.buffers["counts"][0]), [*dense, *state.buffers.values()], True
     return tensor.shape[2], [tensor], False

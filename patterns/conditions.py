@@ -23,7 +23,8 @@ class Context:
     windows: placeholders that hold a compressed cache, each with its window. window: that of new ones.
     parameters: placeholders that hold a parameter. unwatchable: placeholders whose writes from outside could not be
     noticed (inference tensors). skip_layers: layers to leave dense. dtypes: what a cache may hold.
-    max_query_tokens: how many query tokens a decode step may have.
+    max_query_tokens: how many query tokens a decode step may have. release_dense: whether buffers of the caller are
+    kept as compressed state alone.
     """
 
     windows: Mapping[Node, int]
@@ -33,6 +34,7 @@ class Context:
     skip_layers: Collection[int]
     dtypes: Collection[torch.dtype]
     max_query_tokens: int
+    release_dense: bool
 
 
 class Reason(Exception):
@@ -59,7 +61,7 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
     in_place = written_back or update.grows or update.base is None
     require(in_place, "the updated cache is a new tensor and is not written back to its buffer")
     require(
-        update.batch is None or not (update.grows or update.base in context.windows),
+        update.batch is None or not (update.grows or update.base in context.windows or context.release_dense),
         "only a part of the batch of the cache is used",
     )
     require(

@@ -56,7 +56,7 @@ def _check_beginning(attention: Attention, key: CacheUpdate) -> None:
 
 def _check_chunk(attention: Attention, key: CacheUpdate, context: Context) -> None:
     """Several tokens on top of a cache: it is stored compressed, again or for the first time, so it must be theirs."""
-    if key.grows or key.base in context.windows:
+    if key.grows or key.base in context.windows or context.release_dense:
         require(attention.is_causal or attention.mask is not None, "its attention is not causal")
         own = same_size(key.new.meta["val"].shape[key.tokens_dim], attention.query_length)
         require(own, "its keys are not those of the query's own tokens, as in cross-attention")

@@ -75,7 +75,7 @@ class Attached:
 
     index: its argument. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]. shape: [B, H, S, D] as the graph sees it,
     sizes may be symbolic. kept, window: the layout. batch: the rows in use. position: maps the original arguments to
-    the position of the new token.
+    the position of the new token. releases: whether its dense memory is given back, since the graph does not use it.
     """
 
     index: int
@@ -85,6 +85,7 @@ class Attached:
     window: int
     batch: int | Argument
     position: GraphModule
+    releases: bool
 
 
 Input = Argument | Buffer | AttachedBuffer | Size

@@ -30,6 +30,7 @@ class Rewriter:
     compressed: placeholders that hold a compressed cache, each with its (kept, window).
     layout_of: role ("key" or "value") and head_dim -> (kept, window) of a cache to be compressed.
     capacity_of: tokens -> compressed slots of a growing cache.
+    release_dense: whether the compressed state of a buffer of the caller is all that the graph may use of it.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Rewriter:
         compressed: Mapping[Node, tuple[int, int]],
         layout_of: Callable[[str, int], tuple[int, int]],
         capacity_of: Callable[[Any], Any],
+        release_dense: bool,
     ) -> None:
         self.functional = functional
         self.graph: Graph = functional.graph
-        self.compressed = compressed
+        self.compressed = dict(compressed)
         self.layout_of = layout_of
         self.capacity_of = capacity_of
+        self.release_dense = release_dense
         self.index = {node: i for i, node in enumerate(functional.placeholders)}
         self.inputs: dict[Node, Input] = {node: Argument(i) for node, i in self.index.items()}
         self.names = [r.name for r in ops.compress.default._schema.returns]
@@ -51,10 +54,14 @@ class Rewriter:
         self.replaced: dict[Node, Extended | tuple[list[Node], bool]] = {}  # outputs that become compressed caches
         self.written: set[Node] = set()  # compressed placeholders whose mutation happens inside an op
         self.attached: list[Attached] = []
+        self.tokens_dim: dict[Node, int] = {}  # of attached placeholders
 
     def run(self, matches: list[Match]) -> Plan:
         for placeholder in self.compressed:
             self._add_buffers(placeholder, Buffer)
+        if self.release_dense:
+            for match in matches:
+                self._take_over(match)
         for match in matches:
             (self._decode if match.phase == "decode" else self._prefill)(match)
         self._keep_escaping_caches_compressed()
@@ -155,7 +162,11 @@ class Rewriter:
         row, dtype = update.new, update.node.meta["val"].dtype
         if row.meta["val"].dtype != dtype:
             row = self._call(aten._to_copy.default, row, dtype=dtype)
-        return self._call(aten.permute.default, row, [0, 2, 1, 3]) if update.tokens_dim == 1 else row
+        return self._swapped(row, update.tokens_dim)
+
+    def _swapped(self, node: Node, tokens_dim: int) -> Node:
+        """``node`` between [B, S, H, D] and [B, H, S, D]; as it is where ``tokens_dim`` says that the cache is so."""
+        return self._call(aten.permute.default, node, [0, 2, 1, 3]) if tokens_dim == 1 else node
 
     def _state(self, update: CacheUpdate, role: str, position: Node | None) -> list[Node]:
         """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
@@ -174,19 +185,31 @@ class Rewriter:
             self.replaced[update.node] = (buffers, True)
             return buffers
         if base not in self.buffers:
-            self._add_buffers(base, AttachedBuffer)
             self._attach(update, layout, position)
         return self.buffers[base]
+
+    def _take_over(self, match: Match) -> None:
+        """Make the buffers of the caller that ``match`` writes inputs like any compressed cache."""
+        for role, update in (("key", match.key), ("value", match.value)):
+            if update.base is None or update.grows or update.base in self.compressed:
+                continue
+            layout = self.layout_of(role, update.node.meta["val"].shape[-1])
+            with self.graph.inserting_before(update.node):
+                self._attach(update, layout, self._first_position(update))
+            self.compressed[update.base] = layout
 
     def _attach(self, update: CacheUpdate, layout: tuple[int, int], position: Node | None) -> None:
         assert update.base is not None
         assert position is not None
+        self._add_buffers(update.base, AttachedBuffer)
+        self.tokens_dim[update.base] = update.tokens_dim
         shape = list(update.node.meta["val"].shape)
         if update.tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
         batch, state_position = self._known_size(shape[0]), self._extract(position)
+        index, tokens_dim = self.index[update.base], update.tokens_dim
         self.attached.append(
-            Attached(self.index[update.base], update.tokens_dim, tuple(shape), *layout, batch, state_position)
+            Attached(index, tokens_dim, tuple(shape), *layout, batch, state_position, self.release_dense)
         )
 
     def _count(self, update: CacheUpdate) -> int | Argument:
@@ -234,10 +257,11 @@ class Rewriter:
         self.written.add(update.base)
 
     def _compress_new(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
-        length = self._size(dense, 2)
+        length = self._size(dense, update.tokens_dim)
         if update.grows:
             return self._compress(dense, self._tokens(length, dense), layout, self._growing_capacity(length))
-        return self._compress(dense, self._written_tokens(update), layout, length)
+        rows = self._swapped(dense, update.tokens_dim)
+        return self._compress(rows, self._written_tokens(update), layout, length)
 
     def _written_tokens(self, update: CacheUpdate) -> Node:
         """Tokens in a static cache after a write: one more than the last position."""
@@ -268,9 +292,11 @@ class Rewriter:
             user.replace_all_uses_with(self._logical_size(placeholder, user.args[1]))
             self.graph.erase_node(user)
         if placeholder.users:
-            length = self._logical_size(placeholder, 2)
+            tokens_dim = self.tokens_dim.get(placeholder, 2)
+            length = self._logical_size(placeholder, tokens_dim)
             with self.graph.inserting_before(self._first_use(placeholder)):
                 dense = self._call(ops.decompress.default, *self.buffers[placeholder], length)
+                dense = self._call(aten.contiguous.default, self._swapped(dense, tokens_dim))
             placeholder.replace_all_uses_with(dense)
 
     def _first_use(self, placeholder: Node) -> Node:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import shutil
 import subprocess
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from models import hf_model, prompt
-from mustafar_compile import cache_stats, explain
+from models import BufferModel, hf_model, prompt
+from mustafar_compile import ReleaseError, cache_stats, explain
 from mustafar_compile.lowering import kernels
 from mustafar_compile.lowering.layout import Layout, grown_capacity
+from mustafar_compile.release import release
 from reference import pruned_generation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -137,6 +141,119 @@ def test_prefill_never_holds_the_dense_cache_of_all_layers(how):
     tokens = grown_capacity(4000) if how == {} else 4001
     compressed = 8 * 2 * Layout.of(64, 0.7, 32).stored_bytes(2, 2, tokens, 2)
     assert peaks[12] - peaks[4] <= compressed * 1.03
+
+
+def static_cache(model, slots, batch=2):
+    """A static cache that belongs to the caller: allocated, dense, before anything is compiled."""
+    from transformers import StaticCache
+
+    cache, config = StaticCache(config=model.config, max_cache_len=slots), model.config
+    sizes = {"num_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+    cache.early_initialization(batch_size=batch, **sizes, dtype=model.dtype, device=model.device)
+    return cache
+
+
+@pytest.mark.parametrize("cudagraphs", [False, True])
+def test_release_generates_what_the_oracle_does_in_two_turns(cudagraphs):
+    """The second turn is a prompt over released caches."""
+    from transformers import DynamicCache
+
+    def generate(model, cache):
+        call = {"max_new_tokens": 10, "do_sample": False, "past_key_values": cache}
+        first = model.generate(**on_gpu(prompt()), **call)
+        more = torch.cat([first, prompt(length=20, seed=2)["input_ids"].cuda()], 1)
+        return model.generate(input_ids=more, attention_mask=torch.ones_like(more), **call)
+
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = generate(hf_model().cuda(), DynamicCache())
+    model = hf_model().cuda()
+    cache = static_cache(model, slots=64)
+    options = {"window": WINDOW, "release_dense": True, "triton.cudagraphs": cudagraphs}
+    model.compile(backend="mustafar", options=options)
+    assert torch.equal(generate(model, cache), expected)
+    assert cache_stats(cache).stored_bytes == 4 * Layout.of(16, 0.5, WINDOW).stored_bytes(2, 2, 64, 4)
+    with pytest.raises(RuntimeError, match="release_dense=True"):
+        cache.reset()
+
+
+def test_release_gives_the_memory_back_to_the_allocator():
+    """The prefill is eager and fills the cache densely; the first decode step compresses it."""
+    from transformers import CompileConfig
+
+    model = hf_model(**KERNEL_SHAPE, num_hidden_layers=4).cuda().to(torch.bfloat16)
+    options = {"key_sparsity": 0.7, "value_sparsity": 0.7, "release_dense": True}
+    call = {
+        "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "cache_implementation": "static",
+        "compile_config": CompileConfig(backend="mustafar", mode=None, options=options),
+    }  # fmt: skip
+    inputs = on_gpu(prompt(length=4000))
+    model.generate(**inputs, **call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    cache = model.generate(**inputs, **call).past_key_values
+    torch.cuda.synchronize()
+    added, formula = torch.cuda.memory_allocated() - before, 8 * Layout.of(64, 0.7, 32).stored_bytes(2, 2, 4003, 2)
+    assert cache_stats(cache).stored_bytes == formula
+    assert formula <= added <= formula * 1.03
+
+
+TOUCHES = {
+    "read": lambda cache, view: cache.sum(),
+    "read by attention": lambda cache, view: F.scaled_dot_product_attention(cache, cache, cache),
+    "write": lambda cache, view: cache.zero_(),
+    "write rows": lambda cache, view: cache.index_copy_(2, torch.tensor([1]).cuda(), torch.ones(2, 2, 1, 16).cuda()),
+    "write many": lambda cache, view: torch._foreach_add_([cache], 1.0),
+    "old view": lambda cache, view: view + 1,
+    "write through an old view": lambda cache, view: view.fill_(1),
+    "new view": lambda cache, view: cache[:, :, 2:4].clone(),
+    "print": lambda cache, view: print(cache),
+    "move": lambda cache, view: cache.cpu(),
+    "copy": lambda cache, view: torch.empty_like(cache).copy_(cache),
+    "deepcopy": lambda cache, view: copy.deepcopy(cache),
+    "deepcopy of an old view": lambda cache, view: copy.deepcopy([view]),
+    "save": lambda cache, view: torch.save(cache, io.BytesIO()),
+    "address": lambda cache, view: cache.data_ptr(),
+    "storage": lambda cache, view: cache.untyped_storage().cpu(),
+    "grow the storage": lambda cache, view: [cache.untyped_storage().resize_(1 << 16), cache.sum()],
+    "compiled": lambda cache, view: torch.compile(lambda x: x * 2)(cache),
+    "compiled write": lambda cache, view: torch.compile(lambda x: x.mul_(2))(cache),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES)
+def test_release_lets_a_later_touch_raise_and_the_context_live(touch):
+    cache = torch.ones(2, 2, 48, 16, device="cuda")
+    view = cache.transpose(1, 2)[:, 3:]
+    release(cache)
+    with pytest.raises(RuntimeError, match="release_dense=True"):
+        touch(cache, view)
+    assert (torch.ones(1000, device="cuda") * 2).sum().item() == 2000
+
+
+def test_release_of_caches_that_share_memory_is_refused():
+    torch.manual_seed(0)
+    model = BufferModel().cuda()
+    model.k_cache, model.v_cache = torch.ones(2, *model.k_cache.shape, device="cuda")
+    step = torch.compile(model.step, backend="mustafar", options={"window": WINDOW, "release_dense": True})
+    with pytest.raises(Exception, match="contiguous and alone in their memory") as caught:
+        step(torch.randn(2, 1, 32, device="cuda"), torch.tensor([3], device="cuda"))
+    assert ReleaseError.__name__ in str(caught.value)
+    assert (model.k_cache == 1).all()
+    assert (model.v_cache == 1).all()
+
+
+def test_release_again_after_the_caller_gives_new_memory():
+    torch.manual_seed(0)
+    model = BufferModel().cuda()
+    options = {"key_sparsity": 0.0, "value_sparsity": 0.0, "window": WINDOW}
+    step = torch.compile(model.step, backend="mustafar", options=options | {"release_dense": True})
+    x, position = torch.randn(2, 1, 32, device="cuda"), torch.tensor([3], device="cuda")
+    step(x, position)
+    for cache in (model.k_cache, model.v_cache):
+        cache.data = torch.randn(cache.shape, device="cuda")
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(step(x, position), twin.step(x, position), rtol=1e-4, atol=1e-5)
+    assert model.k_cache.untyped_storage().nbytes() == model.v_cache.untyped_storage().nbytes() == 0
 
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")

@@ -22,6 +22,7 @@ def test_the_defaults_are_the_papers():
     assert (settings.key_sparsity, settings.value_sparsity, settings.window) == (0.5, 0.5, 32)
     assert settings.skip_layers == frozenset()
     assert settings.strict is False
+    assert settings.release_dense is False
 
 
 @pytest.mark.parametrize("name", ["key_sparsity", "value_sparsity"])
@@ -39,10 +40,11 @@ def test_windows_that_are_refused(value):
     assert f"window={value!r} " in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["strict", "release_dense"])
 @pytest.mark.parametrize("value", [0, 1, None, "yes", []])
-def test_strict_is_true_or_false(value):
-    with pytest.raises(ValueError, match=r"strict=.* is not accepted; it must be True or False$"):
-        Settings(strict=value)
+def test_switches_are_true_or_false(name, value):
+    with pytest.raises(ValueError, match=rf"{name}=.* is not accepted; it must be True or False$"):
+        Settings(**{name: value})
 
 
 @pytest.mark.parametrize("value", [3, "3", "01", None, [-1], [1.0], ["1"], [True], {0: 1}, [[1]], [None], {1.5}])
