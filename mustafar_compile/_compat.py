@@ -92,12 +92,20 @@ def export_functional(module: torch.nn.Module, fakes: Sequence[Any]) -> tuple[to
         _functorch_back_to(depth)
 
 
-def forbid_storage(storage: torch.UntypedStorage, message: str) -> None:
-    """Let every access to the data of ``storage`` raise RuntimeError with ``message``.
+# Builds of torch without CUDA lack what the next two need, so that is probed only then.
 
-    Probed when it is needed: builds of torch without CUDA do not have it.
-    """
-    _probe("torch._C", "_set_storage_data_ptr_access_error_msg")(storage._cdata, message)
+
+def is_allocated_by_torch(storage: torch.UntypedStorage) -> bool:
+    """Whether the CUDA memory of ``storage`` comes from torch's allocator."""
+    return _probe("torch._C", "_has_Standard_Deleter")(storage._cdata)
+
+
+def free_storage(storage: torch.UntypedStorage, message: str) -> None:
+    """Free the CUDA memory of ``storage``. Every later access to it raises RuntimeError with ``message``."""
+    free = _probe("torch._C", "_free_And_Remove_DeleterFn")
+    forbid = _probe("torch._C", "_set_storage_data_ptr_access_error_msg")
+    free(storage._cdata)
+    forbid(storage._cdata, message)
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:

@@ -52,9 +52,9 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
     if is_released(dense):
         if not (fits and attached.releases):
             raise ReleaseError(
-                "a KV cache whose dense memory was given back is used by a step compiled without release_dense, with "
-                "another sparsity or window, or through another tensor; accepted is the same tensor with the same "
-                "settings. Take a new cache"
+                "a KV cache whose dense memory was given back is used through another tensor, or by a step compiled "
+                "without release_dense or with another sparsity or window; accepted are the tensor and the settings "
+                "with which it was compressed. Take a new cache"
             )
         return state
     if not fits or attached.releases or state.version != dense._version:

@@ -1,11 +1,10 @@
 """Giving back the memory of dense caches that belong to the caller, where ``release_dense`` asks for it.
 
-A released tensor keeps its shape, but its storage is empty and refuses access. So it is told by its storage.
+A released tensor keeps its shape and, in name, its storage, which refuses access. It is the storage that is marked: the
+caller may give the tensor new memory.
 """
 
 from __future__ import annotations
-
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ _RELEASED = (
     "compile without release_dense"
 )
 
+_MARK = "_mustafar_released"
+
 
 def check_releasable(dense: Tensor) -> None:
     """Raise ReleaseError unless the memory of ``dense`` can be given back without a loss for any other tensor."""
@@ -29,18 +30,18 @@ def check_releasable(dense: Tensor) -> None:
             f"release_dense frees CUDA memory only, and a KV cache is on {dense.device}; move the model and its cache "
             "to a CUDA device, or leave release_dense out"
         )
-    held, own = dense.untyped_storage().nbytes(), dense.numel() * dense.element_size()
-    if held != own or not dense.is_contiguous():
+    storage, own = dense.untyped_storage(), dense.numel() * dense.element_size()
+    if storage.nbytes() != own or not dense.is_contiguous() or not _compat.is_allocated_by_torch(storage):
         raise ReleaseError(
-            f"release_dense takes caches that are contiguous and alone in their memory; given is one of {own} bytes "
-            f"with strides {dense.stride()} in an allocation of {held} bytes. Allocate K and V of each layer on their "
-            "own, or leave release_dense out"
+            "release_dense takes caches that are contiguous, allocated by torch and alone in their memory; given is "
+            f"one of {own} bytes with strides {dense.stride()} in {storage.nbytes()} bytes of memory. Allocate K and V "
+            "of each layer on their own, or leave release_dense out"
         )
 
 
 def is_released(dense: Tensor) -> bool:
-    """Whether the memory of ``dense`` was given back."""
-    return dense.numel() > 0 and dense.untyped_storage().nbytes() == 0
+    """Whether the memory of ``dense`` was given back, and the caller has not put new memory in its place."""
+    return getattr(dense.untyped_storage(), _MARK, False)
 
 
 def release(dense: Tensor) -> None:
@@ -51,11 +52,5 @@ def release(dense: Tensor) -> None:
     check_releasable(dense)
     dense.record_stream(torch.cuda.current_stream(dense.device))  # which may still read what is to be reused
     storage = dense.untyped_storage()
-    storage.resize_(0)
-    _compat.forbid_storage(storage, _RELEASED)
-    storage.__deepcopy__ = _refuse_copy  # type: ignore[method-assign]
-
-
-def _refuse_copy(memo: dict[int, Any]) -> NoReturn:
-    """A copy of no bytes touches nothing, and torch would fill it up with whatever the allocator gives."""
-    raise ReleaseError(_RELEASED)
+    _compat.free_storage(storage, _RELEASED)
+    setattr(storage, _MARK, True)

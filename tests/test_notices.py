@@ -90,6 +90,29 @@ def test_a_step_that_cannot_use_the_compressed_cache():
     noticed(report, caught, "decompresses the KV cache each time it runs: layer 0 is listed in skip_layers")
 
 
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_short_step_that_is_not_taken_token_by_token(tokens):
+    """Its mask is the same for all its queries. A prompt is decompressed for in silence."""
+    model, inputs = TupleModel(), embeddings(steps=3)
+    _, past = run(model, torch.compile(model.step, backend="mustafar", options=options(0.5)), inputs)
+
+    def step(x, past):
+        q, k, v = (t.transpose(1, 2) for t in model.project(x))
+        k, v = torch.cat([past[0], k], dim=-2), torch.cat([past[1], v], dim=-2)
+        mask = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+        return model.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)), (k, v)
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as caught, explain() as report:
+        warnings.simplefilter("always")
+        torch.compile(step, backend="mustafar", options=options(0.5))(torch.randn(2, tokens, 32), past)
+    assert [entry.phases for entry in report.matched] == [("prefill",)]
+    if tokens == 3:
+        noticed(report, caught, "decompresses the KV cache each time it runs: several tokens are taken one by one only")
+    else:
+        assert report.notices == []
+
+
 def test_ordinary_generation_says_nothing():
     model, inputs = TupleModel(), embeddings(steps=6)
     with warnings.catch_warnings(), explain() as report:
