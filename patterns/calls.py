@@ -35,11 +35,11 @@ def argument(node: Node, index: int, name: str, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def call_before(place: Node, target: Any, *args: Any) -> Node:
+def call_before(place: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A new call before ``place`` with its fake value. It is dead code until something uses it."""
     with place.graph.inserting_before(place):
-        node = place.graph.call_function(target, args)
-    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
-    with _compat.fake_mode_of(values):
-        node.meta["val"] = target(*values)
+        node = place.graph.call_function(target, args, kwargs)
+    values, named = (torch.fx.map_arg(x, lambda n: n.meta["val"]) for x in (args, kwargs))
+    with _compat.fake_mode_of([n.meta.get("val") for n in place.all_input_nodes]):
+        node.meta["val"] = target(*values, **named)
     return node

@@ -9,7 +9,8 @@ import torch
 from torch.fx import Graph, Node
 
 from .attention import Attention
-from .fused import read_flex, read_sdpa
+from .flex import is_flex, read_flex
+from .fused import read_sdpa
 from .nodes import is_call
 from .spelled_out import SOFTMAX, read_softmax
 
@@ -24,7 +25,7 @@ def _find(graph: Graph) -> Iterator[Attention]:
             found = read_softmax(node)
             if found is not None:
                 yield found
-        elif node.op == "call_function" and "flex_attention" in str(node.target):
+        elif is_flex(node):
             yield read_flex(node)
 
 

@@ -10,7 +10,6 @@ from torch.fx import Node
 from .attention import Attention, Operand
 
 aten = torch.ops.aten
-_FLEX = "flex_attention is not supported; sdpa and eager attention are"
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -42,9 +41,3 @@ def _sdpa_problem(query: Node, dropout: float) -> str | None:
     if query.meta["val"].dim() != 4:
         return f"the query has {query.meta['val'].dim()} dimensions; accepted are [B, H, L, D]"
     return "dropout is active" if dropout else None
-
-
-def read_flex(node: Node) -> Attention:
-    query, key, value = node.args[:3]
-    operands = _operands(query, key, value)
-    return Attention(node, query, *operands, key_reader=node, problem=_FLEX)

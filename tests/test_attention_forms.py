@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from architectures import measure
 from compilers import without_inductor
-from models import TupleModel, hf_model, prompt, pruned_steps, run_steps
+from models import TupleModel, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, explain
 from reference import pruned_cache
 
@@ -340,15 +340,3 @@ def test_models_with_a_form_of_their_own(name, cache, found, compressed):
     outcome = measure(name, "eager", cache)
     assert (outcome.found, outcome.compressed, outcome.error) == (found, compressed, "")
     assert not outcome.is_wrong
-
-
-def test_flex_attention_runs_as_it_is_and_says_so():
-    expected = hf_model().generate(**prompt(), max_new_tokens=2, do_sample=False)
-    model = hf_model()
-    model.set_attn_implementation("flex_attention")
-    with without_inductor(), explain() as report:
-        model.compile(backend="mustafar")
-        assert torch.equal(model.generate(**prompt(), max_new_tokens=2, do_sample=False), expected)
-    assert {entry.reason for entry in report.missed} == {
-        "flex_attention is not supported; sdpa and eager attention are"
-    }

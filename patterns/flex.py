@@ -1,0 +1,144 @@
+"""Flex attention: its mask function and its lists of blocks, written out as one boolean mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .attention import Attention, Operand
+from .calls import call_before
+from .nodes import is_call
+from .symbols import same_size
+
+aten = torch.ops.aten
+_OF_SCALARS = (  # beside those with torch's pointwise tag
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.index.Tensor,
+    aten.new_ones.default,
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+)
+
+
+class _Unreadable(Exception):
+    """Why a flex attention cannot be written as a product, a softmax and a mask."""
+
+
+def is_flex(node: Node) -> bool:
+    return node.op == "call_function" and "flex_attention" in str(node.target)
+
+
+def read_flex(node: Node) -> Attention:
+    """The attention that a call of flex attention is."""
+    query, key, value, score_mod, block_mask, scale = node.args[:6]
+    sizes = tuple(query.meta["val"].shape[:2])
+    operands = [Operand(x, (0, 1), sizes, 2, 3) for x in (key, value)]
+    try:
+        result = _result(node)
+        if not _returns_its_score(_function(score_mod)):
+            raise _Unreadable("flex_attention changes its scores by a function")
+        return Attention(result, query, *operands, key_reader=node, scale=float(scale), mask=_mask(node, block_mask))
+    except _Unreadable as problem:
+        return Attention(node, query, *operands, key_reader=node, problem=str(problem))
+
+
+def _result(node: Node) -> Node:
+    """The only one of the results that may be used: the others are of the dense scores."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].args[1] != 0:
+        raise _Unreadable("the sums of the weights of flex_attention are used")
+    return users[0]
+
+
+def _function(node: Node) -> GraphModule:
+    return getattr(node.graph.owning_module, node.target)
+
+
+def _returns_its_score(score_mod: GraphModule) -> bool:
+    score = next(iter(score_mod.graph.nodes))
+    return score_mod.graph.output_node().args[0] is score
+
+
+def _mask(node: Node, block_mask: tuple[Any, ...]) -> Node:
+    """True where a query attends: in full blocks, and where the mask function says so in those that are listed.
+
+    Blocks in neither list are masked whatever the function says.
+    """
+    query_length, key_length, counts, blocks, full_counts, full_blocks = block_mask[:6]
+    *_, query_block, key_block, mask_mod = block_mask
+    _check_lengths(node, query_length, key_length)
+    row, column = (_arange(node, length) for length in (query_length, key_length))
+    of_row = call_before(node, aten.floor_divide.default, row, query_block)
+    of_column = call_before(node, aten.floor_divide.default, column, key_block)
+    mask = _inlined(node, mask_mod, row, column)
+    mask = call_before(node, aten.logical_and.default, mask, _listed(node, counts, blocks, of_row, of_column))
+    if full_counts is None:
+        return mask
+    full = _listed(node, full_counts, full_blocks, of_row, of_column)
+    return call_before(node, aten.logical_or.default, mask, full)
+
+
+def _check_lengths(node: Node, *lengths: Any) -> None:
+    sizes = (x.meta["val"].shape[2] for x in node.args[:2])
+    if not all(same_size(length, size) for length, size in zip(lengths, sizes, strict=True)):
+        raise _Unreadable("the mask of flex_attention is of another length than its queries and keys")
+
+
+def _arange(place: Node, end: Any) -> Node:
+    return call_before(place, aten.arange.default, end, device=place.args[0].meta["val"].device)
+
+
+def _listed(place: Node, counts: Node, blocks: Node, of_row: Node, of_column: Node) -> Node:
+    """[B or 1, Hq or 1, L, S]: whether the block of a query and a key is in a list.
+
+    counts: [B or 1, Hq or 1, N], how many of ``blocks`` [B or 1, Hq or 1, N, M] hold for each block of queries; the
+    others may be anything. of_row, of_column: the block of each query, of each key.
+    """
+    slot = _arange(place, blocks.meta["val"].shape[-1])
+    holds = call_before(place, aten.lt.Tensor, slot, call_before(place, aten.unsqueeze.default, counts, -1))
+    holds, blocks = (call_before(place, aten.index_select.default, x, 2, of_row) for x in (holds, blocks))
+    holds, blocks = (call_before(place, aten.unsqueeze.default, x, -2) for x in (holds, blocks))
+    same = call_before(place, aten.eq.Tensor, blocks, call_before(place, aten.unsqueeze.default, of_column, -1))
+    return call_before(place, aten.any.dim, call_before(place, aten.logical_and.default, same, holds), -1)
+
+
+def _inlined(node: Node, mask_mod: Node, row: Node, column: Node) -> Node:
+    """The mask function, which takes and gives single numbers, on all of them at once: they broadcast.
+
+    Four numbers come first: row of the batch, head, query and key.
+    """
+    numbers = (*(_arange(node, size) for size in _leading(node)), row, column)
+    inputs = [
+        call_before(node, aten.view.default, x, [-1 if dim == own else 1 for dim in range(4)])
+        for own, x in enumerate(numbers)
+    ]
+    inputs += node.args[8]
+    graph = _function(mask_mod).graph
+    given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for inner in graph.nodes:
+        if inner.op == "call_function":
+            _check(inner)
+            args, kwargs = (torch.fx.map_arg(x, given.__getitem__) for x in (inner.args, inner.kwargs))
+            given[inner] = call_before(node, inner.target, *args, **kwargs)
+    return given[graph.output_node().args[0]]
+
+
+def _leading(node: Node) -> tuple[Any, ...]:
+    sizes = tuple(node.args[0].meta["val"].shape[:2])
+    if not all(isinstance(size, int) for size in sizes):
+        raise _Unreadable("flex_attention over a batch of varying size")
+    return sizes
+
+
+def _check(inner: Node) -> None:
+    """Only what works on single numbers means the same on all of them at once."""
+    known = is_call(inner, *_OF_SCALARS) or torch.Tag.pointwise in getattr(inner.target, "tags", ())
+    value = inner.meta.get("val")
+    if not known or not isinstance(value, torch.Tensor) or value.dim():
+        raise _Unreadable(f"the mask function of flex_attention calls {inner.target}, which is not supported")

@@ -1,0 +1,130 @@
+"""flex_attention over a cache: its mask function and its lists of blocks must come out as one mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from compilers import without_inductor
+from models import full_attention_layers, hf_model, prompt
+from mustafar_compile import CompressedKV, explain
+from reference import pruned_generation, reference_attention
+
+BATCH, HEADS, KV_HEADS, PAST, DIM, WINDOW = 2, 4, 2, 300, 16, 4
+TOKENS = PAST + 1
+HIDDEN = torch.tensor([7, 140])  # tokens at the front that each row must not see
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def step(q, k, v, past, block_mask, **how):
+    k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True, **how), (k, v)
+
+
+def inputs():
+    torch.manual_seed(0)
+    q = torch.randn(BATCH, HEADS, 1, DIM)
+    k, v = torch.randn(2, BATCH, KV_HEADS, 1, DIM)
+    return q, k, v, tuple(torch.randn(2, BATCH, KV_HEADS, PAST, DIM))
+
+
+def compiled(block_mask, forward=step):
+    with without_inductor(), explain() as report:
+        out, caches = torch.compile(forward, backend="mustafar", options={"window": WINDOW})(*inputs(), block_mask)
+    return out, caches, report
+
+
+def check(block_mask, visible):
+    """``visible``: boolean, broadcastable to [B, Hq, 1, S]."""
+    out, caches, report = compiled(block_mask)
+    assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
+    assert all(isinstance(x, CompressedKV) for x in caches)
+    q, k, v, past = inputs()
+    k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
+    torch.testing.assert_close(out, reference_attention(q, k, v, 0.5, 0.5, WINDOW, visible))
+
+
+def behind_padding(b, h, q, kv):
+    return kv >= HIDDEN[b]
+
+
+def of_each_head(b, h, q, kv):
+    return (kv + h) % 3 > 0
+
+
+def masked(mask_mod, **how):
+    return create_block_mask(mask_mod, BATCH, HEADS, 1, TOKENS, device="cpu", **how)
+
+
+def test_a_mask_that_reads_a_tensor():
+    tokens = torch.arange(TOKENS)
+    check(masked(behind_padding), (tokens >= HIDDEN[:, None])[:, None, None])
+
+
+def test_a_mask_for_each_head():
+    tokens, heads = torch.arange(TOKENS), torch.arange(HEADS)[:, None, None]
+    check(masked(of_each_head, BLOCK_SIZE=32), (tokens + heads) % 3 > 0)
+
+
+def test_blocks_that_are_not_listed_are_masked():
+    """The function alone would allow all of them; unused places of a list hold anything."""
+    counts = torch.tensor([2, 1], dtype=torch.int32).view(BATCH, 1, 1)
+    blocks = torch.tensor([[0, 2, 1], [1, 0, 2]], dtype=torch.int32).view(BATCH, 1, 1, 3)
+    block_mask = BlockMask.from_kv_blocks(counts, blocks, seq_lengths=(1, TOKENS), compute_q_blocks=False)
+    block = torch.arange(TOKENS) // 128
+    check(block_mask, torch.stack([block != 1, block == 1])[:, None, None])
+
+
+def test_the_function_is_not_asked_in_full_blocks():
+    counts, blocks = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 3, dtype=torch.int32)
+    block_mask = BlockMask.from_kv_blocks(
+        counts, blocks, counts, blocks + 2, mask_mod=of_each_head, seq_lengths=(1, TOKENS), compute_q_blocks=False
+    )
+    tokens, heads = torch.arange(TOKENS), torch.arange(HEADS)[:, None, None]
+    check(block_mask, ((tokens + heads) % 3 > 0) & (tokens < 128) | (tokens >= 256))
+
+
+def halved(score, b, h, q, kv):
+    return score / 2
+
+
+TABLE = torch.ones(4, 5)
+
+
+def row_of_table(b, h, q, kv):
+    return TABLE[kv % 4].sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("mask_mod", "score_mod", "reason"),
+    [
+        (behind_padding, halved, "flex_attention changes its scores by a function"),
+        (row_of_table, None, "the mask function of flex_attention calls aten.index.Tensor, which is not supported"),
+    ],
+)
+def test_what_is_not_written_out(mask_mod, score_mod, reason):
+    def forward(*args):
+        return step(*args, score_mod=score_mod)
+
+    out, _, report = compiled(masked(mask_mod), forward)
+    assert {entry.reason for entry in report.missed} == {reason}
+    torch.testing.assert_close(out, forward(*inputs(), masked(mask_mod))[0])
+
+
+def test_generation():
+    """With a growing cache: transformers itself does not generate over a static one."""
+    how = {"max_new_tokens": 4, "do_sample": False}
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = hf_model().generate(**prompt(padded=True), **how)
+    model = hf_model()
+    model.set_attn_implementation("flex_attention")
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options={"window": WINDOW})
+        assert torch.equal(model.generate(**prompt(padded=True), **how), expected)
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * full_attention_layers(model)
