@@ -187,7 +187,7 @@ def test_cache_stats_of_a_tuple():
     stats = cache_stats(past)
     assert (stats.tokens, stats.tensors, stats.compressed_tensors) == (701, 2, 2)
     assert stats.stored_bytes == sum(b.untyped_storage().nbytes() for t in past for b in t.buffers)
-    assert stats.ratio < 0.65
+    assert stats.ratio < 0.67
 
 
 def greedy(model, ids, steps, eos=None):
