@@ -2,6 +2,7 @@
 
 FUZZ_EXAMPLES is how far the long profile searches. A property takes so many examples, or half or a quarter where
 each compiles a model. 2000 gives `make fuzz` 13,500 examples, 1,500 of them models, and 2,000 stateful runs.
+FUZZ_SHARDS splits the slow ones into so many tests, for as many processes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=20, derandomize="CI" in os.environ, **_COMMON)
 settings.register_profile("long", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), **_COMMON)
+SHARDS = int(os.environ.get("FUZZ_SHARDS", "1"))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import io
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from cases import randn
-from mustafar_compile import CompressedKV
+import mustafar_compile
+from cases import query_counts, randn, seeds
+from conftest import SHARDS
+from live_caches import Live, Shape
+from mustafar_compile import CompressedKV, CompressedWriteError, StaleCacheError
 from mustafar_compile.lowering import ops
-from reference import kept_count, prune, reference_attention
+from reference import reference_attention
 
-COPIES = [copy.deepcopy, torch.clone, lambda kv: kv.to("cpu", copy=True)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+LARGEST_BATCH = 6
 
-seeds = st.integers(0, 2**31)
 lengths = st.one_of(st.integers(1, 8), st.integers(25, 40), st.integers(60, 75))  # around blocks and capacities, too
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What does not change while a cache lives: KV heads, query heads for each, head dims, dtype, settings."""
-
-    heads: int
-    group: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    key_sparsity: float
-    value_sparsity: float
-    window: int
-
-
+rewinds = st.sampled_from([0, 0, 0, 0, 1, 3, 15, 16, 17, 40])
+picks = st.lists(st.integers(0, LARGEST_BATCH - 1), min_size=1, max_size=LARGEST_BATCH)
+mask_kinds = st.sampled_from(["none", "boolean", "by head", "additive"])
 shapes = st.builds(
     Shape,
     heads=st.integers(1, 3),
@@ -50,71 +48,42 @@ shapes = st.builds(
 )
 
 
-@dataclass
-class Rows:
-    """The oracle of one cache tensor: all rows [B, H, n, D] exact, of which those before ``held`` cannot come back."""
-
-    exact: torch.Tensor
-    sparsity: float
-    window: int
-    held: int = 0
-
-    def dense(self) -> torch.Tensor:
-        pruned = max(self.held, self.exact.shape[2] - self.window)
-        kept = kept_count(self.exact.shape[3], self.sparsity)
-        return torch.cat([prune(self.exact[:, :, :pruned], kept), self.exact[:, :, pruned:]], dim=2)
-
-    def written(self, rows: torch.Tensor, at: int) -> Rows:
-        """With ``rows`` at position ``at`` and nothing behind."""
-        exact = torch.cat([self.exact[:, :, :at], rows], dim=2)
-        return replace(self, exact=exact, held=max(min(self.held, at), exact.shape[2] - self.window, 0))
-
-    def recompressed(self, rows: torch.Tensor) -> Rows:
-        """With ``rows`` behind, by way of a dense tensor."""
-        return replace(self, exact=self.dense(), held=0).written(rows, self.exact.shape[2])
-
-    def mapped(self, change) -> Rows:
-        return replace(self, exact=change(self.exact))
+def saved_and_loaded(kv):
+    file = io.BytesIO()
+    torch.save(kv, file)
+    file.seek(0)
+    with torch.serialization.safe_globals(mustafar_compile.safe_globals()):
+        return torch.load(file)
 
 
-@dataclass
-class Live:
-    """A cache of one layer, K and V, and what it must hold."""
-
-    key: CompressedKV
-    value: CompressedKV
-    key_rows: Rows
-    value_rows: Rows
-
-    @property
-    def batch(self) -> int:
-        return self.key.shape[0]
-
-    @property
-    def tokens(self) -> int:
-        return self.key_rows.exact.shape[2]
-
-    def check(self) -> None:
-        assert torch.equal(self.key.dense(), self.key_rows.dense())
-        assert torch.equal(self.value.dense(), self.value_rows.dense())
+COPIES = [copy.deepcopy, torch.clone, lambda kv: kv.to("cpu", copy=True), saved_and_loaded]
 
 
-def random_mask(kind: str, batch: int, heads: int, queries: int, tokens: int, seed: int) -> torch.Tensor | None:
+def by_mask(rows):
+    """A function that selects the rows of a batch that ``rows`` names, by a boolean mask."""
+    return lambda x: x[torch.tensor([i in rows for i in range(x.shape[0])])]
+
+
+SELECTIONS = {
+    "index_select": lambda rows: lambda x: x.index_select(0, torch.tensor(rows)),
+    "index": lambda rows: lambda x: x[torch.tensor(rows)],
+    "boolean": by_mask,
+    "repeat": lambda rows: lambda x: x.repeat_interleave(1 if x.shape[0] > LARGEST_BATCH // 2 else 2, 0),
+}
+
+
+def random_mask(kind, batch, heads, queries, tokens, seed):
     """A causal mask [B, 1 or heads, queries, tokens] with random holes; None where none is asked for."""
-    causal = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
     if kind == "none":
-        return None if queries == 1 else causal[None, None]
+        return None
     shape = (batch, heads if kind == "by head" else 1, queries, tokens)
     holes = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3
-    mask = causal & ~holes
+    mask = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries) & ~holes
     return torch.where(mask, 0.25, float("-inf")) if kind == "additive" else mask
 
 
-mask_kinds = st.sampled_from(["none", "boolean", "by head", "additive"])
-
-
-class GrowingCaches(RuleBasedStateMachine):
-    """Growing caches under the custom ops, without a compiler."""
+class Caches(RuleBasedStateMachine):
+    """Growing and static caches under the custom ops, without a compiler."""
 
     caches = Bundle("caches")
 
@@ -122,50 +91,39 @@ class GrowingCaches(RuleBasedStateMachine):
         super().__init__()
         self.live: list[Live] = []
 
-    # ------------------------------------------------------------------------------------------ how tokens get in
-
-    def start(self, query, key, value, mask):
-        """Prefill: (attention, K, V), the latter two compressed."""
-        shape = self.shape
-        attended = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
-        compressed = [
-            CompressedKV.from_dense(key, shape.key_sparsity, shape.window),
-            CompressedKV.from_dense(value, shape.value_sparsity, shape.window),
+    def start(self, key, value, room):
+        """K and V of a prompt, compressed."""
+        shape, tokens = self.shape, None if room is None else key.shape[2]
+        key, value = (x if room is None else F.pad(x, (0, 0, 0, room - tokens)) for x in (key, value))
+        return [
+            CompressedKV.from_dense(key, shape.key_sparsity, shape.window, tokens),
+            CompressedKV.from_dense(value, shape.value_sparsity, shape.window, tokens),
         ]
-        return attended, *compressed
 
-    def step(self, query, key, value, past_key, past_value, mask):
-        """One more token: (attention, K, V)."""
-        past_key.prepare(1)
-        past_value.prepare(1)
-        scale = query.shape[3] ** -0.5
-        attended = ops.decode_attention(
-            query, key, value, *past_key.buffers, *past_value.buffers, None, mask, None, scale
-        )
-        return attended, past_key.extended(1), past_value.extended(1)
-
-    def chunk(self, query, key, value, past_key, past_value, mask):
-        """Several more tokens, by way of dense tensors."""
-        return self.start(query, torch.cat([past_key.dense(), key], 2), torch.cat([past_value.dense(), value], 2), mask)
-
-    # --------------------------------------------------------------------------------------------------- the rules
+    def step(self, query, key, value, past_key, past_value, position, mask):
+        """More tokens, at ``position`` where the cache is static: (attention, K, V)."""
+        scale, count = query.shape[3] ** -0.5, query.shape[2]
+        if position is None:
+            past_key.prepare(count)
+            past_value.prepare(count)
+        buffers = *past_key.buffers, *past_value.buffers
+        attended = ops.decode_attention(query, key, value, *buffers, position, mask, None, scale)
+        if position is None:
+            past_key, past_value = past_key.extended(count), past_value.extended(count)
+        return attended, past_key, past_value
 
     def new_tokens(self, batch, tokens, seed):
+        """Query, K and V."""
         shape = self.shape
-        return (
-            randn(batch, shape.heads * shape.group, tokens, shape.key_dim, seed=seed, dtype=shape.dtype),
-            randn(batch, shape.heads, tokens, shape.key_dim, seed=seed + 1, dtype=shape.dtype),
-            randn(batch, shape.heads, tokens, shape.value_dim, seed=seed + 2, dtype=shape.dtype),
-        )
+        sizes = [(shape.heads * shape.group, shape.key_dim), (shape.heads, shape.key_dim), (shape.heads, shape.value_dim)]
+        return [randn(batch, h, tokens, d, seed=seed + i, dtype=shape.dtype) for i, (h, d) in enumerate(sizes)]
 
-    def mask(self, kind, batch, queries, tokens, seed):
+    def mask(self, kind, batch, queries, tokens, room, seed):
         mask = random_mask(kind, batch, self.shape.heads * self.shape.group, queries, tokens, seed)
-        return mask.to(self.shape.dtype) if kind == "additive" else mask
-
-    def assert_attended(self, actual, query, live, mask):
-        expected = reference_attention(query, live.key_rows.dense(), live.value_rows.dense(), 0, 0, 1, mask)
-        tolerance = TOLERANCE[self.shape.dtype]
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        if mask is None:
+            return None
+        mask = mask.to(self.shape.dtype) if kind == "additive" else mask
+        return mask if room is None else F.pad(mask, (0, room - tokens), value=False)
 
     def add(self, live: Live) -> Live:
         self.live.append(live)
@@ -175,55 +133,94 @@ class GrowingCaches(RuleBasedStateMachine):
     def choose(self, shape):
         self.shape = shape
 
-    @rule(target=caches, batch=st.integers(1, 3), tokens=lengths, seed=seeds)
-    def prefill(self, batch, tokens, seed):
-        query, key, value = self.new_tokens(batch, tokens, seed)
-        mask = self.mask("none", batch, tokens, tokens, seed)
-        attended, cached_key, cached_value = self.start(query, key, value, mask)
-        exact = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        torch.testing.assert_close(attended, exact, rtol=TOLERANCE[key.dtype], atol=TOLERANCE[key.dtype])
-        shape = self.shape
-        key_rows = Rows(key[:, :, :0], shape.key_sparsity, shape.window).written(key, 0)
-        value_rows = Rows(value[:, :, :0], shape.value_sparsity, shape.window).written(value, 0)
-        return self.add(Live(cached_key, cached_value, key_rows, value_rows))
+    @rule(target=caches, batch=st.integers(1, 3), tokens=lengths, spare=st.none() | st.integers(0, 40), seed=seeds)
+    def prefill(self, batch, tokens, spare, seed):
+        _, *new = self.new_tokens(batch, tokens, seed)
+        room = None if spare is None else tokens + spare
+        return self.add(Live.filled(self.shape, *self.start(*new, room), new, room))
 
-    @rule(live=caches, steps=st.integers(1, 6), kind=mask_kinds, seed=seeds)
-    def decode(self, live, steps, kind, seed):
-        for i in range(seed, seed + steps):
-            query, key, value = self.new_tokens(live.batch, 1, i)
-            mask = self.mask(kind, live.batch, 1, live.tokens + 1, i)
-            attended, live.key, live.value = self.step(query, key, value, live.key, live.value, mask)
-            live.key_rows = live.key_rows.written(key, live.tokens)
-            live.value_rows = live.value_rows.written(value, live.value_rows.exact.shape[2])
-            self.assert_attended(attended, query, live, mask)
+    @rule(live=caches, count=query_counts, back=rewinds, kind=mask_kinds, seed=seeds)
+    def decode(self, live, count, back, kind, seed):
+        """Steps of one or several tokens; what was rejected before is overwritten."""
+        at = max(live.tokens - back, 0)
+        position = None
+        if live.room is not None:
+            count = min(count, live.room)
+            at = min(at, live.room - count)
+            position = torch.tensor([at])
+        elif back:
+            live.crop(at)
+        query, *new = self.new_tokens(live.batch, count, seed)
+        mask = self.mask(kind, live.batch, count, at + count, live.room, seed)
+        attended, *tensors = self.step(query, *new, *live.latest.tensors, position, mask)
+        rows, seen = live.write(new, at)
+        live.extend(*tensors, rows)
+        for i, (keys, values) in enumerate(seen):
+            row = None if mask is None else mask[:, :, i : i + 1, : keys.shape[2]]
+            expected = reference_attention(query[:, :, i : i + 1], keys, values, 0, 0, 1, row)
+            tolerance = TOLERANCE[query.dtype]
+            torch.testing.assert_close(attended[:, :, i : i + 1], expected, rtol=tolerance, atol=tolerance)
 
-    @rule(live=caches, tokens=st.integers(17, 40), kind=mask_kinds, seed=seeds)
-    def prefill_chunk(self, live, tokens, kind, seed):
-        query, key, value = self.new_tokens(live.batch, tokens, seed)
-        mask = self.mask(kind, live.batch, tokens, live.tokens + tokens, seed)
-        past = live.key_rows.dense(), live.value_rows.dense()
-        attended, live.key, live.value = self.chunk(query, key, value, live.key, live.value, mask)
-        seen = [torch.cat(both, 2) for both in zip(past, (key, value), strict=True)]
-        expected = reference_attention(query, *seen, 0, 0, 1, mask)
-        torch.testing.assert_close(attended, expected, rtol=TOLERANCE[key.dtype], atol=TOLERANCE[key.dtype])
-        live.key_rows, live.value_rows = live.key_rows.recompressed(key), live.value_rows.recompressed(value)
+    @rule(target=caches, live=caches, tokens=st.integers(1, 40), seed=seeds)
+    def recompress(self, live, tokens, seed):
+        """More tokens by way of dense tensors, as a chunk of a prompt comes in."""
+        _, *new = self.new_tokens(live.batch, tokens, seed)
+        rows = [torch.cat(both, 2) for both in zip(live.dense(live.latest.rows), new, strict=True)]
+        room = None if live.room is None else live.room + tokens
+        return self.add(Live.filled(self.shape, *self.start(*rows, room), rows, room))
 
     @rule(target=caches, live=caches, how=st.sampled_from(COPIES))
     def branch(self, live, how):
-        return self.add(replace(live, key=how(live.key), value=how(live.value)))
+        return self.add(live.other(*map(how, live.latest.tensors), live.latest.rows))
+
+    @rule(target=caches, live=caches, how=st.sampled_from(list(SELECTIONS)), picks=picks)
+    def select(self, live, how, picks):
+        change = SELECTIONS[how]([pick % live.batch for pick in picks])
+        return self.add(live.other(*map(change, live.latest.tensors), list(map(change, live.latest.rows))))
+
+    @rule(target=caches, live=caches, other=caches)
+    def join(self, live, other):
+        alike = live.room == other.room and (live.tokens, live.held) == (other.tokens, other.held)
+        other = other if alike else live
+        if live.batch + other.batch > LARGEST_BATCH:
+            return live
+        parts = [x.tensors for x in (live.latest, other.latest)]
+        key, value = (torch.cat(both) for both in zip(*parts, strict=True))
+        rows = [torch.cat(both) for both in zip(live.latest.rows, other.latest.rows, strict=True)]
+        return self.add(live.other(key, value, rows))
+
+    @rule(live=caches, which=st.integers(0, 4))
+    def go_back(self, live, which):
+        """To an older handle, which is refused where the cache went on from it."""
+        handle = live.handles[which % len(live.handles)]
+        if handle.continuable:
+            live.use(handle)
+            return
+        for tensor in handle.tensors:
+            with pytest.raises(StaleCacheError):
+                tensor.prepare(1)
 
     @rule(live=caches)
     def reset(self, live):
-        live.key.zero_()
-        live.value.zero_()
-        live.key_rows = live.key_rows.mapped(torch.zeros_like)
-        live.value_rows = live.value_rows.mapped(torch.zeros_like)
+        if live.latest.newest:
+            for tensor in live.latest.tensors:
+                tensor.zero_()
+            live.reset()
+        else:
+            with pytest.raises(CompressedWriteError):
+                live.latest.key.zero_()
 
+    @precondition(lambda self: self.live)
     @invariant()
     def caches_hold_what_plain_rows_hold(self):
         for live in self.live:
             live.check()
 
 
-TestGrowingCaches = GrowingCaches.TestCase
-TestGrowingCaches.settings = settings(stateful_step_count=20)
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_caches(shard):
+    """Seeds are random, so every shard runs other sequences."""
+    profile = settings()
+    run_state_machine_as_test(
+        Caches, settings=settings(profile, max_examples=-(-profile.max_examples // SHARDS), stateful_step_count=20)
+    )

@@ -1,0 +1,155 @@
+"""The oracle of a live cache: plain rows, and which handles of it may still be read and continued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from mustafar_compile import CompressedKV, StaleCacheError
+from reference import kept_count, prune
+
+REWINDABLE = 16
+"""Tokens by which a cache can be set back without a loss."""
+
+_REMEMBERED = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What does not change while a cache lives: KV heads, query heads for each, head dims, dtype, settings."""
+
+    heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    key_sparsity: float
+    value_sparsity: float
+    window: int
+
+
+@dataclass(eq=False)
+class Handle:
+    """K and V as a step returned them, and the exact rows [B, H, n, D] that went in.
+
+    newest: nothing was written since. cropped: may be continued although others went further. lost: overwritten.
+    """
+
+    key: CompressedKV
+    value: CompressedKV
+    rows: list[Tensor]
+    newest: bool = True
+    cropped: bool = False
+    lost: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows[0].shape[2]
+
+    @property
+    def continuable(self) -> bool:
+        return not self.lost and (self.newest or self.cropped)
+
+    @property
+    def tensors(self) -> list[CompressedKV]:
+        return [self.key, self.value]
+
+
+@dataclass
+class Live:
+    """A cache of one layer: its handles, the one in use last, and how many of its first rows are pruned for good.
+
+    room: slots of a static cache, which has one handle.
+    """
+
+    shape: Shape
+    handles: list[Handle] = field(repr=False)
+    held: int = 0
+    room: int | None = None
+
+    @classmethod
+    def filled(cls, shape: Shape, key: CompressedKV, value: CompressedKV, rows: list[Tensor], room=None) -> Live:
+        """After ``rows`` came in at once."""
+        live = cls(shape, [Handle(key, value, rows)], room=room)
+        live.held = live._pruned_for_good(live.tokens)
+        return live
+
+    @property
+    def latest(self) -> Handle:
+        return self.handles[-1]
+
+    @property
+    def tokens(self) -> int:
+        return self.latest.tokens
+
+    @property
+    def batch(self) -> int:
+        return self.latest.rows[0].shape[0]
+
+    def _pruned_for_good(self, tokens: int) -> int:
+        return max(tokens - self.shape.window - REWINDABLE, 0)
+
+    def dense(self, rows: list[Tensor]) -> list[Tensor]:
+        """The cache with these exact K and V as the latest tokens see it."""
+        sparsities = self.shape.key_sparsity, self.shape.value_sparsity
+        pruned = max(self.held, rows[0].shape[2] - self.shape.window)
+        return [
+            torch.cat([prune(x[:, :, :pruned], kept_count(x.shape[3], sparsity)), x[:, :, pruned:]], dim=2)
+            for x, sparsity in zip(rows, sparsities, strict=True)
+        ]
+
+    def write(self, new: list[Tensor], at: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Tokens [B, H, L, D] of K and V at ``at``, one by one: all rows then, and what each token sees."""
+        seen = []
+        for end in range(at + 1, at + new[0].shape[2] + 1):
+            rows = [torch.cat([x[:, :, :at], y[:, :, : end - at]], 2) for x, y in zip(self.latest.rows, new, strict=True)]
+            self.held = max(min(self.held, end - 1), self._pruned_for_good(end))
+            seen.append(self.dense(rows))
+        for handle in self.handles:
+            handle.newest = False
+            handle.lost = handle.lost or handle.tokens > at
+        return rows, seen
+
+    def use(self, handle: Handle) -> None:
+        """Make ``handle`` the one in use."""
+        self.handles = [*(x for x in self.handles if x is not handle), handle][-_REMEMBERED:]
+
+    def crop(self, tokens: int) -> None:
+        """Go on from the first ``tokens``."""
+        key, value = (x[:, :, :tokens] for x in self.latest.tensors)
+        newest = self.latest.newest and tokens == self.tokens
+        self.use(Handle(key, value, [x[:, :, :tokens] for x in self.latest.rows], newest, cropped=True))
+
+    def extend(self, key: CompressedKV, value: CompressedKV, rows: list[Tensor]) -> None:
+        """Go on with what a step returned."""
+        if self.room is not None:
+            self.handles = []
+        self.use(Handle(key, value, rows))
+
+    def other(self, key: CompressedKV, value: CompressedKV, rows: list[Tensor]) -> Live:
+        """A cache of its own with another batch and the history of this one."""
+        assert isinstance(key, CompressedKV)
+        return Live(self.shape, [Handle(key, value, rows)], self.held, self.room)
+
+    def reset(self) -> None:
+        """All zeros: of as many tokens where the cache grows, of none where it is static."""
+        if self.room is not None:
+            self.held = 0
+        for handle in self.handles:
+            handle.rows = [torch.zeros_like(x if self.room is None else x[:, :, :0]) for x in handle.rows]
+
+    def check(self) -> None:
+        for handle in self.handles:
+            if handle.lost:
+                for tensor in handle.tensors:
+                    with pytest.raises(StaleCacheError):
+                        tensor.dense()
+                    with pytest.raises(StaleCacheError):
+                        tensor[:, :, :1]
+                continue
+            for tensor, rows in zip(handle.tensors, self.dense(handle.rows), strict=True):
+                unwritten = 0 if self.room is None else self.room - handle.tokens
+                assert torch.equal(tensor.dense(), torch.nn.functional.pad(rows, (0, 0, 0, unwritten)))
