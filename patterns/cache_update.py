@@ -107,7 +107,17 @@ def _index_put(node: Node) -> CacheUpdate | None:
     accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
     if len(given) != 1 or accumulate or given[0][1].meta["val"].dim() != 1:
         return None
-    return _write(node, cache, new, given[0][0], "index_put", given[0][1])
+    return _write(node, cache, _with_leading_ones(new), given[0][0], "index_put", given[0][1])
+
+
+def _with_leading_ones(new: Node) -> Node:
+    """``new`` as the model made it: indexed assignment drops its leading dimensions of size 1."""
+    if not is_call(new, aten.view.default):
+        return new
+    shape, viewed = new.args[0].meta["val"].shape, new.meta["val"].shape
+    dropped = len(shape) - len(viewed)
+    same = dropped > 0 and all(map(same_size, shape, (*[1] * dropped, *viewed)))
+    return new.args[0] if same else new
 
 
 def _slice_scatter(node: Node) -> CacheUpdate | None:

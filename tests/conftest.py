@@ -16,9 +16,16 @@ from hypothesis import HealthCheck, settings
 # The only fixture that property tests take is `device`, a constant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=20, derandomize="CI" in os.environ, **_COMMON)
-settings.register_profile("long", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), **_COMMON)
+settings.register_profile(
+    "long", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "500")), derandomize=False, **_COMMON
+)
 SHARDS = int(os.environ.get("FUZZ_SHARDS", "1"))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def sharded(examples: int) -> int:
+    """How many of ``examples`` each shard takes. Seeds are random, so each takes others."""
+    return -(-examples // SHARDS)
 
 
 @pytest.fixture(

@@ -105,9 +105,12 @@ class Live:
         """Tokens [B, H, L, D] of K and V at ``at``, one by one: all rows then, and what each token sees."""
         seen = []
         for end in range(at + 1, at + new[0].shape[2] + 1):
-            rows = [torch.cat([x[:, :, :at], y[:, :, : end - at]], 2) for x, y in zip(self.latest.rows, new, strict=True)]
+            rows = [
+                torch.cat([x[:, :, :at], y[:, :, : end - at]], 2) for x, y in zip(self.latest.rows, new, strict=True)
+            ]
             self.held = max(min(self.held, end - 1), self._pruned_for_good(end))
             seen.append(self.dense(rows))
+        self.latest.cropped = False
         for handle in self.handles:
             handle.newest = False
             handle.lost = handle.lost or handle.tokens > at
@@ -148,7 +151,7 @@ class Live:
                     with pytest.raises(StaleCacheError):
                         tensor.dense()
                     with pytest.raises(StaleCacheError):
-                        tensor[:, :, :1]
+                        tensor.clone()
                 continue
             for tensor, rows in zip(handle.tensors, self.dense(handle.rows), strict=True):
                 unwritten = 0 if self.room is None else self.room - handle.tokens

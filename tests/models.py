@@ -59,23 +59,25 @@ def prompt(batch: int = 2, length: int = 9, padded: bool = False, seed: int = 1)
 class _Attention(nn.Module):
     """One attention layer over embeddings [B, T, E]; subclasses keep the cache."""
 
-    def __init__(self, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, width: int = 32) -> None:
+    def __init__(
+        self, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, value_dim: int | None = None, width: int = 32
+    ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim or head_dim
         self.q = nn.Linear(width, heads * head_dim)
         self.k = nn.Linear(width, kv_heads * head_dim)
-        self.v = nn.Linear(width, kv_heads * head_dim)
-        self.o = nn.Linear(heads * head_dim, width)
+        self.v = nn.Linear(width, kv_heads * self.value_dim)
+        self.o = nn.Linear(heads * self.value_dim, width)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [B, T, heads, head_dim] each."""
+        """Queries, keys and values, [B, T, heads, head_dim or value_dim] each."""
         batch, tokens, _ = x.shape
         q = self.q(x).view(batch, tokens, self.heads, self.head_dim)
         k = self.k(x).view(batch, tokens, self.kv_heads, self.head_dim)
-        return q, k, self.v(x).view(batch, tokens, self.kv_heads, self.head_dim)
+        return q, k, self.v(x).view(batch, tokens, self.kv_heads, self.value_dim)
 
     def merge(self, y: Tensor) -> Tensor:
-        """[B, heads, T, head_dim] -> [B, T, E]."""
+        """[B, heads, T, value_dim] -> [B, T, E]."""
         return self.o(y.transpose(1, 2).reshape(y.shape[0], y.shape[2], -1))
 
 
@@ -84,9 +86,8 @@ class BufferModel(_Attention):
 
     def __init__(self, batch: int = 2, slots: int = 48, dtype=torch.float32, **sizes) -> None:
         super().__init__(**sizes)
-        shape = (batch, self.kv_heads, slots, self.head_dim)
-        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype))
-        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype))
+        self.register_buffer("k_cache", torch.zeros(batch, self.kv_heads, slots, self.head_dim, dtype=dtype))
+        self.register_buffer("v_cache", torch.zeros(batch, self.kv_heads, slots, self.value_dim, dtype=dtype))
         self.register_buffer("causal", torch.tril(torch.ones(slots, slots, dtype=torch.bool)))
 
     def write(self, cache: Tensor, new: Tensor, positions: Tensor) -> None:
@@ -133,10 +134,10 @@ class OneHotModel(WhereModel):
 class SliceModel(_Attention):
     """meta-llama: buffers [B, S, H, D] written by slices at an int, softmax spelled out."""
 
-    def __init__(self, batch: int = 2, slots: int = 48, **sizes) -> None:
+    def __init__(self, batch: int = 2, slots: int = 48, dtype=torch.float32, **sizes) -> None:
         super().__init__(**sizes)
-        shape = (batch, slots, self.kv_heads, self.head_dim)
-        self.k_cache, self.v_cache = torch.zeros(shape), torch.zeros(shape)
+        self.k_cache = torch.zeros(batch, slots, self.kv_heads, self.head_dim, dtype=dtype)
+        self.v_cache = torch.zeros(batch, slots, self.kv_heads, self.value_dim, dtype=dtype)
 
     def repeat(self, x: Tensor) -> Tensor:
         batch, tokens, kv_heads, head_dim = x.shape
@@ -177,7 +178,7 @@ def run_steps(model: _Attention, inputs: list[Tensor], step=None) -> list[Tensor
         if isinstance(model, TupleModel):
             out, past = step(x, past)
         elif isinstance(model, SliceModel):
-            mask = torch.full((tokens, tokens), float("-inf")).triu(1) if tokens > 1 else None
+            mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype).triu(1) if tokens > 1 else None
             out = step(x, start, mask)
         else:
             out = step(x, torch.arange(start, start + tokens))

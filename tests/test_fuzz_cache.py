@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 import mustafar_compile
 from cases import query_counts, randn, seeds
-from conftest import SHARDS
+from conftest import SHARDS, sharded
 from live_caches import Live, Shape
 from mustafar_compile import CompressedKV, CompressedWriteError, StaleCacheError
 from mustafar_compile.lowering import ops
@@ -115,7 +115,11 @@ class Caches(RuleBasedStateMachine):
     def new_tokens(self, batch, tokens, seed):
         """Query, K and V."""
         shape = self.shape
-        sizes = [(shape.heads * shape.group, shape.key_dim), (shape.heads, shape.key_dim), (shape.heads, shape.value_dim)]
+        sizes = [
+            (shape.heads * shape.group, shape.key_dim),
+            (shape.heads, shape.key_dim),
+            (shape.heads, shape.value_dim),
+        ]
         return [randn(batch, h, tokens, d, seed=seed + i, dtype=shape.dtype) for i, (h, d) in enumerate(sizes)]
 
     def mask(self, kind, batch, queries, tokens, room, seed):
@@ -219,8 +223,5 @@ class Caches(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_caches(shard):
-    """Seeds are random, so every shard runs other sequences."""
-    profile = settings()
-    run_state_machine_as_test(
-        Caches, settings=settings(profile, max_examples=-(-profile.max_examples // SHARDS), stateful_step_count=20)
-    )
+    examples = sharded(settings().max_examples)
+    run_state_machine_as_test(Caches, settings=settings(max_examples=examples, stateful_step_count=20))

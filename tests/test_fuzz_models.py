@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from compilers import without_inductor
+from compilers import without_compiler
+from conftest import SHARDS, sharded
 from models import hf_model, prompt
 from mustafar_compile import explain
 from reference import pruned_generation
@@ -31,8 +33,10 @@ def cases(draw):
     }
 
 
+@pytest.mark.parametrize("shard", range(SHARDS))
 @settings(
-    max_examples=settings().max_examples // 2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=sharded(settings().max_examples // 2),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @example(
     case={
@@ -41,7 +45,7 @@ def cases(draw):
     }
 )  # fmt: skip
 @given(case=cases())
-def test_tokens_equal_the_oracle(case):
+def test_tokens_equal_the_oracle(shard, case):
     def build():
         return hf_model(
             case["family"], hidden_size=case["heads"] * case["head_dim"], num_hidden_layers=case["layers"],
@@ -57,7 +61,7 @@ def test_tokens_equal_the_oracle(case):
         if not sparsity:
             assert torch.equal(expected, build().generate(**inputs, **how))
         model = build()
-        with without_inductor(), explain() as report:
+        with without_compiler(), explain() as report:
             options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": window}
             model.compile(backend="mustafar", options=options)
             cache = {"cache_implementation": "static"} if case["static"] else {}

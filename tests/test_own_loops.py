@@ -99,6 +99,19 @@ def test_head_counts_and_sizes(form, sizes):
     assert len(report.matched) == 1
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("form", [*FORMS.values(), *MASKED_WRITES])
+def test_a_batch_of_one(form, kv_heads):
+    """Indexed assignment hands leading dimensions of size 1 on as dropped."""
+    torch.manual_seed(0)
+    model = form(kv_heads=kv_heads, **({} if form is TupleModel else {"batch": 1}))
+    inputs = embeddings(batch=1, steps=6)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1, str(report)
+
+
 def test_a_batch_smaller_than_the_buffer():
     torch.manual_seed(0)
     model = SliceModel(batch=5)
