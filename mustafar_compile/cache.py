@@ -172,9 +172,11 @@ class CompressedKV(WithoutMemory):
         return handle._with_marks()
 
     def reserve(self, capacity: int) -> None:
-        """Grow to room for ``capacity`` tokens."""
+        """Grow to room for ``capacity`` tokens, in place: the other handles read what is packed from now on, too."""
         blocks = blocks_for(capacity)
-        self.values, self.bitmap = _with_blocks(self.values, blocks), _with_blocks(self.bitmap, blocks)
+        with torch.inference_mode():  # where alone a cache that was made in it may be changed
+            for buffer in (self.values, self.bitmap):
+                buffer.set_(_with_blocks(buffer, blocks))
 
     def _with_marks(self) -> CompressedKV:
         """Tell Dynamo which sizes change from call to call, so that it compiles for any."""

@@ -336,6 +336,28 @@ def test_growth_keeps_the_contents():
     assert kv.capacity <= grown_capacity(kv.shape[2]), "more slack than a new cache has"
 
 
+def test_older_handles_read_what_was_packed_after_growth():
+    kv, _ = growing(tokens=50)
+    dense, handles, capacity = randn(2, 3, 50, 16), [kv], kv.capacity
+    for n in range(60):
+        kv, row = step(handles[-1], seed=n)
+        dense = torch.cat([dense, row], dim=2)
+        handles.append(kv)
+    assert kv.capacity > capacity, "the case never grew"
+    for old in handles[:30]:  # all of its rows have left the ring
+        assert torch.equal(old.dense(), pruned_cache(dense[:, :, : old.shape[2]], 0.5, 0))
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_growth_in_and_out_of_inference_mode(made):
+    with torch.inference_mode(made):
+        kv, dense = growing(tokens=62)
+    with torch.inference_mode(not made):
+        kv.reserve(300)
+        assert kv.capacity == 320
+        assert torch.equal(kv.dense(), dense)
+
+
 def test_a_cache_of_no_tokens():
     """As loops hand in before the first token."""
     empty = CompressedKV.from_dense(torch.zeros(2, 3, 0, 16), 0.5, WINDOW)
