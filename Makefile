@@ -47,7 +47,8 @@ test: $(test)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 fuzz: $(test)
-	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(python) -m pytest tests/test_fuzz_*.py tests/test_portable_ops.py \
+	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SHARDS=$(or $(strip $(WORKERS)),1) OMP_NUM_THREADS=1 \
+		$(python) -m pytest tests/test_fuzz_*.py tests/test_portable_ops.py \
 		$(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 architectures: $(test)

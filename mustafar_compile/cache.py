@@ -176,7 +176,7 @@ class CompressedKV(WithoutMemory):
         blocks = blocks_for(capacity)
         with torch.inference_mode():  # where alone a cache that was made in it may be changed
             for buffer in (self.values, self.bitmap):
-                buffer.set_(_with_blocks(buffer, blocks))
+                torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))
 
     def _with_marks(self) -> CompressedKV:
         """Tell Dynamo which sizes change from call to call, so that it compiles for any."""
