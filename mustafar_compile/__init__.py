@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .cache import CompressedKV
     from .errors import (
         CompressedWriteError,
+        ForeignCompilerError,
         MustafarError,
         NoMemoryError,
         NothingMatchedError,
@@ -31,6 +32,7 @@ _HOMES = {
     "CacheStats": "stats",
     "CompressedKV": "cache",
     "CompressedWriteError": "errors",
+    "ForeignCompilerError": "errors",
     "MustafarError": "errors",
     "NoMemoryError": "errors",
     "NothingMatchedError": "errors",
@@ -48,6 +50,7 @@ __all__ = [
     "CacheStats",
     "CompressedKV",
     "CompressedWriteError",
+    "ForeignCompilerError",
     "MustafarError",
     "NoMemoryError",
     "NothingMatchedError",

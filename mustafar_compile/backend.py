@@ -41,11 +41,13 @@ def mustafar(
     settings, inductor = read_options(mode, options)
     plan = _rewritten(gm, example_inputs, settings)
     with _compat.inductor_options(inductor):
+        if plan is None and any(isinstance(x, CompressedKV) for x in example_inputs):
+            return gm  # op by op, which decompresses: Inductor would need plain tensors
         if plan is None:
             return _compat.compile_fx(gm, example_inputs)
         module, inputs = with_calling_convention(plan, gm, example_inputs)
         with _compat.inductor_options(_for_plan(plan)):
-            return _compat.dynamo_disable(CompiledCall(plan, _compat.compile_fx(module, inputs)))
+            return CompiledCall(plan, _compat.compile_fx(module, inputs))
 
 
 def _for_plan(plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from .attached import AttachedState
@@ -25,11 +26,10 @@ class Binding:
         ahead += [AttachedBuffer(index, name) for index in self.attached for name in BUFFERS]
         ahead += self.sizes
         place = {source: i for i, source in enumerate(ahead)}
-        self.places = [
-            len(ahead) + source.index if isinstance(source, Argument) else place[source] for source in inputs
-        ]
+        places = [len(ahead) + source.index if isinstance(source, Argument) else place[source] for source in inputs]
+        self.pick = itemgetter(*places) if len(places) > 1 else lambda laid_out: [laid_out[place] for place in places]
 
-    def __call__(self, arguments: Sequence[Any], states: Mapping[int, AttachedState]) -> list[Any]:
+    def __call__(self, arguments: Sequence[Any], states: Mapping[int, AttachedState]) -> Sequence[Any]:
         """The inputs, in order. states: those of the attached caches, by argument."""
         laid_out: list[Any] = []
         for index in self.caches:
@@ -38,4 +38,4 @@ class Binding:
             laid_out += states[index].buffers.values()
         laid_out += [arguments[size.index].shape[size.dim] for size in self.sizes]
         laid_out += arguments
-        return [laid_out[place] for place in self.places]
+        return self.pick(laid_out)

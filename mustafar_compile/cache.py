@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _compat
-from .errors import StaleCacheError
+from .errors import ForeignCompilerError, StaleCacheError
 from .lineage import Branch
 from .lowering import ops
 from .lowering.layout import BLOCK_TOKENS, BUFFERS, Layout, blocks_for, grown_capacity
 from .wrapper import WithoutMemory
+
+_buffers_of = attrgetter(*BUFFERS)
+_SHOWN = ["values"]
+"""Names of the buffers that Dynamo sees."""
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -55,7 +60,7 @@ class CompressedKV(WithoutMemory):
     def __new__(cls, values, bitmap, window, counts, layout, grows, size, stride=None):
         _, heads, tokens, head_dim = size
         stride = stride or (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
-        return cls.shaped(size, stride, window)
+        return cls.shaped(size, stride, values)
 
     def __init__(self, values, bitmap, window, counts, layout, grows, size, stride=None):
         self.values, self.bitmap, self.window, self.counts = values, bitmap, window, counts
@@ -82,9 +87,9 @@ class CompressedKV(WithoutMemory):
         return cls.from_buffers(buffers, length, grows)
 
     @property
-    def buffers(self) -> list[Tensor]:
+    def buffers(self) -> tuple[Tensor, ...]:
         """values, bitmap, window, counts, which all handles of a growing cache share."""
-        return [getattr(self, name) for name in BUFFERS]
+        return _buffers_of(self)
 
     @property
     def stored_bytes(self) -> int:
@@ -103,9 +108,11 @@ class CompressedKV(WithoutMemory):
         """
         return ops.decompress(*self.own_buffers(), self.shape[2])
 
-    def own_buffers(self) -> list[Tensor]:
+    def own_buffers(self) -> tuple[Tensor, ...]:
         """The buffers as this handle sees them, see ``own_counts``."""
-        return [self.values, self.bitmap, self.window, self.own_counts()]
+        if not self.grows:
+            return _buffers_of(self)
+        return self.values, self.bitmap, self.window, self.own_counts()
 
     def own_counts(self) -> Tensor:
         """``counts`` as this handle sees them: a copy with fewer tokens where a longer handle was made.
@@ -181,7 +188,7 @@ class CompressedKV(WithoutMemory):
     def _with_marks(self) -> CompressedKV:
         """Tell Dynamo which sizes change from call to call, so that it compiles for any."""
         if self.grows:
-            for tensor in (self, self.values, self.bitmap):
+            for tensor in (self, self.values):
                 _compat.maybe_mark_dynamic(tensor, 2)
         return self
 
@@ -203,12 +210,11 @@ class CompressedKV(WithoutMemory):
     def __getitem__(self, index: Any) -> Tensor:
         """As Tensor's, but autograd does not keep this tensor alive as the base of the result."""
         part = super().__getitem__(index)
-        fake = isinstance(self.window, _compat.FakeTensor)
-        return part.alias() if isinstance(part, CompressedKV) and not fake else part
+        return part.alias() if isinstance(part, CompressedKV) and not self.has_only_a_shape else part
 
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **options: Any) -> Tensor:
         """As Tensor.repeat_interleave. Along dimension 0 the result is compressed: torch would only show its parts."""
-        if dim not in (0, -4) or isinstance(self.window, _compat.FakeTensor):
+        if dim not in (0, -4) or self.has_only_a_shape:
             return super().repeat_interleave(repeats, dim, **options)
         return self.rebatched(lambda buffer: buffer.repeat_interleave(repeats, 0, **options))
 
@@ -220,11 +226,27 @@ class CompressedKV(WithoutMemory):
         return restored_cache, (*buffers, self.shape[2], self.grows)
 
     def __tensor_flatten__(self):
-        return list(BUFFERS), (self.row_layout, self.grows)
+        # One buffer has all sizes that may change, and the layout tells the others: four would be guarded at each call.
+        return _SHOWN, (self.row_layout, self.grows)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
-        return CompressedKV(*(inner[name] for name in BUFFERS), *context, outer_size, outer_stride)
+        return CompressedKV(inner["values"], None, None, None, *context, outer_size, outer_stride)
+
+    @property
+    def has_only_a_shape(self) -> bool:
+        """Whether this is what Dynamo traces with.
+
+        Raises ForeignCompilerError where another compiler goes on with it, which would need the values.
+        """
+        if self.bitmap is not None:
+            return False
+        if isinstance(self.values, _compat.FakeTensor):
+            return True
+        raise ForeignCompilerError(
+            "a compressed KV cache was given to a function that another backend compiles; accepted is "
+            'torch.compile(..., backend="mustafar"), and for other backends a dense copy (cache.dense())'
+        )
 
     def __repr__(self) -> str:
         kept = f"{self.row_layout.kept} of {self.row_layout.head_dim} kept"

@@ -23,5 +23,9 @@ class ReleaseError(MustafarError):
     """``release_dense`` cannot be honoured for a cache, or a cache that it released is used otherwise."""
 
 
+class ForeignCompilerError(MustafarError):
+    """A compressed cache is given to a function that another backend compiles."""
+
+
 class NothingMatchedError(MustafarError):
     """``strict`` is on and a graph holds no attention that could be rewritten."""

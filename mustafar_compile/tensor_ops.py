@@ -25,7 +25,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if cache is not None:
         if func in (aten.detach.default, aten.alias.default):
             return _compat.return_and_correct_aliasing(func, args, kwargs, cache.alias())
-        if isinstance(cache.window, _compat.FakeTensor):  # while Dynamo traces: only shapes matter
+        if cache.has_only_a_shape:
             if func._schema.is_mutable:
                 return cache
         elif func in _ON_COMPRESSED:
@@ -51,9 +51,9 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     def expand(x: Any) -> Any:
         if not isinstance(x, CompressedKV):
             return x
-        if isinstance(x.window, _compat.FakeTensor):
+        if x.has_only_a_shape:
             fake[0] = True
-            return x.window.new_empty(x.shape)
+            return x.values.new_empty(x.shape)
         notify_decompressed(func)
         return x.dense()
 
