@@ -172,11 +172,11 @@ class CompressedKV(WithoutMemory):
         return shorter
 
     def _handle(self, tokens: int) -> CompressedKV:
-        """Another handle of the same buffers."""
+        """Another handle of the same buffers, with Dynamo's marks: to set those anew takes longer than all the rest."""
         size = (*self.shape[:2], tokens, self.shape[3])
-        handle = CompressedKV(*self.buffers, self.row_layout, self.grows, size)
-        handle.branch = self.branch
-        return handle._with_marks()
+        handle = CompressedKV.__new__(CompressedKV, *self.buffers, self.row_layout, self.grows, size)
+        handle.__dict__.update(vars(self))
+        return handle
 
     def reserve(self, capacity: int) -> None:
         """Grow to room for ``capacity`` tokens, in place: the other handles read what is packed from now on, too."""

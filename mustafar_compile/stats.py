@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
             yield from _cache_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
-def _holding(tensor: Tensor) -> tuple[int, list[Tensor], bool]:
+def _holding(tensor: Tensor) -> tuple[int, Sequence[Tensor], bool]:
     """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
     if isinstance(tensor, CompressedKV):
         tokens = tensor.shape[2] if tensor.grows else int(tensor.counts[0])

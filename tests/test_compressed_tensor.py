@@ -9,7 +9,16 @@ import warnings
 import pytest
 import torch
 
-from mustafar_compile import CompressedKV, CompressedWriteError, MustafarError, StaleCacheError, cache_stats, notices
+from mustafar_compile import (
+    CompressedKV,
+    CompressedWriteError,
+    ForeignCompilerError,
+    MustafarError,
+    StaleCacheError,
+    backend,
+    cache_stats,
+    notices,
+)
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.layout import MAX_QUERY_TOKENS, Layout, grown_capacity
 from reference import pruned_cache
@@ -468,3 +477,40 @@ def test_stats_print_in_one_line():
     assert str(stats) == (
         f"1000 tokens, {kib:.1f} KiB stored, 375.0 KiB dense (ratio {stats.ratio:.3f}), 2 of 2 tensors compressed"
     )
+
+
+# ------------------------------------------------------------------------------------------------------ in the compiler
+
+
+@pytest.mark.parametrize("make", [growing, static])
+def test_another_backend_is_refused(make):
+    kv, _ = make()
+    torch._dynamo.reset()
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match=r'accepted is torch.compile\(..., backend="mustafar"\)') as caught,
+    ):
+        torch.compile(lambda cache: cache * 2, backend="aot_eager")(kv)
+    assert ForeignCompilerError.__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [growing, static])
+def test_a_graph_that_cannot_be_traced_runs_op_by_op(make, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no way")
+
+    monkeypatch.setattr(backend, "normalise", fail)
+    kv, expected = make()
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.warns(UserWarning, match="decompresses it"):
+        result = torch.compile(lambda cache: cache * 2, backend="mustafar")(kv)
+    assert torch.equal(result, expected * 2)
+
+
+@pytest.mark.parametrize("make", [growing, static])
+def test_dynamo_guards_one_buffer(make):
+    """Guards run at each call: with four buffers they took longer than all the rest."""
+    kv, _ = make()
+    names, context = kv.__tensor_flatten__()
+    assert names == ["values"]
+    assert copy.deepcopy(context)[0] is kv.row_layout
