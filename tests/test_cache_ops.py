@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from mustafar_compile import CompressedKV, CompressedWriteError, NoMemoryError, StaleCacheError, safe_globals
+from mustafar_compile import CompressedKV, CompressedWriteError, NoMemoryError, StaleCacheError, notices, safe_globals
 from reference import pruned_cache
 from test_compressed_tensor import WINDOW, growing, randn, static, step
 
@@ -258,7 +258,8 @@ def test_a_shallow_copy_is_the_same_handle():
         other.prepare(1)
 
 
-def test_a_saved_view_holds_the_right_values():
+def test_a_saved_view_holds_the_right_values(monkeypatch):
+    monkeypatch.setattr(notices, "_given", set())
     kv, expected = static()
     with pytest.warns(UserWarning, match="mustafar"):
         view = kv[1]
