@@ -156,7 +156,14 @@ class Rewriter:
             return None
         if not is_tensor(update.position):
             return self._tokens(update.position, update.new)
-        return self._call(aten.select.int, self._call(aten.view.default, update.position, [-1]), 0, 0)
+        return self._call(aten.select.int, self._call(aten.view.default, self._positions(update), [-1]), 0, 0)
+
+    def _positions(self, update: CacheUpdate) -> Node:
+        """The tensor of positions, on the cache's device: some writes take one of the host."""
+        device = update.new.meta["val"].device
+        if update.position.meta["val"].device == device:
+            return update.position
+        return self._call(aten._to_copy.default, update.position, device=device)
 
     def _new_rows(self, update: CacheUpdate) -> Node:
         row, dtype = update.new, update.node.meta["val"].dtype
@@ -266,7 +273,7 @@ class Rewriter:
     def _written_tokens(self, update: CacheUpdate) -> Node:
         """Tokens in a static cache after a write: one more than the last position."""
         if is_tensor(update.position):
-            last = self._call(aten.select.int, update.position, 0, -1)
+            last = self._call(aten.select.int, self._positions(update), 0, -1)
         else:
             count = self._size(update.new, update.tokens_dim)
             start = Proxy(update.position) if isinstance(update.position, Node) else update.position

@@ -268,6 +268,21 @@ def test_release_again_after_the_caller_gives_new_memory():
     assert is_released(model.v_cache)
 
 
+def test_positions_may_be_of_the_host():
+    """As in eager code, where an indexed assignment takes an index of the host into a buffer of the GPU."""
+    torch.manual_seed(0)
+    model = BufferModel(heads=4, kv_heads=2, head_dim=64).cuda()
+    inputs = [torch.randn(2, tokens, 32, device="cuda") for tokens in (30, 1, 1)]
+    starts = [torch.arange(30), torch.tensor([30]), torch.tensor([31])]
+    expected = [model.step(x, at) for x, at in zip(inputs, starts, strict=True)]
+    model.k_cache.zero_(), model.v_cache.zero_()
+    step = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.0, "value_sparsity": 0.0})
+    with explain() as report:
+        for x, at, out in zip(inputs, starts, expected, strict=True):
+            torch.testing.assert_close(step(x, at), out, rtol=1e-4, atol=1e-4)
+    assert len(report.matched) == 1
+
+
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 
 
