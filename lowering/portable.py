@@ -222,16 +222,18 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
     return torch.stack(heads, dim=2)
 
 
-def _weighted_sum(weights: Tensor, values: Tensor, attended: Tensor) -> Tensor:
+def _weighted_sum(weights: Tensor, values: Tensor, attended: Tensor | None) -> Tensor:
     """[B, H, G, L, N * n] and blocks of n rows [B, H, N, n, D] -> [B, H, G, L, D], in float32.
 
-    attended: [L, N * n]; other rows may hold anything, and 0 * NaN is NaN.
+    attended: [L, N * n], where it differs from token to token: of other rows even NaN has no part then.
     """
     blocks = values.shape[2:4]
-    attended, weights = (x.unflatten(-1, blocks).unsqueeze(-1) for x in (attended, weights))
-    values = values.float().unsqueeze(2)
-    heads = [torch.where(attended, weights[:, :, g] * values, 0).sum((-3, -2)) for g in range(weights.shape[2])]
-    return torch.stack(heads, dim=2)
+    weights, values = weights.unflatten(-1, blocks).unsqueeze(-1), values.float().unsqueeze(2)
+    products = [weights[:, :, g] * values for g in range(weights.shape[2])]
+    if attended is not None:
+        attended = attended.unflatten(-1, blocks).unsqueeze(-1)
+        products = [torch.where(attended, product, 0) for product in products]
+    return torch.stack([product.sum((-3, -2)) for product in products], dim=2)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, attended: Tensor) -> Tensor:
@@ -290,9 +292,13 @@ def attend(
         scores.append(sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, -1))
     weights = _computed_once(_softmax(torch.cat(scores, dim=-1)))
     split, end = slot.shape[0], slot.shape[0] + in_ring.shape[0]
-    past = expand(_unblocked(value_values), value_bitmap, value_window.shape[3])
-    out = _weighted_sum(weights[..., :split], past, pruned)
-    out = out + _weighted_sum(weights[..., split:end], value_window.unsqueeze(2), exact)
+    # What no token attends to may hold anything, and 0 * NaN is NaN. Clearing bitmaps is cheaper than clearing rows.
+    words = _computed_once(torch.where(pruned[-1].view(-1, BLOCK_TOKENS, 1), value_bitmap, 0))
+    past = expand(_unblocked(value_values), words, value_window.shape[3])
+    recent = torch.where(exact.any(0).unsqueeze(-1), value_window, 0).unsqueeze(2)
+    differ = not (isinstance(count, int) and count == 1)
+    out = _weighted_sum(weights[..., :split], past, pruned if differ else None)
+    out = out + _weighted_sum(weights[..., split:end], recent, exact if differ else None)
     return out.reshape(batch, query_heads, count, value_window.shape[-1]).to(query.dtype)
 
 
