@@ -178,9 +178,7 @@ def decode_attention(
         return result
     key_layout = Layout.of_buffers(key_values, key_bitmap, key_window, key_counts)
     value_layout = Layout.of_buffers(value_values, value_bitmap, value_window, value_counts)
-    step = _step(
-        key_layout, value_layout, query_heads // heads, queries, key_window.dtype, mask, sinks, softcap
-    )  # fmt: skip
+    step = _step(key_layout, value_layout, query_heads // heads, queries, key_window.dtype, mask, sinks, softcap)
     rows, key_blocks, value_blocks = batch * heads, key_values.shape[2], value_values.shape[2]
     aligned = all(x.data_ptr() % 16 == 0 for x in (key_values, key_bitmap, value_values, value_bitmap))
     usable = aligned and key_blocks == value_blocks and _runs_ptx(query.device)

@@ -181,6 +181,8 @@ class CompressedKV(WithoutMemory):
     def reserve(self, capacity: int) -> None:
         """Grow to room for ``capacity`` tokens, in place: the other handles read what is packed from now on, too."""
         blocks = blocks_for(capacity)
+        if blocks == self.values.shape[2]:
+            return
         with torch.inference_mode():  # where alone a cache that was made in it may be changed
             for buffer in (self.values, self.bitmap):
                 torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))

@@ -23,6 +23,11 @@ class Operand:
     tokens: int
     channels: int
 
+    @classmethod
+    def of(cls, node: Node, query: Node) -> Operand:
+        """[B, H, S, D], taken as it is by an op over ``query`` [B, Hq, L, D]."""
+        return cls(node, (0, 1), tuple(query.meta["val"].shape[:2]), 2, 3)
+
 
 @dataclass
 class Attention:

@@ -37,8 +37,7 @@ def is_flex(node: Node) -> bool:
 def read_flex(node: Node) -> Attention:
     """The attention that a call of flex attention is."""
     query, key, value, score_mod, block_mask, scale = node.args[:6]
-    sizes = tuple(query.meta["val"].shape[:2])
-    operands = [Operand(x, (0, 1), sizes, 2, 3) for x in (key, value)]
+    operands = [Operand.of(x, query) for x in (key, value)]
     try:
         result = _result(node)
         if not _returns_its_score(_function(score_mod)):

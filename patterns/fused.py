@@ -10,12 +10,7 @@ from torch.fx import Node
 from .attention import Attention, Operand
 
 aten = torch.ops.aten
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-
-
-def _operands(query: Node, key: Node, value: Node) -> tuple[Operand, Operand]:
-    sizes = tuple(query.meta["val"].shape[:2])
-    return Operand(key, (0, 1), sizes, 2, 3), Operand(value, (0, 1), sizes, 2, 3)
+_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
 
 
 def read_sdpa(node: Node) -> Attention:
@@ -28,7 +23,8 @@ def read_sdpa(node: Node) -> Attention:
     return Attention(
         node,
         query,
-        *_operands(query, key, value),
+        Operand.of(key, query),
+        Operand.of(value, query),
         key_reader=node,
         scale=float(scale),
         mask=options["attn_mask"],
