@@ -71,7 +71,8 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
         _require_match(settings, [])
         return None
     compressed = {functional.placeholders[i]: (x.row_layout.kept, x.row_layout.window) for i, x in caches.items()}
-    context = _context(functional, example_inputs, compressed, settings)
+    tokens_dim = {functional.placeholders[i]: x.tokens_dim for i, x in caches.items()}
+    context = _context(functional, example_inputs, compressed, tokens_dim, settings)
     found = find_matches(functional, context)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
@@ -81,7 +82,8 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
     matches = [m for m in found if isinstance(m, Match)]
     if not matches and not caches:
         return None
-    plan = Rewriter(functional, compressed, _layout_of(settings), grown_capacity, settings.release_dense).run(matches)
+    how = _layout_of(settings), grown_capacity, settings.release_dense
+    plan = Rewriter(functional, compressed, tokens_dim, *how).run(matches)
     for attached in plan.attached:
         if attached.releases:
             check_releasable(example_inputs[attached.index])
@@ -106,6 +108,7 @@ def _context(
     functional: Functional,
     example_inputs: Sequence[Any],
     compressed: Mapping[Node, tuple[int, int]],
+    tokens_dim: Mapping[Node, int],
     settings: Settings,
 ) -> Context:
     tensors = {
@@ -114,6 +117,7 @@ def _context(
     return Context(
         windows={node: window for node, (_, window) in compressed.items()},
         window=settings.window,
+        tokens_dim=tokens_dim,
         parameters={node for node, x in tensors.items() if isinstance(x, torch.nn.Parameter)},
         unwatchable={node for node, x in tensors.items() if x.is_inference() and node not in compressed},
         skip_layers=settings.skip_layers,

@@ -36,14 +36,17 @@ def _with_blocks(buffer: Tensor, blocks: int) -> Tensor:
 class CompressedKV(WithoutMemory):
     """A cache tensor of logical shape [B, H, S, D] over the buffers that ``lowering.layout`` describes.
 
+    Or [B, S, H, D], where the model keeps it so: ``tokens_dim``, 2 or 1, is the dimension of the tokens.
+
     It has the shape, dtype and device of the dense tensor and stands wherever a model keeps its K or V. The backend
     works on the buffers, and so do copies, moves and selections along the batch (``tensor_ops``); any other op
     decompresses (with one warning for each op) and reads right values. Writes from outside are honoured for
     ``index_copy_`` and ``zero_`` and refused otherwise.
 
     A growing cache (``grows``) is a handle: a decode step returns a longer handle of the same buffers, and the
-    shorter one can be read but no longer extended. ``cache[:, :, :n]`` is a shorter handle that may be extended: the
-    tokens behind it are given up then, and StaleCacheError is raised where a longer handle is used after that.
+    shorter one can be read but no longer extended. ``cache[:, :, :n]`` (in [B, S, H, D] ``cache[:, :n]``) is a shorter
+    handle that may be extended: the tokens behind it are given up then, and StaleCacheError is raised where a longer
+    handle is used after that.
     """
 
     values: Tensor
@@ -52,26 +55,29 @@ class CompressedKV(WithoutMemory):
     counts: Tensor
     row_layout: Layout
     grows: bool
+    tokens_dim: int
     branch: Branch
     cropped: bool = False
     writable: bool = True
 
     @staticmethod
-    def __new__(cls, values, bitmap, window, counts, layout, grows, size, stride=None):
-        _, heads, tokens, head_dim = size
-        stride = stride or (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
+    def __new__(cls, values, bitmap, window, counts, layout, grows, tokens_dim, size, stride=None):
+        _, outer, inner, head_dim = size
+        stride = stride or (outer * inner * head_dim, inner * head_dim, head_dim, 1)
         return cls.shaped(size, stride, values)
 
-    def __init__(self, values, bitmap, window, counts, layout, grows, size, stride=None):
+    def __init__(self, values, bitmap, window, counts, layout, grows, tokens_dim, size, stride=None):
         self.values, self.bitmap, self.window, self.counts = values, bitmap, window, counts
-        self.row_layout, self.grows = layout, grows
+        self.row_layout, self.grows, self.tokens_dim = layout, grows, tokens_dim
 
     @classmethod
-    def from_buffers(cls, buffers: Iterable[Tensor], tokens: int, grows: bool) -> CompressedKV:
+    def from_buffers(cls, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2) -> CompressedKV:
         """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
         values, bitmap, window, counts = buffers
         layout = Layout.of_buffers(values, bitmap, window, counts)
-        cache = cls(values, bitmap, window, counts, layout, grows, (*values.shape[:2], tokens, layout.head_dim))
+        (batch, heads), head_dim = values.shape[:2], layout.head_dim
+        size = (batch, heads, tokens, head_dim) if tokens_dim == 2 else (batch, tokens, heads, head_dim)
+        cache = cls(values, bitmap, window, counts, layout, grows, tokens_dim, size)
         cache.branch = Branch(tokens)
         return cache._with_marks()
 
@@ -92,6 +98,11 @@ class CompressedKV(WithoutMemory):
         return _buffers_of(self)
 
     @property
+    def tokens(self) -> int:
+        """The logical number of tokens."""
+        return self.shape[self.tokens_dim]
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes that the buffers really take."""
         return storage_bytes(self.buffers)
@@ -106,7 +117,8 @@ class CompressedKV(WithoutMemory):
 
         Raises StaleCacheError where tokens of this handle were given up.
         """
-        return ops.decompress(*self.own_buffers(), self.shape[2])
+        rows = ops.decompress(*self.own_buffers(), self.tokens)
+        return rows if self.tokens_dim == 2 else rows.transpose(1, 2).contiguous()
 
     def own_buffers(self) -> tuple[Tensor, ...]:
         """The buffers as this handle sees them, see ``own_counts``."""
@@ -123,18 +135,18 @@ class CompressedKV(WithoutMemory):
             return self.counts
         self._check_standing()
         counts = self.counts.clone()
-        counts[:1].fill_(self.shape[2])
+        counts[:1].fill_(self.tokens)
         return counts
 
     def is_latest(self) -> bool:
         """Whether no other handle of this growing cache has gone further."""
-        return self.branch.successor is None and self.branch.tokens == self.shape[2]
+        return self.branch.successor is None and self.branch.tokens == self.tokens
 
     def _check_standing(self) -> None:
         standing = self.branch.standing()
-        if standing < self.shape[2]:
+        if standing < self.tokens:
             raise StaleCacheError(
-                f"this cache of {self.shape[2]} tokens was cropped to {standing} and continued: its later tokens are "
+                f"this cache of {self.tokens} tokens was cropped to {standing} and continued: its later tokens are "
                 "gone. To continue one past in several ways, copy.deepcopy it first"
             )
 
@@ -143,7 +155,7 @@ class CompressedKV(WithoutMemory):
 
         Raises StaleCacheError if this handle was extended before, or some of its tokens were given up.
         """
-        tokens = self.shape[2]
+        tokens = self.tokens
         if not self.is_latest():
             self._check_standing()
             if not self.cropped:
@@ -160,8 +172,8 @@ class CompressedKV(WithoutMemory):
 
     def extended(self, count: int) -> CompressedKV:
         """The handle after ``count`` more tokens were written into the buffers."""
-        longer = self._handle(self.shape[2] + count)
-        self.branch.tokens = longer.shape[2]
+        longer = self._handle(self.tokens + count)
+        self.branch.tokens = longer.tokens
         return longer
 
     def crop(self, tokens: int) -> CompressedKV:
@@ -173,8 +185,9 @@ class CompressedKV(WithoutMemory):
 
     def _handle(self, tokens: int) -> CompressedKV:
         """Another handle of the same buffers, with Dynamo's marks: to set those anew takes longer than all the rest."""
-        size = (*self.shape[:2], tokens, self.shape[3])
-        handle = CompressedKV.__new__(CompressedKV, *self.buffers, self.row_layout, self.grows, size)
+        size = list(self.shape)
+        size[self.tokens_dim] = tokens
+        handle = CompressedKV.__new__(CompressedKV, *self.buffers, self.row_layout, self.grows, self.tokens_dim, size)
         handle.__dict__.update(vars(self))
         return handle
 
@@ -190,24 +203,29 @@ class CompressedKV(WithoutMemory):
     def _with_marks(self) -> CompressedKV:
         """Tell Dynamo which sizes change from call to call, so that it compiles for any."""
         if self.grows:
-            for tensor in (self, self.values):
-                _compat.maybe_mark_dynamic(tensor, 2)
+            _compat.maybe_mark_dynamic(self, self.tokens_dim)
+            _compat.maybe_mark_dynamic(self.values, 2)
         return self
 
     def alias(self) -> CompressedKV:
         """Another object for this very handle."""
-        alias = CompressedKV(*self.buffers, self.row_layout, self.grows, self.shape, self.stride())
+        form = self.row_layout, self.grows, self.tokens_dim
+        alias = CompressedKV(*self.buffers, *form, self.shape, self.stride())
         alias.__dict__.update({k: v for k, v in vars(self).items() if k in ("branch", "cropped", "writable")})
         return alias
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
         """A cache of its own with ``change`` applied to each buffer."""
-        return CompressedKV.from_buffers(map(change, self.own_buffers()), self.shape[2], self.grows)
+        return self.over(map(change, self.own_buffers()))
 
     def rebatched(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
         """A cache of its own with ``change``, which selects along dimension 0, applied to what has a batch."""
         buffers = [*map(change, (self.values, self.bitmap, self.window)), self.own_counts().clone()]
-        return CompressedKV.from_buffers(buffers, self.shape[2], self.grows)
+        return self.over(buffers)
+
+    def over(self, buffers: Iterable[Tensor]) -> CompressedKV:
+        """A cache of its own over ``buffers``, with as many tokens."""
+        return CompressedKV.from_buffers(buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __getitem__(self, index: Any) -> Tensor:
         """As Tensor's, but autograd does not keep this tensor alive as the base of the result."""
@@ -225,11 +243,11 @@ class CompressedKV(WithoutMemory):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         buffers = [buffer.detach() for buffer in self.mapped(lambda buffer: buffer).buffers]  # without Dynamo's marks
-        return restored_cache, (*buffers, self.shape[2], self.grows)
+        return restored_cache, (*buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __tensor_flatten__(self):
         # One buffer has all sizes that may change, and the layout tells the others: four would be guarded at each call.
-        return _SHOWN, (self.row_layout, self.grows)
+        return _SHOWN, (self.row_layout, self.grows, self.tokens_dim)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
@@ -262,7 +280,7 @@ class CompressedKV(WithoutMemory):
 
 
 def restored_cache(
-    values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, tokens: int, grows: bool
+    values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, tokens: int, grows: bool, tokens_dim: int = 2
 ) -> CompressedKV:
     """What pickle calls to make a saved cache again."""
-    return CompressedKV.from_buffers((values, bitmap, window, counts), tokens, grows)
+    return CompressedKV.from_buffers((values, bitmap, window, counts), tokens, grows, tokens_dim)

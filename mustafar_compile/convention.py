@@ -82,8 +82,9 @@ class _Examples:
         return self._buffers(index, layout, batch, heads, capacity)
 
     def _compressed(self, index: int) -> dict[str, torch.Tensor]:
-        cache, (batch, heads, _, _) = self.given[index], self.logical[index].shape
-        return self._buffers(index, cache.row_layout, batch, heads, self._capacity(cache))
+        cache, shape = self.given[index], self.logical[index].shape
+        heads = shape[3 - cache.tokens_dim]
+        return self._buffers(index, cache.row_layout, shape[0], heads, self._capacity(cache))
 
     def _capacity(self, cache: Any) -> Any:
         """The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""

@@ -56,7 +56,7 @@ def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> A
             return results[index]
         case Extended(index):
             return arguments[index].extended(_count(output, arguments))
-        case Compressed(index, tokens, grows):
+        case Compressed(index, tokens, grows, tokens_dim):
             buffers: list[Tensor] = list(results[index : index + len(BUFFERS)])
             length = results[tokens.index] if isinstance(tokens, Result) else tokens
-            return CompressedKV.from_buffers(buffers, length, grows)
+            return CompressedKV.from_buffers(buffers, length, grows, tokens_dim)

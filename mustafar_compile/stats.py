@@ -85,7 +85,7 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
 def _holding(tensor: Tensor) -> tuple[int, Sequence[Tensor], bool]:
     """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
     if isinstance(tensor, CompressedKV):
-        tokens = tensor.shape[2] if tensor.grows else int(tensor.counts[0])
+        tokens = tensor.tokens if tensor.grows else int(tensor.counts[0])
         return tokens, tensor.buffers, True
     state = find_state(tensor)
     if state is not None:

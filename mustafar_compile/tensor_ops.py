@@ -16,7 +16,7 @@ from .wrapper import is_view, read_only, refuse_lost_writes
 
 aten = torch.ops.aten
 
-BATCH, TOKENS = (0, -4), (2, -2)
+BATCH = (0, -4)
 
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
@@ -103,9 +103,12 @@ def _slice(
         return NotImplemented
     if dim in BATCH:
         return _batch_view(cache, slice(start, end, step))
-    tokens = cache.shape[2]
-    first, stop, step = slice(start, end, step).indices(tokens)
-    return cache.crop(max(stop, 0)) if dim in TOKENS and (first, step) == (0, 1) else NotImplemented
+    first, stop, step = slice(start, end, step).indices(cache.tokens)
+    return cache.crop(max(stop, 0)) if _is_tokens(cache, dim) and (first, step) == (0, 1) else NotImplemented
+
+
+def _is_tokens(cache: CompressedKV, dim: int) -> bool:
+    return dim % 4 == cache.tokens_dim
 
 
 def _split(cache: CompressedKV, sizes: int | Sequence[int], dim: int = 0) -> list[CompressedKV]:
@@ -135,13 +138,14 @@ def _cat(caches: Sequence[Any], dim: int = 0) -> CompressedKV:
     for cache in caches:
         cache.reserve(capacity)
     buffers = [torch.cat(parts) for parts in zip(*(cache.buffers[:3] for cache in caches), strict=True)]
-    return CompressedKV.from_buffers([*buffers, counts.amax(0)], first.shape[2], first.grows)
+    return first.over([*buffers, counts.amax(0)])
 
 
 def _joinable(a: Any, b: Any) -> bool:
+    form = ("row_layout", "grows", "tokens_dim", "dtype", "device")
     return (
         isinstance(b, CompressedKV)
-        and all(getattr(a, name) == getattr(b, name) for name in ("row_layout", "grows", "dtype", "device"))
+        and all(getattr(a, name) == getattr(b, name) for name in form)
         and a.shape[1:] == b.shape[1:]
     )
 
@@ -158,10 +162,11 @@ def _zero(cache: CompressedKV) -> CompressedKV:
 
 def _index_copy(cache: CompressedKV, dim: int, position: Tensor, rows: Tensor) -> CompressedKV:
     """New tokens in a static cache; what lay behind them is not written any more."""
-    if cache.grows or dim not in TOKENS:
+    if cache.grows or not _is_tokens(cache, dim):
         return NotImplemented
     notify_decompressed(aten.index_copy_.default)
     dense = cache.dense().index_copy_(dim, position, rows)
+    dense = dense if cache.tokens_dim == 2 else dense.transpose(1, 2)
     tokens = position.max().reshape(1) + 1
     packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.capacity)
     for mine, new in zip(cache.buffers, packed, strict=True):

@@ -113,5 +113,5 @@ def refuse_lost_writes(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> N
             if isinstance(target, WithoutMemory):
                 raise CompressedWriteError(
                     f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, "
-                    "index_copy_ along dimension 2"
+                    "index_copy_ along the tokens"
                 )

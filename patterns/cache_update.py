@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .attention import Operand
 from .masked_write import masked_write
 from .nodes import is_call, is_single, is_tensor
 from .normalise import Functional
 from .symbols import expression, same_size
-from .views import changes_nothing, is_move, slice_bounds, unmoved
+from .views import changes_nothing, is_move, leading_axes, read_through, slice_bounds, unmoved
 
 aten = torch.ops.aten
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -170,29 +171,29 @@ def joins_changed_past(read: Node) -> bool:
     return unmoved(past).op == "placeholder" and _base(past) is None
 
 
-def recognise_shift(base: Node, value: Node) -> CacheUpdate | None:
+def recognise_shift(base: Node, value: Node, tokens_dim: int) -> CacheUpdate | None:
     """The update by which a full buffer drops its oldest tokens for new ones, if ``value`` comes of one."""
     node = value
     while isinstance(node, Node) and node is not base and node.op == "call_function":
         if is_call(node, aten.roll.default, aten.cat.default):
-            return CacheUpdate(value, base, value, 2, "shift", position=0)
+            return CacheUpdate(value, base, value, tokens_dim, "shift", position=0)
         node = node.args[node.target is aten.copy.default]
     return None
 
 
-def find_update(read: Node, functional: Functional) -> tuple[CacheUpdate | None, list[Node]]:
-    """The cache update behind what attention reads, and the ops between them, first op first.
+def find_update(operand: Operand, functional: Functional) -> tuple[CacheUpdate | None, list[Node]]:
+    """The cache update behind the keys or values of attention, and the ops between them, first op first.
 
     A tensor that leaves the graph as it is counts as a cache that begins here (a prefill that returns its keys).
     """
     chain: list[Node] = []
-    node = read
+    node = operand.node
     while True:
         update = recognise_update(node)
         if update is not None:
             return update, chain[::-1]
         if node in functional.outputs and node.op == "call_function" and node.meta["val"].dim() == 4:
-            return CacheUpdate(node, None, node, 2, "returned"), chain[::-1]
+            return CacheUpdate(node, None, node, _tokens_dim(node, chain[::-1], operand), "returned"), chain[::-1]
         if not is_move(node):
             return None, chain[::-1]
         scattered = _reads_back(node)
@@ -201,6 +202,16 @@ def find_update(read: Node, functional: Functional) -> tuple[CacheUpdate | None,
             node = node.args[0]
         else:
             node = scattered
+
+
+def _tokens_dim(node: Node, chain: list[Node], operand: Operand) -> int:
+    """Where the tokens of ``node`` are: 1 if attention reads them from there or, of one token, the heads from 2."""
+    read = read_through(chain, node)
+    if read is None:
+        return 2
+    axes = read.dims[operand.tokens], leading_axes(read, operand)
+    of_tokens, of_heads = ([axis.source for axis in x] for x in axes)
+    return 1 if of_tokens == [1] or 2 in of_heads else 2
 
 
 def _reads_back(node: Node) -> Node | None:

@@ -20,7 +20,8 @@ from .views import Axis, Read, leading_axes
 class Context:
     """What matching must know beyond the graph.
 
-    windows: placeholders that hold a compressed cache, each with its window. window: that of new ones.
+    windows: placeholders that hold a compressed cache, each with its window. window: that of new ones. tokens_dim:
+    the same placeholders, each with the dimension of its tokens.
     parameters: placeholders that hold a parameter. unwatchable: placeholders whose writes from outside could not be
     noticed (inference tensors). skip_layers: layers to leave dense. dtypes: what a cache may hold.
     max_query_tokens: how many query tokens a decode step may have. release_dense: whether buffers of the caller are
@@ -29,6 +30,7 @@ class Context:
 
     windows: Mapping[Node, int]
     window: int
+    tokens_dim: Mapping[Node, int]
     parameters: Set[Node]
     unwatchable: Set[Node]
     skip_layers: Collection[int]
@@ -65,8 +67,8 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
         "only a part of the batch of the cache is used",
     )
     require(
-        update.tokens_dim == 2 or not (update.base is None or update.grows or update.base in context.windows),
-        "a cache in [B, S, H, D] is supported as a buffer of the caller only",
+        context.tokens_dim.get(update.base, update.tokens_dim) == update.tokens_dim,
+        "new tokens join the compressed cache along a dimension that is not that of its tokens",
     )
     require(
         update.base not in context.unwatchable or update.grows,

@@ -96,8 +96,8 @@ def _judge(attention: Attention, functional: Functional, context: Context, reade
         require(attention.layer not in context.skip_layers, f"layer {attention.layer} is listed in skip_layers")
         changed = any(joins_changed_past(operand.node) for operand in (attention.key, attention.value))
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
-        key, key_chain = find_update(attention.key.node, functional)
-        value, value_chain = find_update(attention.value.node, functional)
+        key, key_chain = find_update(attention.key, functional)
+        value, value_chain = find_update(attention.value, functional)
         if key is None or value is None:
             raise Reason(_no_cache_reason(attention, functional))
         reads = []

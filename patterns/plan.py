@@ -62,11 +62,13 @@ class Compressed:
     """A new compressed cache: its buffers are the results from ``index`` on.
 
     tokens: its logical number of tokens, itself a result where it is not fixed. grows: whether by concatenation.
+    tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D].
     """
 
     index: int
     tokens: int | Result
     grows: bool
+    tokens_dim: int
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,20 @@ class UnsupportedWriteError(RuntimeError):
     """A graph writes into a compressed cache in a way that cannot be followed."""
 
 
+@dataclass(frozen=True)
+class _New:
+    """A cache that the graph compresses and returns."""
+
+    buffers: list[Node]
+    grows: bool
+    tokens_dim: int
+
+
 class Rewriter:
     """Rewrites one graph in place; use it once.
 
-    compressed: placeholders that hold a compressed cache, each with its (kept, window).
+    compressed: placeholders that hold a compressed cache, each with its (kept, window). tokens_dim: the same
+    placeholders, each with the dimension of its tokens.
     layout_of: role ("key" or "value") and head_dim -> (kept, window) of a cache to be compressed.
     capacity_of: tokens -> compressed slots of a growing cache.
     release_dense: whether the compressed state of a buffer of the caller is all that the graph may use of it.
@@ -37,6 +48,7 @@ class Rewriter:
         self,
         functional: Functional,
         compressed: Mapping[Node, tuple[int, int]],
+        tokens_dim: Mapping[Node, int],
         layout_of: Callable[[str, int], tuple[int, int]],
         capacity_of: Callable[[Any], Any],
         release_dense: bool,
@@ -44,6 +56,7 @@ class Rewriter:
         self.functional = functional
         self.graph: Graph = functional.graph
         self.compressed = dict(compressed)
+        self.tokens_dim = dict(tokens_dim)  # of attached placeholders, too
         self.layout_of = layout_of
         self.capacity_of = capacity_of
         self.release_dense = release_dense
@@ -51,10 +64,9 @@ class Rewriter:
         self.inputs: dict[Node, Input] = {node: Argument(i) for node, i in self.index.items()}
         self.names = [r.name for r in ops.compress.default._schema.returns]
         self.buffers: dict[Node, list[Node]] = {}  # of compressed and of attached placeholders
-        self.replaced: dict[Node, Extended | tuple[list[Node], bool]] = {}  # outputs that become compressed caches
+        self.replaced: dict[Node, Extended | _New] = {}  # outputs that become compressed caches
         self.written: set[Node] = set()  # compressed placeholders whose mutation happens inside an op
         self.attached: list[Attached] = []
-        self.tokens_dim: dict[Node, int] = {}  # of attached placeholders
 
     def run(self, matches: list[Match]) -> Plan:
         for placeholder in self.compressed:
@@ -187,9 +199,8 @@ class Rewriter:
             return self.buffers[base]
         layout = self.layout_of(role, update.node.meta["val"].shape[-1])
         if update.grows:  # a dense past: compress it now, return it compressed
-            length = self._size(base, 2)
-            buffers = self._compress(base, self._tokens(length, base), layout, self._growing_capacity(length))
-            self.replaced[update.node] = (buffers, True)
+            buffers = self._compress_new(base, update, layout)
+            self.replaced[update.node] = _New(buffers, True, update.tokens_dim)
             return buffers
         if base not in self.buffers:
             self._attach(update, layout, position)
@@ -257,17 +268,16 @@ class Rewriter:
             return
         buffers = self._compress_new(update.node, update, layout)
         if update.base is None or update.grows:
-            self.replaced[update.node] = (buffers, update.grows)
+            self.replaced[update.node] = _New(buffers, update.grows, update.tokens_dim)
             return
         for mine, new in zip(self.buffers[update.base], buffers, strict=True):
             self._call(aten.copy_.default, mine, new)
         self.written.add(update.base)
 
     def _compress_new(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
-        length = self._size(dense, update.tokens_dim)
+        length, rows = self._size(dense, update.tokens_dim), self._swapped(dense, update.tokens_dim)
         if update.grows:
-            return self._compress(dense, self._tokens(length, dense), layout, self._growing_capacity(length))
-        rows = self._swapped(dense, update.tokens_dim)
+            return self._compress(rows, self._tokens(length, dense), layout, self._growing_capacity(length))
         return self._compress(rows, self._written_tokens(update), layout, length)
 
     def _written_tokens(self, update: CacheUpdate) -> Node:
@@ -288,18 +298,32 @@ class Rewriter:
         with self.graph.inserting_before(self.graph.output_node()):
             for node in self.functional.outputs:
                 update = recognise_update(node) if isinstance(node, Node) else None
-                if update is not None and update.base in self.compressed and update.grows:
+                if update is not None and update.grows and self._joins_tokens(update):
                     self._store(update, self.compressed[update.base])
             for base, value in self.functional.mutated.items():
                 if base in self.compressed and base not in self.written:
-                    self._store(_followed(base, value), self.compressed[base])
+                    self._store(self._followed(base, value), self.compressed[base])
+
+    def _joins_tokens(self, update: CacheUpdate) -> bool:
+        """Whether the tokens of a compressed cache get new ones behind them."""
+        return update.base in self.compressed and update.tokens_dim == self.tokens_dim[update.base]
+
+    def _followed(self, base: Node, value: Node) -> CacheUpdate:
+        """The update by which ``base`` became ``value``."""
+        update = recognise_update(value) or recognise_shift(base, value, self.tokens_dim[base])
+        if update is None or update.base is not base or update.grows or not self._joins_tokens(update):
+            raise UnsupportedWriteError(
+                f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
+                "index_copy_, index_put_ and slice writes of new tokens along their dimension, and rolling"
+            )
+        return update
 
     def _decompress_remaining_uses(self, placeholder: Node) -> None:
         for user in [u for u in placeholder.users if u.target is aten.sym_size.int]:
             user.replace_all_uses_with(self._logical_size(placeholder, user.args[1]))
             self.graph.erase_node(user)
         if placeholder.users:
-            tokens_dim = self.tokens_dim.get(placeholder, 2)
+            tokens_dim = self.tokens_dim[placeholder]
             length = self._logical_size(placeholder, tokens_dim)
             with self.graph.inserting_before(self._first_use(placeholder)):
                 dense = self._call(ops.decompress.default, *self.buffers[placeholder], length)
@@ -349,14 +373,13 @@ class Rewriter:
         if replaced is None:
             nodes.append(node)
             return Result(len(nodes) - 1)
-        buffers, grows = replaced
         first = len(nodes)
-        nodes += buffers
-        tokens = self._size(node, 2)
+        nodes += replaced.buffers
+        tokens = self._size(node, replaced.tokens_dim)
         if isinstance(tokens, int):
-            return Compressed(first, tokens, grows)
+            return Compressed(first, tokens, replaced.grows, replaced.tokens_dim)
         nodes.append(tokens)
-        return Compressed(first, Result(len(nodes) - 1), grows)
+        return Compressed(first, Result(len(nodes) - 1), replaced.grows, replaced.tokens_dim)
 
     def _drop_placeholders(self) -> None:
         for node in list(self.inputs):
@@ -364,14 +387,3 @@ class Rewriter:
             if node in self.compressed or (symbol and not node.users):
                 self.graph.erase_node(node)
                 del self.inputs[node]
-
-
-def _followed(base: Node, value: Node) -> CacheUpdate:
-    """The update by which ``base`` became ``value``."""
-    update = recognise_update(value) or recognise_shift(base, value)
-    if update is None or update.base is not base or update.grows or update.tokens_dim != 2:
-        raise UnsupportedWriteError(
-            f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
-            "index_copy_, index_put_ and slice writes of new tokens along dimension 2, and rolling"
-        )
-    return update

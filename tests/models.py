@@ -169,13 +169,25 @@ class TupleModel(_Attention):
         return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)), (k, v)
 
 
+class TokensFirstModel(_Attention):
+    """As flash attention takes it: a tuple of [B, S, H, D], transposed only to attend."""
+
+    def step(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self.project(x)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+        q, *cached = (t.transpose(1, 2) for t in (q, k, v))
+        causal = x.shape[1] > 1
+        return self.merge(F.scaled_dot_product_attention(q, *cached, is_causal=causal, enable_gqa=True)), (k, v)
+
+
 def run_steps(model: _Attention, inputs: list[Tensor], step=None) -> list[Tensor]:
     """Feed ``inputs`` [B, T, E] one after the other through ``step`` (default: the model's own, eager)."""
     step = step or model.step
     outputs, past, start = [], None, 0
     for x in inputs:
         tokens = x.shape[1]
-        if isinstance(model, TupleModel):
+        if isinstance(model, TupleModel | TokensFirstModel):
             out, past = step(x, past)
         elif isinstance(model, SliceModel):
             mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype).triu(1) if tokens > 1 else None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cases import seeds
 from compilers import without_compiler
 from conftest import SHARDS, sharded
-from models import BufferModel, SliceModel, TupleModel, WhereModel, pruned_steps, run_steps
+from models import BufferModel, SliceModel, TokensFirstModel, TupleModel, WhereModel, pruned_steps, run_steps
 from mustafar_compile import explain
 from reference import reference_attention
 
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 def cases(draw):
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     return {
-        "form": draw(st.sampled_from([BufferModel, SliceModel, TupleModel, WhereModel])),
+        "form": draw(st.sampled_from([BufferModel, SliceModel, TupleModel, TokensFirstModel, WhereModel])),
         "sizes": {
             "kv_heads": kv_heads,
             "heads": kv_heads * draw(st.sampled_from([1, 2, 3, 5])),
@@ -49,7 +49,7 @@ def cases(draw):
 def test_every_step_equals_the_oracle(shard, case):
     torch.manual_seed(case["seed"])
     form, dtype = case["form"], case["dtype"]
-    buffers = {} if form is TupleModel else {"batch": case["batch"], "dtype": dtype}
+    buffers = {} if form in (TupleModel, TokensFirstModel) else {"batch": case["batch"], "dtype": dtype}
     model = form(**buffers, **case["sizes"]).to(dtype)
     inputs = [torch.randn(case["batch"], n, 32, dtype=dtype) for n in (case["prefill"], *[1] * case["steps"])]
     with torch.no_grad(), without_compiler(), explain() as report:
