@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import render
 from .layout import BLOCK_TOKENS, Layout
+from .masks import decides_later, with_four_dims
 from .ptx.prune import Prune
 from .step import COMBINE_REGISTERS, STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded
 
@@ -141,6 +142,7 @@ def _step(
         queries=queries,
         dtype=DTYPE_NAMES[dtype],
         mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
+        sees_later=decides_later(mask),
         sinks=sinks is not None,
         softcap=softcap != 0,
     )
@@ -245,8 +247,7 @@ def _mask_arguments(mask: Tensor | None, queries: torch.Size) -> tuple[Any, ...]
     """The mask as the kernels take it, its strides by batch, query head, query token and token, and its tokens."""
     if mask is None:
         return None, 0, 0, 0, 0, 1
-    while mask.dim() < 4:
-        mask = mask.unsqueeze(0)
+    mask = with_four_dims(mask)
     expanded = mask.expand(*queries[:3], mask.shape[-1])
     strides, tokens = expanded.stride(), mask.shape[-1]
     if mask.dtype == torch.bool:

@@ -114,8 +114,10 @@ decode_attention = torch.ops.mustafar.decode_attention.default
 query: [B, Hq, L, D], of at most ``MAX_QUERY_TOKENS`` tokens. key, value: the same tokens, [B, H, L, D] and
 [B, H, L, Dv], with Hq a multiple of H. The buffers of K and V are updated in place. The results and the buffers are
 those of L steps with one token each: every token sees the tokens up to itself, and of them as many in their pruned form
-as if it were the last. position: int64, one element, where the first of them goes, at most the tokens written (what
-lies past that is undefined); None: behind the last.
+as if it were the last. Where the mask has a row for each of several tokens, it alone says which of the later ones, too,
+a token sees; they are exact.
+position: int64, one element, where the first of them goes, at most the tokens written (what lies past that is
+undefined); None: behind the last.
 mask: boolean (True: attend) or additive, broadcastable to [B, Hq, L, S]. sinks: [Hq], any float dtype: a logit for each
 query head that counts in the softmax and has no value; scale, softcap and mask do not apply to it. softcap: scores
 become ``softcap * tanh(score / softcap)`` before the mask; 0: they stay. Returns [B, Hq, L, Dv] in the dtype of

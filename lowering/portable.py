@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .layout import BLOCK_TOKENS, CHUNK, EXTREME, MAX_QUERY_TOKENS, WORD_CHANNELS, blocks_for, window_of
+from .masks import decides_later, with_four_dims
 
 aten = torch.ops.aten
 
@@ -240,8 +241,7 @@ def _masked(scores: Tensor, mask: Tensor | None, token: Tensor, attended: Tensor
     """Apply a mask [B or 1, Hq or 1, L or 1, S] at the tokens [n] that the scores [B, H, G, L, n] belong to."""
     nothing = float("-inf")
     if mask is not None:
-        while mask.dim() < 4:
-            mask = mask.unsqueeze(0)
+        mask = with_four_dims(mask)
         at_token = mask.index_select(-1, token.clamp(min=0, max=mask.shape[-1] - 1))
         grouped = at_token.unflatten(1, (1, 1) if at_token.shape[1] == 1 else scores.shape[1:3])
         scores = torch.where(grouped, scores, nothing) if mask.dtype == torch.bool else scores + grouped.float()
@@ -269,7 +269,7 @@ def attend(
 ) -> Tensor:
     """Attention of the latest L tokens [B, Hq, L, D] over the compressed tokens and the ring, with one softmax each.
 
-    Each token sees the cache as it was when that token was the latest.
+    Each token sees the cache as it was when that token was the latest; of later ones what the mask allows.
     """
     batch, query_heads, count, head_dim = query.shape
     key_values, key_bitmap, key_window, counts = key
@@ -282,7 +282,9 @@ def attend(
 
     slot = torch.arange(key_values.shape[2] * BLOCK_TOKENS, device=query.device)
     in_ring = _ring_tokens(tokens, key_window.shape[2])
-    pruned, exact = slot < first_exact, (in_ring >= first_exact) & (in_ring <= latest)
+    pruned, exact = slot < first_exact, in_ring >= first_exact
+    if not decides_later(mask):
+        exact = exact & (in_ring <= latest)
     past = expand(_unblocked(key_values), key_bitmap, head_dim)
     scores = [
         _masked(_bounded(_scores(grouped, past) * scale, softcap), mask, slot, pruned),

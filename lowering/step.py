@@ -58,6 +58,7 @@ class Step:
     mask: str  # "none", "boolean" or "additive"
     sinks: bool
     softcap: bool
+    sees_later: bool = False  # a token may see later ones of the step, where the mask allows it
 
     @property
     def append_warps(self) -> int:

@@ -91,7 +91,7 @@ def _is_step(attention: Attention, update: CacheUpdate, graph: Graph, context: C
     if not update.grows:
         limit = min(limit, context.windows.get(update.base, context.window))
     return (
-        _has_row_for_each_query(attention)
+        _has_row_for_each_query(attention)  # which alone says what of the others each sees
         and is_run(update.position)
         and (isinstance(length, int) or any(same_size(node, length) for node in graph.find_nodes(op="placeholder")))
         and bool(length <= limit)
@@ -99,7 +99,7 @@ def _is_step(attention: Attention, update: CacheUpdate, graph: Graph, context: C
 
 
 def _has_row_for_each_query(attention: Attention) -> bool:
-    """Whether the mask can be causal."""
+    """Whether the mask can tell the queries apart."""
     rows = attention.mask.meta["val"].shape[-2:-1] if attention.mask is not None else ()
     return any(same_size(size, attention.query_length) for size in rows)
 

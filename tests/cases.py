@@ -166,8 +166,13 @@ class Case:
         """Tokens before the step."""
         return self.tokens - self.queries
 
+    @property
+    def sees_later(self):
+        """Whether the mask alone says which of the tokens after it one sees."""
+        return self.mask is not None and self.mask.dim() > 1 and self.mask.shape[-2] > 1
+
     def singles(self):
-        """The steps of one token each that this step stands for."""
+        """The steps of one token each that this step stands for, where none of its tokens sees later ones."""
         for i, tokens in enumerate(range(self.written + 1, self.tokens + 1)):
             mask = self.mask
             if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
@@ -176,6 +181,16 @@ class Case:
                 mask = mask[..., :tokens]
             seen = self.keys[:, :, :tokens], self.values[:, :, :tokens]
             yield replace(self, query=self.query[:, :, i : i + 1], keys=seen[0], values=seen[1], mask=mask)
+
+    def queries_alone(self):
+        """For each query a case whose result is that of this one: with later tokens where the mask decides on them."""
+        if not self.sees_later:
+            yield from self.singles()
+            return
+        for row, single in enumerate(self.singles()):
+            mask = self.mask[..., row : row + 1, : self.tokens]
+            window = self.window + self.queries - 1 - row  # later tokens prune nothing
+            yield replace(single, keys=self.keys, values=self.values, mask=mask, window=window)
 
     @property
     def scale_number(self):
@@ -207,7 +222,7 @@ class Case:
 
     def expected(self):
         """The oracle's result in float64."""
-        return torch.cat([case._expected() for case in self.singles()], dim=2)
+        return torch.cat([case._expected() for case in self.queries_alone()], dim=2)
 
     def _expected(self):
         how = (*self.sparsities, self.window, self.mask, self.scale_number, torch.float64, self.softcap, self.sinks)
@@ -218,7 +233,7 @@ class Case:
 
         rounds_weights: the weights are rounded to the dtype of the cache before they meet the values.
         """
-        return torch.cat([case._allowed_error(rounds_weights) for case in self.singles()], dim=2)
+        return torch.cat([case._allowed_error(rounds_weights) for case in self.queries_alone()], dim=2)
 
     def _allowed_error(self, rounds_weights):
         unit, out = 2.0**-24, torch.finfo(self.query.dtype)
@@ -297,6 +312,13 @@ def make_mask(kind, shape, seed, density=0.7):
         return torch.randn(shape, generator=generator)
     lowest = -INF if kind == "-inf" else torch.finfo(torch.float32).min
     return torch.zeros(shape).masked_fill(~allowed, lowest)
+
+
+def both_ways(queries, tokens):
+    """A mask [L, S] by which the latest tokens see each other, later ones too; the first not all of the past."""
+    mask = torch.ones(queries, tokens, dtype=torch.bool)
+    mask[0, ::3] = False
+    return mask
 
 
 def make_sinks(query_heads, seed, dtype=torch.float32):

@@ -22,6 +22,7 @@ from cases import (
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    both_ways,
     cases,
     check_steps,
     counts_of,
@@ -174,6 +175,8 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 @example(make_case(mask=torch.full((1, 1, 1, 11), torch.finfo(torch.float32).min)), False)
 @example(make_case(mask=torch.full((1, 1, 1, 11), -65504.0, dtype=torch.float16), dtype=torch.float16), False)
 @example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool)), False)
+@example(make_case(mask=both_ways(3, 11), queries=3), False)
+@example(make_case(mask=both_ways(3, 11), queries=3, window=1), False)
 def test_a_step_equals_the_oracle(case, position):
     out = stepped(case, torch.tensor([case.written]) if position else None)
     assert_close(out, case, rounds_weights=True)

@@ -26,6 +26,7 @@ from cases import (
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    both_ways,
     cases,
     check_steps,
     counts_of,
@@ -282,6 +283,8 @@ def test_what_lies_in_unwritten_slots_sets_no_flag():
 @example(make_case(mask=torch.zeros(2, 1, 1, 11, dtype=torch.bool)))
 @example(make_case(mask=torch.full((11,), -INF)))
 @example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool)))
+@example(make_case(mask=both_ways(3, 11), queries=3))
+@example(make_case(mask=both_ways(3, 11), queries=3, window=1))
 def test_a_step_equals_the_oracle(case):
     assert_close(case.step(), case)
 
@@ -302,6 +305,7 @@ def test_nothing_pruned_equals_dense_attention(case):
     mask = torch.arange(case.tokens) <= torch.arange(case.written, case.tokens).unsqueeze(-1)
     if case.mask is not None:
         given_mask = case.mask[..., : case.tokens].expand(*case.query.shape[:3], case.tokens)
+        mask = mask | case.sees_later
         mask = given_mask & mask if given_mask.dtype == torch.bool else given_mask.masked_fill(~mask, -INF)
     dense = torch.nn.functional.scaled_dot_product_attention(
         case.query, case.keys, case.values, mask, scale=case.scale_number, enable_gqa=True
@@ -403,7 +407,7 @@ def test_steps_of_any_number_of_tokens_on_every_device(device, start):
 def test_tokens_at_once_equal_single_steps(window, tokens, queries, device):
     """Bit by bit in the caches, to rounding in the results."""
     case = make_case(tokens=tokens, window=window, queries=queries, device=device, sinks=make_sinks(4, 0).to(device))
-    case.mask = make_mask("bool", (2, 1, queries, tokens), 1).to(device)
+    case.mask = make_mask("bool", (2, 1, queries, tokens), 1).tril(tokens - queries).to(device)
     at_once, one_by_one = ([case.past("key"), case.past("value")] for _ in range(2))
     out = case.step(*at_once)
     singles = torch.cat([single.step(*one_by_one) for single in case.singles()], dim=2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compilers import without_inductor
 from models import BufferModel, TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
-from reference import pruned_generation
+from reference import pruned_generation, reference_attention
 
 WINDOW = 4
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
@@ -118,3 +118,60 @@ def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(speculate):
     with explain() as report:
         assert torch.equal(speculate(model, inputs), expected)
     assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * 2
+
+
+class Masked(TupleModel):
+    """A tuple that grows, under the caller's mask [L, S]."""
+
+    def step(self, x, past, mask):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)), (k, v)
+
+
+class MaskedBuffer(BufferModel):
+    """A buffer of the caller, under the caller's mask [L, S]."""
+
+    def step(self, x, start, mask):
+        self.causal = mask  # with a row for each position
+        return super().step(x, torch.arange(x.shape[1]) + start)
+
+
+PAST = 9
+TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]])  # two drafts for the second token
+PREFIX = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])  # three that see each other
+
+
+def seen_by(rows):
+    """A mask [L, S]: the first tokens are hidden from the second query, all else of the past is seen."""
+    past = torch.ones(len(rows), PAST, dtype=torch.bool)
+    past[1, :3] = False
+    return torch.cat([past, rows.bool()], 1)
+
+
+def under_mask(model, x, mask):
+    """The oracle: each token sees what ``mask`` says, of a cache pruned as if it were the last."""
+    q, k, v = (t.transpose(1, 2) for t in model.project(x))
+    outputs = []
+    for i, row in enumerate(mask):
+        window = WINDOW + len(mask) - 1 - i
+        outputs.append(reference_attention(q[:, :, PAST + i : PAST + i + 1], k, v, 0.5, 0.5, window, row[None]))
+    return model.merge(torch.cat(outputs, 2))
+
+
+@pytest.mark.parametrize("rows", [TREE, PREFIX], ids=["tree", "prefix"])
+@pytest.mark.parametrize("form", [Masked, MaskedBuffer])
+def test_the_mask_says_which_of_the_new_tokens_a_token_sees(form, rows):
+    torch.manual_seed(0)
+    model, x, mask = form(), torch.randn(2, PAST + 4, 32), seen_by(rows)
+    k, v = (t[:, :PAST].transpose(1, 2) for t in model.project(x)[1:])
+    if form is Masked:
+        inputs = x[:, PAST:], (k.clone(), v.clone()), mask
+    else:
+        model.k_cache[:, :, :PAST], model.v_cache[:, :, :PAST] = k, v
+        slots = model.k_cache.shape[2]
+        inputs = x[:, PAST:], torch.tensor([PAST]), F.pad(mask, (0, slots - PAST - 4, PAST, slots - PAST - 4))
+    with explain() as report:
+        out = compiled(model)(*inputs)
+    assert [entry.phases for entry in report.matched] == [("decode",)]
+    torch.testing.assert_close(out[0] if form is Masked else out, under_mask(model, x, mask), rtol=1e-5, atol=1e-6)

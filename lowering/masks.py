@@ -1,0 +1,17 @@
+"""What attention masks of any shape that broadcasts to [B, Hq, L, S] say."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def decides_later(mask: Tensor | None) -> bool:
+    """Whether a mask has a row for each of several queries, which then says which of the later tokens they see."""
+    return mask is not None and mask.dim() > 1 and bool(mask.shape[-2] != 1)
+
+
+def with_four_dims(mask: Tensor) -> Tensor:
+    """``mask`` with all dimensions that it may have, [B or 1, Hq or 1, L or 1, S or 1]."""
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    return mask
