@@ -133,6 +133,11 @@ def hint(size: int | torch.SymInt) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
+def float_argument(value: Any) -> float | None:
+    """The value of a float that Dynamo made symbolic, for which alone the graph is then; None for anything else."""
+    return float(value) if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
+
+
 def recompile_limit_hits() -> int:
     """How often Dynamo gave up on a function since it has too many compiled versions."""
     graph_breaks = _dynamo_counters["unimplemented"]

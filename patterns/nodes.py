@@ -23,3 +23,13 @@ def is_tensor(value: Any) -> bool:
 def is_single(value: Any) -> bool:
     """Whether ``value`` is a node that holds a tensor of one element."""
     return is_tensor(value) and all(same_size(size, 1) for size in value.meta["val"].shape)
+
+
+def computed_alike(a: Any, b: Any) -> bool:
+    """Whether two values of a functional graph are known to be equal: the same ops make them of the same values."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(computed_alike, a, b))
+    if not (isinstance(a, Node) and is_call(b, a.target)):
+        return a == b or same_size(a, b)
+    random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+    return a is b or (not random and a.kwargs == b.kwargs and computed_alike(a.args, b.args))

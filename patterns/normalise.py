@@ -11,6 +11,11 @@ from torch.fx import GraphModule, Node
 
 from mustafar_compile import _compat
 
+from .symbols import same_size
+from .views import slice_bounds
+
+aten = torch.ops.aten
+
 
 @dataclass
 class Functional:
@@ -33,7 +38,11 @@ class Functional:
 
 
 class _Interpreter(torch.fx.Interpreter):
-    """Enters autocast where the graph does. Tracing alone notes the calls, and dtypes inside would miss the casts."""
+    """Runs a graph to be traced again.
+
+    It enters autocast where the graph does: tracing alone notes the calls, and dtypes inside would miss the casts.
+    Floats are numbers in it, such as a scale, also where Dynamo was told to make all that it can symbolic.
+    """
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
@@ -52,6 +61,10 @@ class _Interpreter(torch.fx.Interpreter):
             return self.regions[-1].__enter__()
         return self._leave() if target is _compat.exit_autocast else super().call_function(target, args, kwargs)
 
+    def run_node(self, node: Node) -> Any:
+        number = _compat.float_argument(node.meta.get("example_value")) if node.target == "item" else None
+        return super().run_node(node) if number is None else number
+
     def _leave(self) -> None:
         self.regions.pop().__exit__(None, None, None)
 
@@ -66,6 +79,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable
 
     traced, signature = _compat.export_functional(Flat(), fakes)
     _drop_assertions(traced.graph)
+    _drop_whole_slices(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     by_name = {node.name: node for node in placeholders}
     results = list(traced.graph.output_node().args[0])
@@ -76,5 +90,15 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable
 
 def _drop_assertions(graph: torch.fx.Graph) -> None:
     """Tracing asserts the dtype of what a cast takes. That holds by construction, and patterns count users."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
+
+
+def _drop_whole_slices(graph: torch.fx.Graph) -> None:
+    """``x[:]`` is x, and a write into it a write into x. Tracing itself drops them only where sizes are known."""
+    for target, whole in ((aten.slice.Tensor, 0), (aten.slice_scatter.default, 1)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            same_shape = all(map(same_size, node.args[whole].meta["val"].shape, node.meta["val"].shape))
+            if same_shape and slice_bounds(node, first=whole + 1)[1] == 0:
+                node.replace_all_uses_with(node.args[whole])
+                graph.erase_node(node)

@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 from .attention import Attention
 from .cache_update import CacheUpdate, end_of, is_run
 from .conditions import Context, require
+from .nodes import computed_alike
 from .symbols import expression, same_size
 from .views import Read
 
@@ -29,10 +30,8 @@ def phase_of(attention: Attention, key: Cached, value: Cached, graph: Graph, con
         return "prefill"
     for cached in (key, value):
         _check_step(attention, *cached)
-    require(
-        update.position is value[0].position or same_size(update.position, value[0].position),
-        "keys and values are written at different positions",
-    )
+    alike = computed_alike(update.position, value[0].position)
+    require(alike, "keys and values are written at different positions")
     return "decode"
 
 

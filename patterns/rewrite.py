@@ -326,9 +326,15 @@ class Rewriter:
             tokens_dim = self.tokens_dim[placeholder]
             length = self._logical_size(placeholder, tokens_dim)
             with self.graph.inserting_before(self._first_use(placeholder)):
-                dense = self._call(ops.decompress.default, *self.buffers[placeholder], length)
+                dense = self._decompress(self.buffers[placeholder], length)
                 dense = self._call(aten.contiguous.default, self._swapped(dense, tokens_dim))
             placeholder.replace_all_uses_with(dense)
+
+    def _decompress(self, buffers: list[Node], length: Any) -> Node:
+        """[B, H, length, D], which is nothing to decompress where the cache was cropped to no token."""
+        if length == 0:
+            return self._call(aten.slice.Tensor, buffers[self.names.index("window")], 2, 0, 0)
+        return self._call(ops.decompress.default, *buffers, length)
 
     def _first_use(self, placeholder: Node) -> Node:
         """The first op on the cache: late, so that one layer is dense at a time, and before anything is written."""

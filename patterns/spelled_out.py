@@ -10,6 +10,7 @@ from torch.fx import Node
 from .attention import Attention, Operand
 from .calls import is_cast, is_inert_dropout
 from .frame import Frame
+from .nodes import is_call
 from .products import Product, read_product
 from .scores import keeps_matrices, read_scores
 from .sinks import drops_sink, split_sinks
@@ -47,7 +48,7 @@ def _use_of(weights: Node) -> _Use | None:
             elif drops_sink(user):
                 sink_dropped = True
                 todo.append(user)
-            else:
+            elif not is_call(user, aten.sym_size.int):
                 others += 1
     return _Use(products[0], sink_dropped, len(products) + others > 1) if products else None
 

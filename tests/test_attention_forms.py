@@ -267,6 +267,23 @@ def test_half_precision(form, dtype):
     check_decode(form, inputs, rtol=step, atol=step)
 
 
+def sinks_dropped_before_grouping(q, k, v, mask):
+    column = torch.linspace(-1, 3, HEADS).view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    scores = torch.cat([q @ spread(k).mT * SCALE + mask, column], dim=-1)
+    by_group = weights(scores, q)[..., :-1].unflatten(1, (KV_HEADS, GROUP))
+    return torch.einsum("bhgls,bhsd->bhgld", by_group, v).flatten(1, 2)
+
+
+def test_asking_weights_for_a_symbolic_size_is_no_use_of_them():
+    q, k, v, past, mask = inputs = case(queries=1, past=9)
+    for tensor, tokens in ((past[0], 2), (past[1], 2), (mask, 3)):
+        torch._dynamo.mark_dynamic(tensor, tokens)
+    out, _, report = compiled(step(sinks_dropped_before_grouping), inputs)
+    assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
+    dense = (pruned_cache(torch.cat(pair, dim=2), 0.5, WINDOW) for pair in zip(past, (k, v), strict=True))
+    torch.testing.assert_close(out, sinks_dropped_before_grouping(q, *dense, mask))
+
+
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 ROUNDING = dict.fromkeys(("rtol", "atol"), 16 * torch.finfo(torch.bfloat16).eps)
 

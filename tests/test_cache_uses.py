@@ -73,6 +73,15 @@ def test_a_past_cropped_and_continued(crop):
         step(inputs[6], past)
 
 
+def test_a_past_cropped_to_nothing_begins_anew():
+    """Without a warning that it decompresses each time."""
+    model, step = tuple_model()
+    _, past = run(step, embeddings(steps=3))
+    inputs = embeddings(steps=8, seed=1)
+    outputs, _ = run(step, inputs, [x[:, :, :0] for x in past])
+    assert_close(outputs, oracle(model, inputs, 0.5))
+
+
 @pytest.mark.parametrize("rows", [[1], [1, 0, 0]], ids=["one ends early", "beams"])
 def test_rows_of_a_batch_selected(rows):
     model, step = tuple_model()

@@ -252,6 +252,15 @@ class DifferentPositions(UnmaskedBuffer):
         return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
 
 
+class RandomPositions(DifferentPositions):
+    """The same op with the same arguments, drawn twice."""
+
+    def forward(self, q, k, v, past):
+        past[0][:, :, torch.randint(3, 4, (1,))] = k
+        past[1][:, :, torch.randint(3, 4, (1,))] = v
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
 class CrossPrefill(Decode):
     """The first step of an encoder-decoder: keys of the encoder's tokens enter a cache and never grow."""
 
@@ -429,6 +438,7 @@ class NotAttended(Decode):
 COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain]
 COUNTER_EXAMPLES += [
     *UnmaskedBuffer.__subclasses__(),
+    RandomPositions,
     *MovedPast.__subclasses__(),
     Bidirectional,
     CrossPrefillOfEqualLength,

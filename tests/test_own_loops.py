@@ -123,6 +123,75 @@ def test_a_batch_smaller_than_the_buffer():
     assert len(report.matched) == 1
 
 
+WRITES = {
+    "index_put": lambda cache, new, at: cache.__setitem__((slice(None), torch.arange(new.shape[1]) + at), new),
+    "slice": lambda cache, new, at: cache.__setitem__((slice(None), slice(at, at + new.shape[1])), new),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_buffers_of_changing_batch(write):
+    """Where the batch is a symbol, tracing keeps the ``:`` of ``cache[:, at]`` as an op."""
+    torch.manual_seed(0)
+    model = TupleModel()
+
+    def step(x, caches, at):
+        q, *new = model.project(x)
+        for cache, rows in zip(caches, new, strict=True):
+            write(cache, rows, at)
+        mask = torch.arange(48) <= torch.arange(x.shape[1]).unsqueeze(1) + at
+        q, k, v = (t.transpose(1, 2) for t in (q, *caches))
+        return model.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+
+    with without_inductor(), explain() as report:
+        compiled = torch.compile(step, backend="mustafar", options=options(0.5))
+        for batch in (2, 3, 4):
+            inputs, caches = embeddings(batch=batch, steps=3), [torch.zeros(batch, 48, 2, 16) for _ in range(2)]
+            outputs = [compiled(x, caches, at) for x, at in zip(inputs, (0, 7, 8, 9), strict=True)]
+            assert_close(outputs, oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1, str(report)
+
+
+class ScaledModel(TupleModel):
+    """A scale that is a number of the module."""
+
+    scale = 0.5
+
+    def step(self, x, past):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        how = {"is_causal": x.shape[1] > 1, "enable_gqa": True, "scale": self.scale}
+        return self.merge(F.scaled_dot_product_attention(q, k, v, **how)), (k, v)
+
+
+def test_a_scale_when_all_is_symbolic():
+    """With dynamic=True, Dynamo makes floats symbolic, too."""
+    torch.manual_seed(0)
+    model, inputs = ScaledModel(), embeddings(steps=3)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.0), dynamic=True)
+        for model.scale in (0.5, 0.1):
+            assert_close(run_steps(model, inputs, step), run_steps(model, inputs))
+    assert len(report.matched) == 1, str(report)
+
+
+class PositionsApart(BufferModel):
+    """Where K and V go is computed for each."""
+
+    def write(self, cache, new, positions):
+        super().write(cache, new, positions + 0)
+
+
+def test_positions_computed_for_keys_and_values_apart():
+    torch.manual_seed(0)
+    model, inputs = PositionsApart(), embeddings(steps=3)
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1, str(report)
+
+
 FOREIGN_WRITES = {
     "whole": lambda cache: cache.mul_(2),
     "item": lambda cache: cache.__setitem__((slice(None), slice(None), 3), 1.0),
