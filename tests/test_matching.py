@@ -77,6 +77,28 @@ class PartlyRead(Decode):
         return F.scaled_dot_product_attention(q, k[:, :, 2:], v[:, :, 2:])
 
 
+class FirstTokensRead(Decode):
+    reason = "only a part of the cache is attended"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k[:, :, :5], v[:, :, :5])
+
+
+class TwoTokensForOneQuery(Decode):
+    reason = "not one new token for each query"
+
+    def inputs(self):
+        q, _, _, past = super().inputs()
+        return q, torch.randn(2, 2, 2, 16), torch.randn(2, 2, 2, 16), past
+
+
+class ThreeDimensions(Decode):
+    reason = "the query has 3 dimensions; accepted are [B, H, L, D]"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (2, 2))
+
+
 class TiledHeads(Decode):
     reason = "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow"
 
@@ -241,6 +263,17 @@ class UnmaskedBuffer(Decode):
         past[0][:, :, torch.tensor([3])] = k
         past[1][:, :, torch.tensor([3])] = v
         return self.attend(q, *past)
+
+
+class ParameterCache(UnmaskedBuffer):
+    reason = "the cache is a parameter"
+
+    def inputs(self):
+        *rest, past = super().inputs()
+        return *rest, tuple(nn.Parameter(x, requires_grad=False) for x in past)
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(1, 6, dtype=torch.bool))
 
 
 class DifferentPositions(UnmaskedBuffer):
@@ -472,6 +505,26 @@ def test_the_plain_step_that_they_vary_matches():
     _, _, report = run(Plain())
     assert len(report.matched) == 1
     assert not report.missed
+
+
+class MaskedBuffer(Decode):
+    reason = None
+
+    def forward(self, q, k, v, past):
+        position = torch.tensor([3])
+        past[0][:, :, position], past[1][:, :, position] = k, v
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
+def test_a_buffer_made_in_inference_mode_stays_dense():
+    """Such tensors have no version counter."""
+    _, _, report = run(MaskedBuffer())
+    assert len(report.matched) == 1
+    with torch.inference_mode():
+        actual, expected, report = run(MaskedBuffer())
+    reason = "the cache is an inference tensor, so writes from outside could not be noticed"
+    assert [entry.reason for entry in report.missed] == [reason]
+    torch.testing.assert_close(actual, expected)
 
 
 class Mapped(Decode):
