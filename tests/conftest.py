@@ -1,8 +1,8 @@
 """Hypothesis profiles: HYPOTHESIS_PROFILE=long searches further; CI runs the same examples every time.
 
 FUZZ_EXAMPLES is how far the long profile searches. A property takes so many examples, or half or a quarter where
-each compiles a model. 2000 gives `make fuzz` 13,500 examples, 1,500 of them models, and 2,000 stateful runs.
-FUZZ_SHARDS splits the slow ones into so many tests, for as many processes.
+each compiles a model. 2000 gives `make fuzz` 13,500 examples, 1,500 of them models, and 4,000 stateful runs, 2,000 of
+them on 100 compiled models. FUZZ_SHARDS splits the slow ones into so many tests, for as many processes.
 """
 
 from __future__ import annotations

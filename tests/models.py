@@ -25,7 +25,7 @@ _SPECIAL = {
 }  # fmt: skip
 
 
-def hf_model(family: str = "llama", seed: int = 0, **changes):
+def hf_model(family: str = "llama", seed: int = 0, attention: str = "sdpa", **changes):
     """A tiny random HF causal model in eval mode; ``changes`` override its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ def hf_model(family: str = "llama", seed: int = 0, **changes):
     if family in ("mistral", "phi3"):
         config["sliding_window"] = changes.get("sliding_window")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), attn_implementation=attention)
     model.generation_config.eos_token_id = None
     return model.eval()
 
