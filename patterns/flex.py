@@ -1,15 +1,16 @@
-"""Flex attention: its mask function and its lists of blocks, written out as one boolean mask."""
+"""Flex attention: its functions and its lists of blocks, written out as scores and one mask."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from .attention import Attention, Operand
 from .calls import call_before
 from .nodes import is_call
+from .scores import Scores, read_scores
 from .symbols import same_size
 
 aten = torch.ops.aten
@@ -20,6 +21,9 @@ _OF_SCALARS = (  # beside those with torch's pointwise tag
     aten.new_ones.default,
     aten.full.default,
     aten.scalar_tensor.default,
+    aten.where.Scalar,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
     aten.to.dtype,
     aten.to.dtype_layout,
     aten._to_copy.default,
@@ -27,7 +31,7 @@ _OF_SCALARS = (  # beside those with torch's pointwise tag
 
 
 class _Unreadable(Exception):
-    """Why a flex attention cannot be written as a product, a softmax and a mask."""
+    """Why a flex attention cannot be written as scores, a softmax and a mask."""
 
 
 def is_flex(node: Node) -> bool:
@@ -36,13 +40,14 @@ def is_flex(node: Node) -> bool:
 
 def read_flex(node: Node) -> Attention:
     """The attention that a call of flex attention is."""
-    query, key, value, score_mod, block_mask, scale = node.args[:6]
+    query, key, value = node.args[:3]
     operands = [Operand.of(x, query) for x in (key, value)]
     try:
-        result = _result(node)
-        if not _returns_its_score(_function(score_mod)):
-            raise _Unreadable("flex_attention changes its scores by a function")
-        return Attention(result, query, *operands, key_reader=node, scale=float(scale), mask=_mask(node, block_mask))
+        result, mask, scores = _result(node), _mask(node), _scores(node)
+        if scores.bias is not None:
+            mask = call_before(node, aten.where.ScalarOther, mask, scores.bias, float("-inf"))
+        how = {"scale": scores.scale, "softcap": scores.softcap, "mask": mask}
+        return Attention(result, scores.query, *operands, key_reader=node, **how)
     except _Unreadable as problem:
         return Attention(node, query, *operands, key_reader=node, problem=str(problem))
 
@@ -55,27 +60,34 @@ def _result(node: Node) -> Node:
     return users[0]
 
 
-def _function(node: Node) -> GraphModule:
-    return getattr(node.graph.owning_module, node.target)
+def _scores(node: Node) -> Scores:
+    """What its function makes of its scores, read as if they were spelled out.
+
+    The product is dead code once it is read, so zeros stand for the keys.
+    """
+    query, _, _, score_mod, block_mask, scale = node.args[:6]
+    *leading, _, channels = query.meta["val"].shape
+    keys = call_before(node, aten.new_zeros.default, query, [*leading, channels, block_mask[1]])
+    score = call_before(node, aten.matmul.default, query, keys)
+    score = call_before(node, aten.mul.Tensor, score, float(scale))
+    scores = read_scores(_inlined(node, score_mod, [score, *_numbers(node), *node.args[7]]))
+    if scores is None:
+        raise _Unreadable("the function of flex_attention is more than a scale, a softcap, a mask and what is added")
+    return scores
 
 
-def _returns_its_score(score_mod: GraphModule) -> bool:
-    score = next(iter(score_mod.graph.nodes))
-    return score_mod.graph.output_node().args[0] is score
-
-
-def _mask(node: Node, block_mask: tuple[Any, ...]) -> Node:
+def _mask(node: Node) -> Node:
     """True where a query attends: in full blocks, and where the mask function says so in those that are listed.
 
     Blocks in neither list are masked whatever the function says.
     """
-    query_length, key_length, counts, blocks, full_counts, full_blocks = block_mask[:6]
-    *_, query_block, key_block, mask_mod = block_mask
+    query_length, key_length, counts, blocks, full_counts, full_blocks = node.args[4][:6]
+    *_, query_block, key_block, mask_mod = node.args[4]
     _check_lengths(node, query_length, key_length)
     row, column = (_arange(node, length) for length in (query_length, key_length))
     of_row = call_before(node, aten.floor_divide.default, row, query_block)
     of_column = call_before(node, aten.floor_divide.default, column, key_block)
-    mask = _inlined(node, mask_mod, row, column)
+    mask = _inlined(node, mask_mod, [*_numbers(node), *node.args[8]])
     mask = call_before(node, aten.logical_and.default, mask, _listed(node, counts, blocks, of_row, of_column))
     if full_counts is None:
         return mask
@@ -107,20 +119,22 @@ def _listed(place: Node, counts: Node, blocks: Node, of_row: Node, of_column: No
     return call_before(place, aten.any.dim, call_before(place, aten.logical_and.default, same, holds), -1)
 
 
-def _inlined(node: Node, mask_mod: Node, row: Node, column: Node) -> Node:
-    """The mask function, which takes and gives single numbers, on all of them at once: they broadcast.
-
-    Four numbers come first: row of the batch, head, query and key.
-    """
-    numbers = (*(_arange(node, size) for size in _leading(node)), row, column)
-    inputs = [
+def _numbers(node: Node) -> list[Node]:
+    """What its functions are asked for: all rows of the batch, heads, queries and keys, so that they broadcast."""
+    numbers = (_arange(node, size) for size in (*_leading(node), *node.args[4][:2]))
+    return [
         call_before(node, aten.view.default, x, [-1 if dim == own else 1 for dim in range(4)])
         for own, x in enumerate(numbers)
     ]
-    inputs += node.args[8]
-    graph = _function(mask_mod).graph
+
+
+def _inlined(node: Node, function: Node, inputs: list[Node]) -> Node:
+    """A function, which takes and gives single numbers, on all of them at once."""
+    graph = getattr(node.graph.owning_module, function.target).graph
     given = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     for inner in graph.nodes:
+        if inner.op == "get_attr":
+            raise _Unreadable("a function of flex_attention makes a tensor; accepted are tensors from outside")
         if inner.op == "call_function":
             _check(inner)
             args, kwargs = (torch.fx.map_arg(x, given.__getitem__) for x in (inner.args, inner.kwargs))
@@ -140,4 +154,4 @@ def _check(inner: Node) -> None:
     known = is_call(inner, *_OF_SCALARS) or torch.Tag.pointwise in getattr(inner.target, "tags", ())
     value = inner.meta.get("val")
     if not known or not isinstance(value, torch.Tensor) or value.dim():
-        raise _Unreadable(f"the mask function of flex_attention calls {inner.target}, which is not supported")
+        raise _Unreadable(f"a function of flex_attention calls {inner.target}, which is not supported")

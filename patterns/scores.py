@@ -10,9 +10,9 @@ import torch
 from torch.fx import Node
 
 from .attention import Operand
-from .calls import call_before, is_cast, skip_casts
+from .calls import call_before, is_cast
 from .frame import Frame
-from .nodes import is_call, is_single
+from .nodes import is_call, is_single, is_tensor
 from .products import Product, read_product
 from .symbols import same_size
 from .views import first_of_rank, is_regrouping
@@ -77,11 +77,16 @@ def _unscaled(query: Node) -> tuple[Node, float]:
     """What is multiplied by a number to give the query; so a query that is scaled in float32 keeps its dtype."""
     scale = 1.0
     while True:
-        query = skip_casts(query)
+        while is_cast(query) and _size_of(query.args[0]) <= _size_of(query):  # one that was rounded stays so
+            query = query.args[0]
         factor = _number(query)
         if factor is None:
             return query, scale
         query, scale = query.args[0], scale * factor
+
+
+def _size_of(node: Node) -> int:
+    return node.meta["val"].dtype.itemsize
 
 
 def _number(node: Node) -> float | None:
@@ -114,9 +119,19 @@ def _capped(node: Node) -> Scores | None:
     return replace(inner, softcap=1.0)
 
 
+def _depends_on(node: Node, other: Node) -> bool:
+    """Whether ``node`` is computed from ``other``."""
+    seen, todo = {node}, [node]
+    while todo:
+        new = {x for x in todo.pop().all_input_nodes if not x < other} - seen  # what comes before it cannot
+        seen |= new
+        todo += new
+    return other in seen
+
+
 def _plus(scores: Scores, bias: Node, place: Node) -> Scores | None:
     frame = _frame(scores, place)
-    if frame is None:
+    if frame is None or _depends_on(bias, scores.reader):
         return None
     bias = frame.bias(bias, place)
     both = bias if scores.bias is None else call_before(place, aten.add.Tensor, scores.bias, bias)
@@ -124,13 +139,20 @@ def _plus(scores: Scores, bias: Node, place: Node) -> Scores | None:
 
 
 def _biased(node: Node) -> Scores | None:
-    if node.kwargs or not all(isinstance(x, Node) for x in node.args):
+    if node.kwargs or not all(map(is_tensor, node.args)):
         return None
     for inner, bias in (node.args, node.args[::-1]):
         scores = read_scores(inner)
-        if scores is not None and scores.reader is not bias:
+        if scores is not None:
             return _plus(scores, bias, node)
     return None
+
+
+def _lessened(node: Node) -> Scores | None:
+    if node.kwargs or not is_tensor(node.args[1]):
+        return None
+    scores = read_scores(node.args[0])
+    return None if scores is None else _plus(scores, call_before(node, aten.neg.default, node.args[1]), node)
 
 
 def _masked(node: Node, inner: Node, condition: Node, fill: Any, where_true: bool) -> Scores | None:
@@ -141,7 +163,7 @@ def _masked(node: Node, inner: Node, condition: Node, fill: Any, where_true: boo
     if scores is None or not isinstance(fill, int | float) or fill > _MASKED:
         return None
     frame = _frame(scores, node)
-    if frame is None:
+    if frame is None or _depends_on(condition, scores.reader):
         return None
     condition = frame.bias(condition, node)
     if not where_true:
@@ -166,6 +188,7 @@ _STEPS: dict[Any, Callable[[Node], Scores | None]] = {
     aten.div.Scalar: _scaled,
     aten.tanh.default: _capped,
     aten.add.Tensor: _biased,
+    aten.sub.Tensor: _lessened,
     aten.masked_fill.Scalar: lambda node: _masked(node, *node.args, where_true=True),
     aten.masked_fill.Tensor: lambda node: _masked(node, *node.args, where_true=True),
     aten.where.self: _where,

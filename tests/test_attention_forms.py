@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from architectures import measure
 from compilers import without_inductor
 from models import TupleModel, pruned_steps, run_steps
-from mustafar_compile import CompressedKV, explain
+from mustafar_compile import CompressedKV, _compat, explain
 from reference import pruned_cache
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WINDOW = 6, 2, 24, 16, 2
@@ -118,6 +118,11 @@ def bias_before_the_scale(q, k, v, mask):
     return weights((q @ spread(k).mT + alibi) * SCALE + mask, q) @ spread(v)
 
 
+def bias_taken_away(q, k, v, mask):
+    distance = torch.arange(k.shape[2] - 1, -1, -1) * torch.linspace(0.1, 1, HEADS).view(-1, 1, 1)
+    return weights(q @ spread(k).mT * SCALE - distance + mask, q) @ spread(v)
+
+
 def masked_fill(q, k, v, mask):
     scores = (q @ spread(k).mT * SCALE).masked_fill(mask < 0, -math.inf)
     return weights(scores, q) @ spread(v)
@@ -169,8 +174,8 @@ def bias_from_the_query(q, k, v, mask):
 FORMS = [
     sdpa, sdpa_default_scale, eager, scaled_query, all_in_float32, scores_in_float32, scale_in_a_tensor, five_dims,
     five_dims_with_a_mask_for_each_head, einsum, einsum_of_tokens_first, bmm, bmm_all_through, baddbmm,
-    bias_before_the_scale, masked_fill, masked_fill_over_a_bias, where, where_with_a_number, safe_softmax, softcap,
-    sinks, sinks_and_softcap, bias_from_the_query,
+    bias_before_the_scale, bias_taken_away, masked_fill, masked_fill_over_a_bias, where, where_with_a_number,
+    safe_softmax, softcap, sinks, sinks_and_softcap, bias_from_the_query,
 ]  # fmt: skip
 
 
@@ -282,6 +287,20 @@ def test_asking_weights_for_a_symbolic_size_is_no_use_of_them():
     assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
     dense = (pruned_cache(torch.cat(pair, dim=2), 0.5, WINDOW) for pair in zip(past, (k, v), strict=True))
     torch.testing.assert_close(out, sinks_dropped_before_grouping(q, *dense, mask))
+
+
+def test_a_query_that_was_rounded_stays_so(monkeypatch):
+    """As behind a rotation in float32: the kernels take queries in the dtype of the cache."""
+
+    def rotated(q, k, v, mask):
+        return eager((q.float().roll(1, -1) * SCALE).to(q.dtype), k, v, mask)
+
+    graphs = []
+    with without_inductor():
+        monkeypatch.setattr(_compat, "compile_fx", lambda gm, _: graphs.append(gm) or gm)
+        torch.compile(step(rotated), backend="mustafar")(*case(queries=1, past=9, dtype=torch.bfloat16))
+    (decode,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.mustafar.decode_attention.default)
+    assert decode.args[0].meta["val"].dtype == torch.bfloat16
 
 
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}

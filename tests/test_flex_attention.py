@@ -1,4 +1,4 @@
-"""flex_attention over a cache: its mask function and its lists of blocks must come out as one mask."""
+"""flex_attention over a cache: its functions and its lists of blocks must come out as scores and one mask."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from compilers import without_inductor
+from compilers import without_compiler, without_inductor
 from models import full_attention_layers, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
-from reference import pruned_generation, reference_attention
+from reference import pruned_cache, pruned_generation, reference_attention
 
 BATCH, HEADS, KV_HEADS, PAST, DIM, WINDOW = 2, 4, 2, 300, 16, 4
 TOKENS = PAST + 1
@@ -34,10 +34,16 @@ def inputs():
     return q, k, v, tuple(torch.randn(2, BATCH, KV_HEADS, PAST, DIM))
 
 
-def compiled(block_mask, forward=step):
-    with without_inductor(), explain() as report:
-        out, caches = torch.compile(forward, backend="mustafar", options={"window": WINDOW})(*inputs(), block_mask)
+def compiled(block_mask, forward=step, sparsity=0.5):
+    options = {"window": WINDOW, "key_sparsity": sparsity, "value_sparsity": sparsity}
+    with without_compiler(), explain() as report:
+        out, caches = torch.compile(forward, backend="mustafar", options=options)(*inputs(), block_mask)
     return out, caches, report
+
+
+def joined(past, new):
+    """K and V with the new token."""
+    return [torch.cat(pair, dim=2) for pair in zip(past, new, strict=True)]
 
 
 def check(block_mask, visible):
@@ -46,7 +52,7 @@ def check(block_mask, visible):
     assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
     assert all(isinstance(x, CompressedKV) for x in caches)
     q, k, v, past = inputs()
-    k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
+    k, v = joined(past, (k, v))
     torch.testing.assert_close(out, reference_attention(q, k, v, 0.5, 0.5, WINDOW, visible))
 
 
@@ -90,10 +96,64 @@ def test_the_function_is_not_asked_in_full_blocks():
     check(block_mask, ((tokens + heads) % 3 > 0) & (tokens < 128) | (tokens >= 256))
 
 
+SLOPES, BIAS = torch.linspace(0.01, 0.1, HEADS), torch.linspace(-1, 1, TOKENS)
+
+
 def halved(score, b, h, q, kv):
     return score / 2
 
 
+def capped(score, b, h, q, kv):
+    return 2.0 * torch.tanh(score / 2.0)
+
+
+def alibi(score, b, h, q, kv):
+    return score - SLOPES[h] * (PAST + q - kv)
+
+
+def capped_biased_and_masked(score, b, h, q, kv):
+    score = 2.0 * torch.tanh(score / 2.0) + BIAS[kv]
+    return torch.where((kv + h) % 5 > 0, score, -float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "sparsity"),
+    [(halved, 0.5), (capped, 0.5), (alibi, 0.5), (capped_biased_and_masked, 0.0), (capped_biased_and_masked, 0.5)],
+)
+def test_a_function_of_scores(score_mod, sparsity):
+    """The oracle is flex attention itself, over a pruned cache."""
+
+    def forward(*args):
+        return step(*args, score_mod=score_mod)
+
+    out, caches, report = compiled(masked(behind_padding), forward, sparsity)
+    assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
+    assert all(isinstance(x, CompressedKV) for x in caches)
+    q, k, v, past = inputs()
+    k, v = (pruned_cache(x, sparsity, WINDOW) for x in joined(past, (k, v)))
+    expected = flex_attention(q, k, v, score_mod, masked(behind_padding), enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    plain = flex_attention(q, k, v, None, masked(behind_padding), enable_gqa=True)
+    assert not torch.allclose(out, plain, atol=1e-2), "else this test would say nothing"
+
+
+def of_its_size(score, b, h, q, kv):
+    return score + torch.sigmoid(score)
+
+
+def of_the_head(score, b, h, q, kv):
+    return score * SLOPES[h]
+
+
+def unless_small(score, b, h, q, kv):
+    return torch.where(score > 0, score, -float("inf"))
+
+
+def with_a_tensor_of_its_own(score, b, h, q, kv):
+    return score + torch.tensor([1.0, 2.0, 3.0, 4.0])[h]
+
+
+NOT_READ = "the function of flex_attention is more than a scale, a softcap, a mask and what is added"
 TABLE = torch.ones(4, 5)
 
 
@@ -104,8 +164,15 @@ def row_of_table(b, h, q, kv):
 @pytest.mark.parametrize(
     ("mask_mod", "score_mod", "reason"),
     [
-        (behind_padding, halved, "flex_attention changes its scores by a function"),
-        (row_of_table, None, "the mask function of flex_attention calls aten.index.Tensor, which is not supported"),
+        (behind_padding, of_its_size, NOT_READ),
+        (behind_padding, of_the_head, NOT_READ),
+        (behind_padding, unless_small, NOT_READ),
+        (
+            behind_padding,
+            with_a_tensor_of_its_own,
+            "a function of flex_attention makes a tensor; accepted are tensors from outside",
+        ),
+        (row_of_table, None, "a function of flex_attention calls aten.index.Tensor, which is not supported"),
     ],
 )
 def test_what_is_not_written_out(mask_mod, score_mod, reason):

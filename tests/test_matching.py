@@ -161,6 +161,24 @@ class MultipliedScores(Decode):
         return (q @ k.transpose(2, 3) * torch.linspace(0, 1, 7)).softmax(-1) @ v
 
 
+class MaskedByTheScores(Decode):
+    """What is attended to follows from all the scores, which are never there at once."""
+
+    reason = CappedBehindTheMask.reason
+
+    def attend(self, q, k, v):
+        scores = q @ k.transpose(2, 3)
+        return scores.masked_fill(scores < scores.mean(-1, keepdim=True), float("-inf")).softmax(-1) @ v
+
+
+class BiasedByTheScores(Decode):
+    reason = CappedBehindTheMask.reason
+
+    def attend(self, q, k, v):
+        scores = q @ k.transpose(2, 3)
+        return (scores + scores.sigmoid()).softmax(-1) @ v
+
+
 class WeaklyMasked(Decode):
     """A score of -1 is still attended to."""
 
