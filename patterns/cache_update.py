@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from .attention import Operand
+from .calls import factor_of
 from .masked_write import masked_write
 from .nodes import is_call, is_single, is_tensor
 from .normalise import Functional
@@ -194,7 +195,7 @@ def find_update(operand: Operand, functional: Functional) -> tuple[CacheUpdate |
             return update, chain[::-1]
         if node in functional.outputs and node.op == "call_function" and node.meta["val"].dim() == 4:
             return CacheUpdate(node, None, node, _tokens_dim(node, chain[::-1], operand), "returned"), chain[::-1]
-        if not is_move(node):
+        if not is_move(node) and factor_of(node) is None:
             return None, chain[::-1]
         scattered = _reads_back(node)
         if scattered is None:

@@ -14,6 +14,8 @@ from .nodes import is_call
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, aten.type_as.default, aten.to.dtype, aten.alias.default, aten.detach.default)
 
+_PRODUCTS, _QUOTIENTS = (aten.mul.Tensor, aten.mul.Scalar), (aten.div.Tensor, aten.div.Scalar)
+
 
 def is_cast(node: Any) -> bool:
     """True for an op that changes the dtype of its input at most."""
@@ -33,6 +35,16 @@ def skip_casts(node: Any) -> Any:
 def argument(node: Node, index: int, name: str, default: Any) -> Any:
     """An argument of ``node``, given by place or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def factor_of(node: Any) -> float | None:
+    """f, where ``node`` is its input times a number f other than 0."""
+    if not is_call(node, *_PRODUCTS, *_QUOTIENTS) or node.kwargs:
+        return None
+    factor = node.args[1]
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor:
+        return None
+    return float(factor) if node.target in _PRODUCTS else 1 / factor
 
 
 def call_before(place: Node, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -106,8 +106,9 @@ def _judge(attention: Attention, functional: Functional, context: Context, reade
             reads.append(check_read(update, read_through(chain, update.node), operand, attention))
             others = other_uses(update, chain, readers, functional) if update.base is not None else ()
             require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
+        require(reads[1].factor == 1, "values are scaled between their cache and the attention")
         phase = phase_of(attention, (key, reads[0]), (value, reads[1]), functional.graph, context)
-        return Match(attention, key, value, phase)
+        return Match(replace(attention, scale=attention.scale * reads[0].factor), key, value, phase)
     except Reason as reason:
         return NoMatch(attention, str(reason), key, value)
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from .attention import Operand
-from .calls import call_before, is_cast
+from .calls import call_before, factor_of, is_cast
 from .frame import Frame
 from .nodes import is_call, is_single, is_tensor
 from .products import Product, read_product
@@ -79,7 +79,7 @@ def _unscaled(query: Node) -> tuple[Node, float]:
     while True:
         while is_cast(query) and _size_of(query.args[0]) <= _size_of(query):  # one that was rounded stays so
             query = query.args[0]
-        factor = _number(query)
+        factor = factor_of(query)
         if factor is None:
             return query, scale
         query, scale = query.args[0], scale * factor
@@ -89,18 +89,8 @@ def _size_of(node: Node) -> int:
     return node.meta["val"].dtype.itemsize
 
 
-def _number(node: Node) -> float | None:
-    """f, where ``node`` is its input times a number f."""
-    if not is_call(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) or node.kwargs:
-        return None
-    factor = node.args[1]
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor:
-        return None
-    return float(factor) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else 1 / factor
-
-
 def _scaled(node: Node) -> Scores | None:
-    factor, inner = _number(node), read_scores(node.args[0])
+    factor, inner = factor_of(node), read_scores(node.args[0])
     if inner is None:
         return None
     if factor is not None:
@@ -155,11 +145,31 @@ def _lessened(node: Node) -> Scores | None:
     return None if scores is None else _plus(scores, call_before(node, aten.neg.default, node.args[1]), node)
 
 
+def _constant(value: Any) -> Any:
+    """The number that ``value`` is: a number, or a tensor without dimensions that was made of one."""
+    while is_cast(value) or is_call(value, aten.lift_fresh_copy.default):
+        value = value.args[0]
+    if is_call(value, aten.full.default, aten.scalar_tensor.default) and not value.meta["val"].dim():
+        return value.args[-1]
+    if isinstance(value, Node) and value.op == "get_attr" and not value.meta["val"].dim():
+        return getattr(value.graph.owning_module, value.target).item()
+    return value
+
+
+def _floored(node: Node) -> Scores | None:
+    """Scores that are at least the lowest float: that raises what a mask made infinite, and nothing else."""
+    lowest = torch.finfo(node.meta["val"].dtype).min
+    for inner, floor in (node.args, node.args[::-1]):
+        scores = read_scores(inner)
+        if scores is not None and _constant(floor) == lowest:
+            bias = None if scores.bias is None else call_before(node, aten.clamp_min.default, scores.bias, lowest)
+            return replace(scores, bias=bias)
+    return None
+
+
 def _masked(node: Node, inner: Node, condition: Node, fill: Any, where_true: bool) -> Scores | None:
     """Scores replaced by a very negative number where ``condition`` is ``where_true``."""
-    if is_call(fill, aten.full.default, aten.scalar_tensor.default) and not fill.meta["val"].dim():
-        fill = fill.args[-1]
-    scores = read_scores(inner)
+    scores, fill = read_scores(inner), _constant(fill)
     if scores is None or not isinstance(fill, int | float) or fill > _MASKED:
         return None
     frame = _frame(scores, node)
@@ -189,6 +199,8 @@ _STEPS: dict[Any, Callable[[Node], Scores | None]] = {
     aten.tanh.default: _capped,
     aten.add.Tensor: _biased,
     aten.sub.Tensor: _lessened,
+    aten.maximum.default: _floored,
+    aten.max.other: _floored,
     aten.masked_fill.Scalar: lambda node: _masked(node, *node.args, where_true=True),
     aten.masked_fill.Tensor: lambda node: _masked(node, *node.args, where_true=True),
     aten.where.self: _where,

@@ -8,13 +8,14 @@ ops. What arrives at the attention can then be compared with what grouped-query 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from .attention import Operand
+from .calls import factor_of
 from .symbols import same_size
 
 aten = torch.ops.aten
@@ -36,10 +37,14 @@ Dims = list[list[Axis]]
 
 @dataclass
 class Read:
-    """How attention sees a cache: ``dims`` at the attention, ``prefix`` where only the first tokens are read."""
+    """How attention sees a cache.
+
+    dims: at the attention. prefix: how many, where only the first tokens are read. factor: what they are multiplied by.
+    """
 
     dims: Dims
     prefix: Any | None = None
+    factor: float = 1.0
 
 
 def _dim(node: Node, index: int, rank: int | None = None) -> int:
@@ -163,7 +168,7 @@ def is_regrouping(node: Node) -> bool:
 
 
 def read_through(chain: list[Node], source: Node) -> Read | None:
-    """Carry the axes of ``source`` through ``chain`` (first op first). None where an op does more than move."""
+    """Carry the axes of ``source`` through ``chain``, first op first. None where an op does more than move or scale."""
     shape = source.meta["val"].shape
     read = Read([[] if same_size(size, 1) else [Axis(i, size)] for i, size in enumerate(shape)])
     for node in chain:
@@ -177,7 +182,11 @@ def read_through(chain: list[Node], source: Node) -> Read | None:
             size = node.meta["val"].shape[dim]
             dims = list(read.dims)
             dims[dim] = [] if same_size(size, 1) else [Axis(axes[0].source, size)]
-            read = Read(dims, prefix=size)
+            read = replace(read, dims=dims, prefix=size)
+            continue
+        factor = factor_of(node)
+        if factor is not None:
+            read.factor *= factor
             continue
         dims_or_none = _MOVES[node.target](read.dims, node)
         if dims_or_none is None:

@@ -143,6 +143,26 @@ def where_with_a_number(q, k, v, mask):
     return weights(torch.where(mask == 0, scores, LOWEST), q) @ spread(v)
 
 
+def where_with_a_tensor_of_a_number(q, k, v, mask):
+    """GPT-Neo."""
+    scores = q.float() @ spread(k).float().mT * SCALE
+    return weights(torch.where(mask == 0, scores, torch.tensor(LOWEST, dtype=scores.dtype)), q) @ spread(v)
+
+
+def floored(q, k, v, mask):
+    """XGLM: what the mask made infinite becomes the lowest float."""
+    scores = torch.bmm(q.flatten(0, 1), rows(k).mT) * SCALE
+    scores = scores.view(q.shape[0], HEADS, *scores.shape[1:]) + mask * 2
+    scores = torch.max(scores, torch.full((), LOWEST)).flatten(0, 1)
+    return torch.bmm(weights(scores, q), rows(v)).view(*q.shape[:3], -1)
+
+
+def scaled_keys(q, k, v, mask):
+    """Behind the cache, on both sides of the repetition."""
+    k = spread(k / 4) * 4 * SCALE
+    return F.scaled_dot_product_attention(q, k, spread(v), mask, scale=1.0)
+
+
 def safe_softmax(q, k, v, mask):
     scores = q @ spread(k).mT * SCALE + mask
     return torch.ops.aten._safe_softmax(scores, -1) @ spread(v)
@@ -175,7 +195,8 @@ FORMS = [
     sdpa, sdpa_default_scale, eager, scaled_query, all_in_float32, scores_in_float32, scale_in_a_tensor, five_dims,
     five_dims_with_a_mask_for_each_head, einsum, einsum_of_tokens_first, bmm, bmm_all_through, baddbmm,
     bias_before_the_scale, bias_taken_away, masked_fill, masked_fill_over_a_bias, where, where_with_a_number,
-    safe_softmax, softcap, sinks, sinks_and_softcap, bias_from_the_query,
+    where_with_a_tensor_of_a_number, floored, scaled_keys, safe_softmax, softcap, sinks, sinks_and_softcap,
+    bias_from_the_query,
 ]  # fmt: skip
 
 

@@ -67,7 +67,14 @@ class ChangedKeys(Decode):
     reason = "keys are computed from what is cached, as in latent attention"
 
     def attend(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k * 2, v)
+        return F.scaled_dot_product_attention(q, k * torch.linspace(1, 2, 16), v)
+
+
+class ScaledValues(Decode):
+    reason = "values are scaled between their cache and the attention"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v * 2)
 
 
 class PartlyRead(Decode):
@@ -177,6 +184,15 @@ class BiasedByTheScores(Decode):
     def attend(self, q, k, v):
         scores = q @ k.transpose(2, 3)
         return (scores + scores.sigmoid()).softmax(-1) @ v
+
+
+class Floored(Decode):
+    """Scores of -1 and less are raised."""
+
+    reason = CappedBehindTheMask.reason
+
+    def attend(self, q, k, v):
+        return (q @ k.transpose(2, 3)).maximum(torch.tensor(-1.0)).softmax(-1) @ v
 
 
 class WeaklyMasked(Decode):
