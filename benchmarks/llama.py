@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from timing import DEVICE, graphed, operations
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mustafar_compile import CompressedKV
 from mustafar_compile.lowering.layout import kept_elements
@@ -82,6 +82,21 @@ def compressed_cache(model: Any, batch: int, context: int, sparsity: float) -> S
 
     cache = StaticCache(config=model.config, max_cache_len=context)
     fill(cache, model, batch, compress)
+    return cache
+
+
+def growing_cache(model: Any, batch: int, context: int, sparsity: float | None) -> DynamicCache:
+    """A dynamic cache of random keys and values, compressed if a sparsity is given."""
+    config = model.config
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        shape = batch, config.num_key_value_heads, context, config.head_dim
+        cache.update(*torch.randn(2, *shape, dtype=torch.bfloat16, device=DEVICE), layer)
+        filled = cache.layers[layer]
+        if sparsity is not None:
+            filled.keys, filled.values = (
+                CompressedKV.from_dense(x, sparsity, WINDOW) for x in (filled.keys, filled.values)
+            )
     return cache
 
 

@@ -47,7 +47,9 @@ def mustafar(
             return _compat.compile_fx(gm, example_inputs)
         module, inputs = with_calling_convention(plan, gm, example_inputs)
         with _compat.inductor_options(_for_plan(plan)):
-            return CompiledCall(plan, _compat.compile_fx(module, inputs))
+            compiled = _compat.compile_fx(module, inputs)
+        growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
+        return CompiledCall(plan, compiled, growing)
 
 
 def _for_plan(plan: Plan) -> dict[str, Any]:

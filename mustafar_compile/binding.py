@@ -33,7 +33,8 @@ class Binding:
         """The inputs, in order. states: those of the attached caches, by argument."""
         laid_out: list[Any] = []
         for index in self.caches:
-            laid_out += arguments[index].own_buffers()
+            cache = arguments[index]
+            laid_out += cache.own_buffers() if cache.grows else cache.buffers
         for index in self.attached:
             laid_out += states[index].buffers.values()
         laid_out += [arguments[size.index].shape[size.dim] for size in self.sizes]

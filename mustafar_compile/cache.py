@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,12 +13,43 @@ from . import _compat
 from .errors import ForeignCompilerError, StaleCacheError
 from .lineage import Branch
 from .lowering import ops
-from .lowering.layout import BLOCK_TOKENS, BUFFERS, Layout, blocks_for, grown_capacity
+from .lowering.layout import BLOCK_TOKENS, Layout, blocks_for, grown_capacity
 from .wrapper import WithoutMemory
 
-_buffers_of = attrgetter(*BUFFERS)
-_SHOWN = ["values"]
-"""Names of the buffers that Dynamo sees."""
+_SHOWN = ["extent"]
+"""Names of the tensors that Dynamo sees in a cache."""
+
+_extents: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
+class Form(NamedTuple):
+    """What, beside its shape, decides on the code for a cache. Dynamo guards on it."""
+
+    layout: Layout
+    grows: bool
+    tokens_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _extent_of(blocks: int) -> Tensor:
+    """An empty tensor [blocks, 0], one and the same for all caches of so many blocks.
+
+    It is what Dynamo sees of the buffers, whose sizes follow from it. At each call Dynamo then compares addresses,
+    which costs less than to check a buffer of each cache.
+    """
+    extent = _extents.get(blocks)
+    if extent is None:
+        with torch.inference_mode(False):
+            extent = torch.empty(blocks, 0, dtype=torch.uint8, device="cpu")
+        _compat.maybe_mark_dynamic(extent, 0)
+        extent = _extents.setdefault(blocks, extent)
+    return extent
+
+
+def _in_order(place: int) -> Any:
+    """The buffer of a cache at this place."""
+    return property(lambda self: self.buffers[place])
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -49,37 +80,43 @@ class CompressedKV(WithoutMemory):
     handle is used after that.
     """
 
-    values: Tensor
-    bitmap: Tensor
-    window: Tensor
-    counts: Tensor
-    row_layout: Layout
-    grows: bool
-    tokens_dim: int
+    buffers: tuple[Tensor, ...]
+    """values, bitmap, window, counts, which all handles of a growing cache share. None: see ``has_only_a_shape``."""
+    values, bitmap, window, counts = map(_in_order, range(4))
+    form: Form
+    extent: Tensor
+    tokens: int
+    """The logical number of tokens."""
     branch: Branch
     cropped: bool = False
     writable: bool = True
 
     @staticmethod
-    def __new__(cls, values, bitmap, window, counts, layout, grows, tokens_dim, size, stride=None):
+    def __new__(cls, buffers, form, extent, size, stride=None):
         _, outer, inner, head_dim = size
         stride = stride or (outer * inner * head_dim, inner * head_dim, head_dim, 1)
-        return cls.shaped(size, stride, values)
+        return cls.shaped(size, stride, form.dtype, form.device)
 
-    def __init__(self, values, bitmap, window, counts, layout, grows, tokens_dim, size, stride=None):
-        self.values, self.bitmap, self.window, self.counts = values, bitmap, window, counts
-        self.row_layout, self.grows, self.tokens_dim = layout, grows, tokens_dim
+    def __init__(self, buffers, form, extent, size, stride=None):
+        self.buffers, self.form, self.extent = buffers, form, extent
+        self.row_layout, self.grows, self.tokens_dim, *_ = form
+        self.tokens = size[self.tokens_dim]
+        self._flattened = _SHOWN, form
 
     @classmethod
     def from_buffers(cls, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2) -> CompressedKV:
         """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
-        values, bitmap, window, counts = buffers
-        layout = Layout.of_buffers(values, bitmap, window, counts)
+        buffers = tuple(buffers)
+        values, layout = buffers[0], Layout.of_buffers(*buffers)
         (batch, heads), head_dim = values.shape[:2], layout.head_dim
         size = (batch, heads, tokens, head_dim) if tokens_dim == 2 else (batch, tokens, heads, head_dim)
-        cache = cls(values, bitmap, window, counts, layout, grows, tokens_dim, size)
+        form = Form(layout, grows, tokens_dim, values.dtype, values.device)
+        # The blocks of a static cache follow from its size.
+        cache = cls(buffers, form, _extent_of(values.shape[2] if grows else 0), size)
         cache.branch = Branch(tokens)
-        return cache._with_marks()
+        if grows:
+            _compat.maybe_mark_dynamic(cache, tokens_dim)
+        return cache
 
     @classmethod
     def from_dense(cls, dense: Tensor, sparsity: float, window: int, tokens: int | None = None) -> CompressedKV:
@@ -93,16 +130,6 @@ class CompressedKV(WithoutMemory):
         return cls.from_buffers(buffers, length, grows)
 
     @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """values, bitmap, window, counts, which all handles of a growing cache share."""
-        return _buffers_of(self)
-
-    @property
-    def tokens(self) -> int:
-        """The logical number of tokens."""
-        return self.shape[self.tokens_dim]
-
-    @property
     def stored_bytes(self) -> int:
         """Bytes that the buffers really take."""
         return storage_bytes(self.buffers)
@@ -110,7 +137,7 @@ class CompressedKV(WithoutMemory):
     @property
     def capacity(self) -> int:
         """Tokens that the compressed part has room for."""
-        return BLOCK_TOKENS * self.values.shape[2]
+        return BLOCK_TOKENS * self.buffers[0].shape[2]
 
     def dense(self) -> Tensor:
         """The dense tensor that this stands for: pruned elements and unwritten tokens are zero.
@@ -122,9 +149,9 @@ class CompressedKV(WithoutMemory):
 
     def own_buffers(self) -> tuple[Tensor, ...]:
         """The buffers as this handle sees them, see ``own_counts``."""
-        if not self.grows:
-            return _buffers_of(self)
-        return self.values, self.bitmap, self.window, self.own_counts()
+        if not self.grows or self.is_latest():
+            return self.buffers
+        return *self.buffers[:-1], self.own_counts()
 
     def own_counts(self) -> Tensor:
         """``counts`` as this handle sees them: a copy with fewer tokens where a longer handle was made.
@@ -140,7 +167,8 @@ class CompressedKV(WithoutMemory):
 
     def is_latest(self) -> bool:
         """Whether no other handle of this growing cache has gone further."""
-        return self.branch.successor is None and self.branch.tokens == self.tokens
+        branch = self.branch
+        return branch.tokens == self.tokens and branch.successor is None
 
     def _check_standing(self) -> None:
         standing = self.branch.standing()
@@ -187,8 +215,8 @@ class CompressedKV(WithoutMemory):
         """Another handle of the same buffers, with Dynamo's marks: to set those anew takes longer than all the rest."""
         size = list(self.shape)
         size[self.tokens_dim] = tokens
-        handle = CompressedKV.__new__(CompressedKV, *self.buffers, self.row_layout, self.grows, self.tokens_dim, size)
-        handle.__dict__.update(vars(self))
+        handle = CompressedKV.__new__(CompressedKV, self.buffers, self.form, self.extent, size)
+        handle.__dict__.update(vars(self), tokens=tokens)
         return handle
 
     def reserve(self, capacity: int) -> None:
@@ -199,18 +227,11 @@ class CompressedKV(WithoutMemory):
         with torch.inference_mode():  # where alone a cache that was made in it may be changed
             for buffer in (self.values, self.bitmap):
                 torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))
-
-    def _with_marks(self) -> CompressedKV:
-        """Tell Dynamo which sizes change from call to call, so that it compiles for any."""
-        if self.grows:
-            _compat.maybe_mark_dynamic(self, self.tokens_dim)
-            _compat.maybe_mark_dynamic(self.values, 2)
-        return self
+        self.extent = _extent_of(blocks)
 
     def alias(self) -> CompressedKV:
         """Another object for this very handle."""
-        form = self.row_layout, self.grows, self.tokens_dim
-        alias = CompressedKV(*self.buffers, *form, self.shape, self.stride())
+        alias = CompressedKV(self.buffers, self.form, self.extent, self.shape, self.stride())
         alias.__dict__.update({k: v for k, v in vars(self).items() if k in ("branch", "cropped", "writable")})
         return alias
 
@@ -220,7 +241,7 @@ class CompressedKV(WithoutMemory):
 
     def rebatched(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
         """A cache of its own with ``change``, which selects along dimension 0, applied to what has a batch."""
-        buffers = [*map(change, (self.values, self.bitmap, self.window)), self.own_counts().clone()]
+        buffers = [*map(change, self.buffers[:-1]), self.own_counts().clone()]
         return self.over(buffers)
 
     def over(self, buffers: Iterable[Tensor]) -> CompressedKV:
@@ -246,12 +267,11 @@ class CompressedKV(WithoutMemory):
         return restored_cache, (*buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __tensor_flatten__(self):
-        # One buffer has all sizes that may change, and the layout tells the others: four would be guarded at each call.
-        return _SHOWN, (self.row_layout, self.grows, self.tokens_dim)
+        return self._flattened
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
-        return CompressedKV(inner["values"], None, None, None, *context, outer_size, outer_stride)
+        return CompressedKV((), context, inner["extent"], outer_size, outer_stride)
 
     @property
     def has_only_a_shape(self) -> bool:
@@ -259,9 +279,9 @@ class CompressedKV(WithoutMemory):
 
         Raises ForeignCompilerError where another compiler goes on with it, which would need the values.
         """
-        if self.bitmap is not None:
+        if self.buffers:
             return False
-        if isinstance(self.values, _compat.FakeTensor):
+        if isinstance(self.extent, _compat.FakeTensor):
             return True
         raise ForeignCompilerError(
             "a compressed KV cache was given to a function that another backend compiles; accepted is "

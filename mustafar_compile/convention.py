@@ -91,11 +91,11 @@ class _Examples:
         if not cache.grows:
             return cache.capacity
         if self.growing_capacity is None:
-            symbolic = _compat.TracingContext.get().tensor_to_context[cache.values]
+            symbolic = _compat.TracingContext.get().tensor_to_context[cache.extent]
             fake = self.mode.from_tensor(
-                cache.values, static_shapes=False, symbolic_context=symbolic, source=symbolic.tensor_source
+                cache.extent, static_shapes=False, symbolic_context=symbolic, source=symbolic.tensor_source
             )
-            self.growing_capacity = BLOCK_TOKENS * fake.shape[2]
+            self.growing_capacity = BLOCK_TOKENS * fake.shape[0]
         return self.growing_capacity
 
     def _buffers(self, index: int, layout: Layout, batch: Any, heads: Any, capacity: Any) -> dict[str, torch.Tensor]:

@@ -16,11 +16,12 @@ from .report import record_call
 
 
 class CompiledCall:
-    """The function that Dynamo calls in place of the original graph."""
+    """The function that Dynamo calls in place of the original graph. growing: which arguments are growing caches."""
 
-    def __init__(self, plan: Plan, compiled: Callable[..., Sequence[Any]]) -> None:
+    def __init__(self, plan: Plan, compiled: Callable[..., Sequence[Any]], growing: Sequence[int]) -> None:
         self.plan = plan
         self.compiled = compiled
+        self.growing = growing
         self.extended = [output for output in plan.outputs if isinstance(output, Extended)]
         self.bind = Binding(plan.inputs)
 
@@ -28,7 +29,8 @@ class CompiledCall:
         record_call()
         for output in self.extended:
             arguments[output.index].prepare(_count(output, arguments))
-        _level([arguments[index] for index in self.bind.caches if arguments[index].grows])
+        if self.growing:
+            _level([arguments[index] for index in self.growing])
         states = {a.index: current_state(a, arguments) for a in self.plan.attached}
         results = self.compiled(*self.bind(arguments, states))
         for index, state in states.items():
@@ -50,12 +52,12 @@ def _count(output: Extended, arguments: Sequence[Any]) -> int:
 
 def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
     match output:
-        case Argument(index):
-            return arguments[index]
-        case Result(index):
-            return results[index]
         case Extended(index):
             return arguments[index].extended(_count(output, arguments))
+        case Result(index):
+            return results[index]
+        case Argument(index):
+            return arguments[index]
         case Compressed(index, tokens, grows, tokens_dim):
             buffers: list[Tensor] = list(results[index : index + len(BUFFERS)])
             length = results[tokens.index] if isinstance(tokens, Result) else tokens

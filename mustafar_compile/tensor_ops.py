@@ -53,7 +53,7 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
             return x
         if x.has_only_a_shape:
             fake[0] = True
-            return x.values.new_empty(x.shape)
+            return x.extent.new_empty(x.shape, dtype=x.dtype, device=x.device)
         notify_decompressed(func)
         return x.dense()
 

@@ -31,9 +31,9 @@ class WithoutMemory(Tensor):
     _no_storage = _refused("untyped_storage()")
 
     @classmethod
-    def shaped(cls, shape: Any, strides: Any, like: Tensor) -> Any:
-        """A tensor of this class with the dtype and device of ``like``."""
-        tensor = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype, device=like.device)
+    def shaped(cls, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        """A tensor of this class."""
+        tensor = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         _compat.forbid_data_pointer(tensor)
         return tensor
 
@@ -66,7 +66,7 @@ class ReadOnlyView(WithoutMemory):
 
     @staticmethod
     def __new__(cls, dense: Tensor) -> ReadOnlyView:
-        return cls.shaped(dense.shape, dense.stride(), dense)
+        return cls.shaped(dense.shape, dense.stride(), dense.dtype, dense.device)
 
     def __init__(self, dense: Tensor) -> None:
         self.held = dense

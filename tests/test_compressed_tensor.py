@@ -512,5 +512,5 @@ def test_dynamo_guards_one_buffer(make):
     """Guards run at each call: with four buffers they took longer than all the rest."""
     kv, _ = make()
     names, context = kv.__tensor_flatten__()
-    assert names == ["values"]
+    assert names == ["extent"]
     assert copy.deepcopy(context)[0] is kv.row_layout
