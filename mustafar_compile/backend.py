@@ -90,7 +90,7 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
         if attached.releases:
             check_releasable(example_inputs[attached.index])
     if any(node.target is ops.decompress for node in plan.module.graph.nodes):
-        record_decompression(found)
+        record_decompression(found, context)
     return plan
 
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from . import _compat
 from .lowering.layout import MAX_QUERY_TOKENS, Layout, grown_capacity
 from .notices import notify, notify_recompile_limit, open_reports
+from .patterns.conditions import Context
 from .patterns.match import CacheUpdate, Match, NoMatch
 from .settings import Settings
 from .text import bytes_text, table
@@ -142,18 +143,29 @@ def record_graph(
 
 
 _DENSE_STEP = (
-    "several tokens are taken one by one only under a mask with a row for each, at positions that stand side by side "
-    "and, on a static cache, where they are no more than the window"
+    "several tokens are taken one by one only under a mask with a row for each and at positions that stand side by side"
+)
+_SHORT_PROMPT = (
+    "on a static cache {tokens} tokens are taken for a prompt, since its window is {window}. For a prompt that is as "
+    "it should be; steps of drafts need a window of at least {tokens}"
 )
 
 
-def record_decompression(found: Sequence[Match | NoMatch]) -> None:
+def _why_dense(m: Match | NoMatch, context: Context) -> str:
+    if isinstance(m, NoMatch):
+        return m.reason
+    tokens, window = _compat.hint(m.attention.query_length), context.windows.get(m.key.base, context.window)
+    short_prompt = not m.key.grows and tokens > window
+    return _SHORT_PROMPT.format(tokens=tokens, window=window) if short_prompt else _DENSE_STEP
+
+
+def record_decompression(found: Sequence[Match | NoMatch], context: Context) -> None:
     """Say that a graph decompresses a cache that comes into it, unless that is for a prompt."""
     dense = [m for m in found if isinstance(m, NoMatch) or m.phase == "prefill"]
     long = any(_compat.hint(m.attention.query_length) > MAX_QUERY_TOKENS for m in dense)
     if long or (found and not dense):
         return
-    why = "; ".join(dict.fromkeys(m.reason if isinstance(m, NoMatch) else _DENSE_STEP for m in dense))
+    why = "; ".join(dict.fromkeys(_why_dense(m, context) for m in dense))
     why = why or "a graph break lies between its update and its attention"
     notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
 

@@ -113,6 +113,26 @@ def test_a_short_step_that_is_not_taken_token_by_token(tokens):
         assert report.notices == []
 
 
+def test_a_short_prompt_on_a_static_cache():
+    """It looks like a step of drafts, and who sends one wants to know what it costs."""
+    past = tuple(CompressedKV.from_dense(torch.randn(2, 2, 40, 16), 0.5, 4, tokens=9) for _ in range(2))
+
+    def step(q, k, v, start, past):
+        position = start + torch.arange(q.shape[2])
+        for cache, new in zip(past, (k, v), strict=True):
+            cache.index_copy_(2, position, new)
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.arange(40) <= position.unsqueeze(1))
+
+    inputs = *torch.randn(3, 2, 2, 8, 16), torch.tensor([9])
+    expected = step(*inputs, [x.dense() for x in past])
+    with warnings.catch_warnings(record=True) as caught, explain() as report:
+        warnings.simplefilter("always")
+        out = torch.compile(step, backend="mustafar")(*inputs, past)
+    torch.testing.assert_close(out, expected)
+    line = noticed(report, caught, "on a static cache 8 tokens are taken for a prompt, since its window is 4")
+    assert "For a prompt that is as it should be; steps of drafts need a window of at least 8" in line
+
+
 def test_ordinary_generation_says_nothing():
     model, inputs = TupleModel(), embeddings(steps=6)
     with warnings.catch_warnings(), explain() as report:
