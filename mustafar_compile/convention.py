@@ -84,18 +84,15 @@ class _Examples:
     def _compressed(self, index: int) -> dict[str, torch.Tensor]:
         cache, shape = self.given[index], self.logical[index].shape
         heads = shape[3 - cache.tokens_dim]
-        return self._buffers(index, cache.row_layout, shape[0], heads, self._capacity(cache))
+        return self._buffers(index, cache.row_layout, shape[0], heads, self._capacity(index))
 
-    def _capacity(self, cache: Any) -> Any:
+    def _capacity(self, index: int) -> Any:
         """The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""
+        cache = self.given[index]
         if not cache.grows:
             return cache.capacity
         if self.growing_capacity is None:
-            symbolic = _compat.TracingContext.get().tensor_to_context[cache.extent]
-            fake = self.mode.from_tensor(
-                cache.extent, static_shapes=False, symbolic_context=symbolic, source=symbolic.tensor_source
-            )
-            self.growing_capacity = BLOCK_TOKENS * fake.shape[0]
+            self.growing_capacity = BLOCK_TOKENS * self.logical[index].extent.shape[0]
         return self.growing_capacity
 
     def _buffers(self, index: int, layout: Layout, batch: Any, heads: Any, capacity: Any) -> dict[str, torch.Tensor]:

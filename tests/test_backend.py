@@ -203,3 +203,23 @@ def test_the_report_prints_and_logs(caplog):
     assert "layer 0 model.layers.0.self_attn, cache dynamic (cat): compressed (prefill)" in caplog.messages
     assert report.matched[0].phases == ("prefill", "decode")
     assert report.matched[0].dense_bytes == 2 * (2 * 2 * 11 * 16 * 4), "K and V of 11 tokens"
+
+
+def test_code_may_depend_on_the_number_of_blocks(monkeypatch):
+    """Inductor guards on sizes now and then. The number of blocks, which no input of Dynamo's graph has, is one too."""
+    compiled_for = []
+
+    def guarding(gm, inputs):
+        blocks = next((x.shape[2] for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 6), None)
+        if blocks is not None:
+            compiled_for.append(bool(blocks == 2))
+        return gm.forward
+
+    monkeypatch.setattr(_compat, "compile_fx", guarding)
+    torch._dynamo.reset()
+    step = torch.compile(TupleModel().step, backend="mustafar", options={"window": 4})
+    _, past = step(torch.randn(2, 20, 32), None)
+    for _ in range(60):
+        _, past = step(torch.randn(2, 1, 32), past)
+    assert past[0].values.shape[2] > 2
+    assert compiled_for == [True, False]
