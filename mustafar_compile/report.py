@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ class Entry:
     dense_bytes: int = 0
     stored_bytes: int = 0
 
+
+_asked = threading.Event()
+"""Whether Dynamo ever gave the backend a graph."""
 
 _NOTHING_RAN = (
     "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
@@ -129,6 +133,12 @@ def explain() -> Iterator[Report]:
         warnings.warn(_NOTHING_RAN, stacklevel=3)
 
 
+def warn_if_nothing_was_compiled() -> None:
+    """Warn where the backend was never given a graph. For the end of a process that chose it."""
+    if not _asked.is_set():
+        warnings.warn(_NOTHING_RAN, stacklevel=2)
+
+
 def record_call() -> None:
     """Count a call of a rewritten graph."""
     for report in open_reports:
@@ -183,6 +193,7 @@ def record_untouched() -> None:
 
 
 def _record(entries: list[Entry]) -> None:
+    _asked.set()
     for report in open_reports:
         report.graphs += 1
         report._entries += entries

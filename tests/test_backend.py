@@ -20,14 +20,14 @@ def _no_grad():
         yield
 
 
-def in_fresh_python(code: str) -> str:
+def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result
 
 
 def test_the_name_works_without_an_import():
-    out = in_fresh_python(
+    result = in_fresh_python(
         """
         import sys, torch
         assert "mustafar" in torch._dynamo.list_backends()
@@ -36,7 +36,20 @@ def test_the_name_works_without_an_import():
         print(compiled(torch.ones(2)).tolist())
         """
     )
-    assert out.strip().endswith("[2.0, 2.0]")
+    assert result.stdout.strip().endswith("[2.0, 2.0]")
+    assert "nothing was compiled" not in result.stderr
+
+
+def test_a_backend_chosen_in_vain_is_noticed():
+    """As with torch.compile(model).generate(), which calls the original module."""
+    result = in_fresh_python(
+        """
+        import torch
+        model = torch.nn.Linear(2, 2)
+        torch.compile(model, backend="mustafar").extra_repr()
+        """
+    )
+    assert "torch.compile(model).generate() calls the original module" in result.stderr
 
 
 def test_importing_changes_nothing():
