@@ -21,6 +21,8 @@ from models import hf_model
 
 FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma2", "gpt_oss", "mistral")
 CACHES = ("DynamicCache", "StaticCache", "StaticCache of the caller")
+RESET_EMPTIES = "reset" in vars(DynamicLayer)
+"""Whether a reset of a dynamic cache drops its tokens. Older transformers make zeros of them."""
 
 
 class _Counted(DynamicLayer):
@@ -161,6 +163,8 @@ class TransformersModel:
         live.select(picks)
 
     def reset(self, live: Live) -> None:
+        if self.room is None and not RESET_EMPTIES:
+            return
         live.cache.reset()
         live.kept = live.kept[:, :0]
         for history in live.histories:
