@@ -317,8 +317,8 @@ def test_a_query_that_was_rounded_stays_so(monkeypatch):
         return eager((q.float().roll(1, -1) * SCALE).to(q.dtype), k, v, mask)
 
     graphs = []
-    with without_inductor():
-        monkeypatch.setattr(_compat, "compile_fx", lambda gm, _: graphs.append(gm) or gm)
+    with without_inductor(), monkeypatch.context() as inner:  # undone first, or Inductor would stay replaced
+        inner.setattr(_compat, "compile_fx", lambda gm, _: graphs.append(gm) or gm)
         torch.compile(step(rotated), backend="mustafar")(*case(queries=1, past=9, dtype=torch.bfloat16))
     (decode,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.mustafar.decode_attention.default)
     assert decode.args[0].meta["val"].dtype == torch.bfloat16
