@@ -66,6 +66,7 @@ class Rewriter:
         self.buffers: dict[Node, list[Node]] = {}  # of compressed and of attached placeholders
         self.replaced: dict[Node, Extended | _New] = {}  # outputs that become compressed caches
         self.written: set[Node] = set()  # compressed placeholders whose mutation happens inside an op
+        self.rewinding: dict[Node, CacheUpdate] = {}  # compressed static placeholders that a dense step writes to
         self.attached: list[Attached] = []
 
     def run(self, matches: list[Match]) -> Plan:
@@ -273,6 +274,7 @@ class Rewriter:
         for mine, new in zip(self.buffers[update.base], buffers, strict=True):
             self._call(aten.copy_.default, mine, new)
         self.written.add(update.base)
+        self.rewinding[update.base] = update
 
     def _compress_new(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
         length, rows = self._size(dense, update.tokens_dim), self._swapped(dense, update.tokens_dim)
@@ -325,10 +327,25 @@ class Rewriter:
         if placeholder.users:
             tokens_dim = self.tokens_dim[placeholder]
             length = self._logical_size(placeholder, tokens_dim)
-            with self.graph.inserting_before(self._first_use(placeholder)):
-                dense = self._decompress(self.buffers[placeholder], length)
+            first_use = self._first_use(placeholder)
+            with self.graph.inserting_before(first_use):
+                dense = self._decompress(self._rewound(placeholder, first_use), length)
                 dense = self._call(aten.contiguous.default, self._swapped(dense, tokens_dim))
             placeholder.replace_all_uses_with(dense)
+
+    def _rewound(self, placeholder: Node, first_use: Node) -> list[Node]:
+        """The buffers as they are once the cache is rewound to where the graph writes, if that is before its end.
+
+        What comes back to the window is read exact then. Not where the graph reads the cache before it knows the place.
+        """
+        *rows, counts = self.buffers[placeholder]
+        update = self.rewinding.get(placeholder)
+        if update is None or (isinstance(update.position, Node) and not update.position < first_use):
+            return [*rows, counts]
+        start = self._call(aten.reshape.default, self._first_position(update), [1])
+        start = self._call(aten._to_copy.default, start, dtype=torch.int64)
+        tokens = self._call(aten.minimum.default, self._call(aten.slice.Tensor, counts, 0, 0, 1), start)
+        return [*rows, self._call(aten.cat.default, [tokens, self._call(aten.slice.Tensor, counts, 0, 1)])]
 
     def _decompress(self, buffers: list[Node], length: Any) -> Node:
         """[B, H, length, D], which is nothing to decompress where the cache was cropped to no token."""

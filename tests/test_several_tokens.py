@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compilers import without_inductor
 from models import BufferModel, TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
-from reference import pruned_generation, reference_attention
+from reference import pruned_cache, pruned_generation, reference_attention
 
 WINDOW = 4
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
@@ -175,3 +175,26 @@ def test_the_mask_says_which_of_the_new_tokens_a_token_sees(form, rows):
         out = compiled(model)(*inputs)
     assert [entry.phases for entry in report.matched] == [("decode",)]
     torch.testing.assert_close(out[0] if form is Masked else out, under_mask(model, x, mask), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [7, 10])
+def test_a_long_step_reads_exactly_what_comes_back_to_the_window(tokens):
+    """Found by fuzzing: behind a rewind of a static cache, it read the latest tokens pruned."""
+    torch.manual_seed(0)
+    room, start, count = 48, 7, 20
+    past, new = (torch.randn(2, 1, 2, n, 16) for n in (room, count))
+    query = torch.randn(1, 2, count, 16)
+    visible = torch.arange(room) < torch.arange(start + 1, start + count + 1).unsqueeze(1)
+
+    def step(query, new, key, value, position):
+        key.index_copy_(2, position, new[0])
+        value.index_copy_(2, position, new[1])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+    caches = [CompressedKV.from_dense(x, 0.5, WINDOW, tokens) for x in past]
+    result = torch.compile(step, backend="mustafar", options=OPTIONS)(
+        query, new, *caches, torch.arange(start, start + count)
+    )
+    seen = [torch.cat([pruned_cache(x[:, :, :start], 0.5, WINDOW), y], 2) for x, y in zip(past, new, strict=True)]
+    expected = reference_attention(query, *seen, 0, 0, 1, visible[:, : start + count])
+    torch.testing.assert_close(result, expected)
