@@ -274,7 +274,8 @@ class Rewriter:
         for mine, new in zip(self.buffers[update.base], buffers, strict=True):
             self._call(aten.copy_.default, mine, new)
         self.written.add(update.base)
-        self.rewinding[update.base] = update
+        if update.op != "shift":  # which writes all of the buffer, and rewinds nothing
+            self.rewinding[update.base] = update
 
     def _compress_new(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
         length, rows = self._size(dense, update.tokens_dim), self._swapped(dense, update.tokens_dim)
