@@ -12,7 +12,7 @@ from torch.fx import Node
 from .attention import Attention, Operand
 from .cache_update import CacheUpdate, is_written_back, sliding_window
 from .normalise import Functional
-from .symbols import same_size
+from .symbols import known, same_size
 from .views import Axis, Read, leading_axes
 
 
@@ -84,12 +84,8 @@ def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attenti
     plain = _runs_over(read.dims[operand.tokens], tokens) and _runs_over(read.dims[operand.channels], 3)
     plain = plain and _is_grouped(leading_axes(read, operand), heads, attention.query)
     require(plain, "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow")
-    kv_heads = update.node.meta["val"].shape[heads]
-    query_heads = attention.query.meta["val"].shape[1]
-    require(
-        isinstance(kv_heads, int) and isinstance(query_heads, int) and query_heads % kv_heads == 0,
-        f"{query_heads} query heads are no multiple of {kv_heads} KV heads",
-    )
+    kv_heads, query_heads = known(update.node.meta["val"].shape[heads]), known(attention.query.meta["val"].shape[1])
+    require(query_heads % kv_heads == 0, f"{query_heads} query heads are no multiple of {kv_heads} KV heads")
     require(update.op != "cat" or read.prefix is None, "only a part of the cache is attended")
     return read
 

@@ -61,10 +61,12 @@ def _sinks(column: Node) -> tuple[Node | None, str | None]:
             chain.append(node)
             node = node.args[0]
         read = read_through(chain[::-1], sinks)
+        heads = sinks.meta["val"].shape[0]
+        of_heads = [] if same_size(heads, 1) else [0]
         heads_only = read is not None and all(
-            [axis.source for axis in axes if axis.source is not None] == ([0] if dim == 1 else [])
+            [axis.source for axis in axes if axis.source is not None] == (of_heads if dim == 1 else [])
             for dim, axes in enumerate(read.dims)
         )
-        if heads_only and same_size(sinks.meta["val"].shape[0], column.meta["val"].shape[1]):
+        if heads_only and same_size(heads, column.meta["val"].shape[1]):
             return sinks, None
     return None, "the column of attention sinks is not one number for each query head"

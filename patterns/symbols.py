@@ -1,4 +1,4 @@
-"""Comparing sizes that may be symbolic, without adding guards."""
+"""Sizes that may be symbolic. Comparing them adds no guards."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def same_size(a: Any, b: Any) -> bool:
     """True where both sizes are known to be equal for every value of their symbols."""
     left, right = expression(a), expression(b)
     return left is not None and right is not None and left == right
+
+
+def known(size: int | torch.SymInt) -> int:
+    """The value of a size that the graph is made for. Where it is symbolic, Dynamo guards on it from now on."""
+    return int(size)

@@ -283,6 +283,17 @@ def test_one_head_of_keys_for_all_queries(form, batch):
     check_decode(form, case(queries=1, past=9, kv_heads=1, batch=batch))
 
 
+def a_sink_of_one_head(q, k, v, mask):
+    column = torch.tensor([1.5]).view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    return weights(torch.cat([q @ k.mT * SCALE + mask, column], dim=-1), q)[..., :-1] @ v
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_query_head_and_its_sink(batch):
+    q, *others = case(queries=1, past=9, kv_heads=1, batch=batch)
+    check_decode(a_sink_of_one_head, (q[:, :1], *others))
+
+
 @pytest.mark.parametrize("form", [sdpa, eager, all_in_float32, scores_in_float32, baddbmm, einsum])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(form, dtype):
