@@ -85,23 +85,25 @@ class CompressedKV(WithoutMemory):
     values, bitmap, window, counts = map(_in_order, range(4))
     form: Form
     extent: Tensor
+    branch: Branch
+    writable: bool = True
+
+    # All else, Dynamo's marks too, is one ``__dict__`` for all handles of a branch: to fill one for each handle of each
+    # step takes longer than to make the tensor.
+    __slots__ = ("cropped", "tokens")
     tokens: int
     """The logical number of tokens."""
-    branch: Branch
-    cropped: bool = False
-    writable: bool = True
+    cropped: bool
 
     @staticmethod
     def __new__(cls, buffers, form, extent, size, stride=None):
-        _, outer, inner, head_dim = size
-        stride = stride or (outer * inner * head_dim, inner * head_dim, head_dim, 1)
         return cls.shaped(size, stride, form.dtype, form.device)
 
     def __init__(self, buffers, form, extent, size, stride=None):
         self.buffers, self.form, self.extent = buffers, form, extent
         self.row_layout, self.grows, self.tokens_dim, *_ = form
-        self.tokens = size[self.tokens_dim]
         self._flattened = _SHOWN, form
+        self.tokens, self.cropped = size[self.tokens_dim], False
 
     @classmethod
     def from_buffers(cls, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2) -> CompressedKV:
@@ -191,7 +193,7 @@ class CompressedKV(WithoutMemory):
                     f"this cache of {tokens} tokens was already extended to {self.branch.tokens}: its window has "
                     "moved on. To continue one past in several ways, copy.deepcopy it first"
                 )
-            self.branch = self.branch.cut(tokens)
+            self.__dict__ = vars(self) | {"branch": self.branch.cut(tokens)}
             self.counts[:1].fill_(tokens)
         self.cropped = False
         needed = tokens + count - self.row_layout.window
@@ -212,11 +214,12 @@ class CompressedKV(WithoutMemory):
         return shorter
 
     def _handle(self, tokens: int) -> CompressedKV:
-        """Another handle of the same buffers, with Dynamo's marks: to set those anew takes longer than all the rest."""
+        """Another handle of the same buffers."""
         size = list(self.shape)
         size[self.tokens_dim] = tokens
-        handle = CompressedKV.__new__(CompressedKV, self.buffers, self.form, self.extent, size)
-        handle.__dict__.update(vars(self), tokens=tokens)
+        handle = self.shaped(size, None, self.form.dtype, self.form.device)
+        handle.__dict__ = vars(self)
+        handle.tokens, handle.cropped = tokens, False
         return handle
 
     def reserve(self, capacity: int) -> None:
@@ -232,7 +235,8 @@ class CompressedKV(WithoutMemory):
     def alias(self) -> CompressedKV:
         """Another object for this very handle."""
         alias = CompressedKV(self.buffers, self.form, self.extent, self.shape, self.stride())
-        alias.__dict__.update({k: v for k, v in vars(self).items() if k in ("branch", "cropped", "writable")})
+        alias.__dict__.update({k: v for k, v in vars(self).items() if k in ("branch", "writable")})
+        alias.cropped = self.cropped
         return alias
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:

@@ -32,7 +32,7 @@ class WithoutMemory(Tensor):
 
     @classmethod
     def shaped(cls, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
-        """A tensor of this class."""
+        """A tensor of this class. strides: None for those of a contiguous one."""
         tensor = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         _compat.forbid_data_pointer(tensor)
         return tensor
