@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compilers import without_inductor
+from compilers import without_compiler, without_inductor
 from models import FAMILIES, full_attention_layers, hf_model, prompt
 from mustafar_compile import CompressedKV, cache_stats, explain
 from reference import pruned_generation
@@ -66,7 +66,7 @@ def _no_grad():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dynamic_cache(family, sparsity):
     model = hf_model(family)
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options=options(sparsity))
         result, _ = check_generation(model, prompt(padded=sparsity == 0.5), sparsity, graphs=3)
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
@@ -76,7 +76,7 @@ def test_dynamic_cache(family, sparsity):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_cache_with_compiled_prefill(family, sparsity):
     model = hf_model(family)
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options=options(sparsity))
         inputs = prompt(padded=sparsity == 0.5)
         result, _ = check_generation(model, inputs, sparsity, graphs=2, cache_implementation="static")
@@ -91,7 +91,7 @@ def test_static_cache_with_eager_prefill_and_compiled_decode(family, sparsity):
     model = hf_model(family)
     config = CompileConfig(backend="mustafar", options=options(sparsity), mode=None)
     config._compile_all_devices = True  # transformers compiles on GPUs only unless told
-    with without_inductor():
+    with without_compiler():
         how = {"cache_implementation": "static", "compile_config": config}
         result, _ = check_generation(model, prompt(padded=sparsity == 0.5), sparsity, graphs=2, **how)
     stats = cache_stats(result.past_key_values)
