@@ -29,7 +29,7 @@ class Entry:
 
     layer: its number. name: its module path. form: how its cache is kept. phases: "prefill", "decode" where matched.
     reason: why not, "" where matched. dense_bytes, stored_bytes: of K and V together, when the graph was compiled;
-    0 where there is no cache.
+    0 where there is no cache or an earlier layer shares it.
     """
 
     layer: int
@@ -149,7 +149,8 @@ def record_graph(
     found: Sequence[Match | NoMatch], settings: Settings, compressed: Mapping[Node, tuple[int, int]]
 ) -> None:
     """Enter the attention layers of one graph into the open reports and the log."""
-    _record([_entry(m, settings, compressed) for m in found])
+    counted: set[Node] = set()
+    _record([_entry(m, settings, compressed, counted) for m in found])
 
 
 _DENSE_STEP = (
@@ -202,13 +203,14 @@ def _record(entries: list[Entry]) -> None:
         log.info("layer %d %s, cache %s: %s", e.layer, e.name, e.form, verdict)
 
 
-def _entry(m: Match | NoMatch, settings: Settings, compressed: Mapping[Node, tuple[int, int]]) -> Entry:
+def _entry(
+    m: Match | NoMatch, settings: Settings, compressed: Mapping[Node, tuple[int, int]], counted: set[Node]
+) -> Entry:
+    """counted: caches whose bytes are in an earlier entry; those of ``m`` are added."""
     attention = m.attention
-    sizes = [
-        _cache_bytes(update, role, settings, isinstance(m, Match), compressed)
-        for role, update in (("key", m.key), ("value", m.value))
-        if update is not None
-    ]
+    own = [(r, u) for r, u in (("key", m.key), ("value", m.value)) if u is not None and u.node not in counted]
+    counted.update(update.node for _, update in own)
+    sizes = [_cache_bytes(update, role, settings, isinstance(m, Match), compressed) for role, update in own]
     dense, stored = (sum(size[i] for size in sizes) for i in (0, 1))
     phases = (m.phase,) if isinstance(m, Match) else ()
     reason = "" if isinstance(m, Match) else m.reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ def _is_grouped(axes: list[Axis], heads: int, query: Node) -> bool:
     return all(source is None for source in grouped[grouped[:1] == [heads] :])
 
 
-def other_uses(update: CacheUpdate, chain: list[Node], readers: Set[Node], functional: Functional) -> set[str]:
+def other_uses(update: CacheUpdate, chain: Sequence[Node], readers: Set[Node], functional: Functional) -> set[str]:
     """Ops that read the updated cache on its way to attention and would need it dense."""
     path = [update.node, *chain]
     harmless = {*path, *readers, functional.graph.output_node(), *functional.mutated.values()}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,21 +59,61 @@ def cache_form(update: CacheUpdate | None) -> str:
 
 def find_matches(functional: Functional, context: Context) -> list[Match | NoMatch]:
     """Judge every attention of the graph, in order."""
-    attentions = find_attention(functional.graph)
-    readers = {node for attention in attentions for node in (attention.node, attention.key_reader)}
-    found = [_judge(attention, functional, context, readers) for attention in attentions]
-    reads = Counter(update.node for m in found for update in (m.key, m.value) if update is not None)
+    sources = [_Source.of(attention, functional) for attention in find_attention(functional.graph)]
+    readers = {node for source in sources for node in source.readers}
+    found: list[Match | NoMatch] = []
+    for source in sources:
+        found.append(_judge(source, functional, context, readers, found))
     slots = max((_slots(m.key) for m in found if isinstance(m, Match)), default=0)
-    return [_unless(m, _shared(m, reads) or _smaller(m, slots)) for m in found]
+    found = [_unless(m, _smaller(m, slots)) for m in found]
+    return [_unless(m, _badly_shared(m, found)) if isinstance(m, Match) else m for m in found]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An attention and where its keys and values come from: the update of their cache, if any, and the ops between."""
+
+    attention: Attention
+    key: CacheUpdate | None = None
+    key_chain: Sequence[Node] = ()
+    value: CacheUpdate | None = None
+    value_chain: Sequence[Node] = ()
+
+    @classmethod
+    def of(cls, attention: Attention, functional: Functional) -> _Source:
+        if attention.problem is not None:
+            return cls(attention)
+        return cls(attention, *find_update(attention.key, functional), *find_update(attention.value, functional))
+
+    @property
+    def readers(self) -> Sequence[Node]:
+        """The ops by which the attention reads its cache."""
+        own = (self.attention.node, self.attention.key_reader) if self.attention.problem is None else ()
+        return *own, *self.key_chain, *self.value_chain
 
 
 def _unless(m: Match | NoMatch, reason: str | None) -> Match | NoMatch:
     return NoMatch(m.attention, reason, m.key, m.value) if isinstance(m, Match) and reason else m
 
 
-def _shared(m: Match | NoMatch, reads: Counter) -> str | None:
-    shared = any(update is not None and reads[update.node] > 1 for update in (m.key, m.value))
-    return "its cache is read by several attention layers" if shared else None
+def _badly_shared(m: Match, found: Sequence[Match | NoMatch]) -> str | None:
+    """Why the cache that ``m`` shares with other attentions cannot be compressed; None where it can or shares none."""
+    if m.key.node is m.value.node:
+        return "its keys are its values"
+    caches = _caches(m)
+    for other in found:
+        if caches.isdisjoint(_caches(other)):
+            continue
+        if isinstance(other, NoMatch):
+            return f"another attention that reads its cache does not match: {other.reason}"
+        if (other.key.node, other.value.node, other.phase) != (m.key.node, m.value.node, m.phase):
+            return "its cache is read by several attention layers in different ways"
+    return None
+
+
+def _caches(m: Match | NoMatch) -> set[Node]:
+    """The caches that ``m`` reads, as they are after their updates."""
+    return {update.node for update in (m.key, m.value) if update is not None}
 
 
 def _smaller(m: Match | NoMatch, slots: int) -> str | None:
@@ -89,28 +128,44 @@ def _slots(update: CacheUpdate | None) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _judge(attention: Attention, functional: Functional, context: Context, readers: Set[Node]) -> Match | NoMatch:
-    key = value = None
+def _judge(
+    source: _Source, functional: Functional, context: Context, readers: Set[Node], earlier: Sequence[Match | NoMatch]
+) -> Match | NoMatch:
+    attention, key, value = source.attention, source.key, source.value
     try:
         require(attention.problem is None, str(attention.problem))
         require(attention.layer not in context.skip_layers, f"layer {attention.layer} is listed in skip_layers")
         changed = any(joins_changed_past(operand.node) for operand in (attention.key, attention.value))
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
-        key, key_chain = find_update(attention.key, functional)
-        value, value_chain = find_update(attention.value, functional)
         if key is None or value is None:
             raise Reason(_no_cache_reason(attention, functional))
         reads = []
-        for update, chain, operand in ((key, key_chain, attention.key), (value, value_chain, attention.value)):
+        for update, chain, operand in (
+            (key, source.key_chain, attention.key),
+            (value, source.value_chain, attention.value),
+        ):
             check_cache(update, functional, context)
             reads.append(check_read(update, read_through(chain, update.node), operand, attention))
             others = other_uses(update, chain, readers, functional) if update.base is not None else ()
             require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
         require(reads[1].factor == 1, "values are scaled between their cache and the attention")
-        phase = phase_of(attention, (key, reads[0]), (value, reads[1]), functional.graph, context)
+        if _is_prefilled(key, value, earlier):
+            phase = "prefill"
+        else:
+            phase = phase_of(attention, (key, reads[0]), (value, reads[1]), functional.graph, context)
         return Match(replace(attention, scale=attention.scale * reads[0].factor), key, value, phase)
     except Reason as reason:
         return NoMatch(attention, str(reason), key, value)
+
+
+def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match | NoMatch]) -> bool:
+    """Whether a prefill of the same cache was found. The cache is dense there, so this one may read it as it likes.
+
+    Gemma 4's layers that share caches take only the last tokens of a prompt as queries.
+    """
+    nodes = key.node, value.node
+    prefills = [m for m in earlier if isinstance(m, Match) and m.phase == "prefill"]
+    return any((m.key.node, m.value.node) == nodes for m in prefills)
 
 
 def _no_cache_reason(attention: Attention, functional: Functional) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,12 @@ class Rewriter:
         self.written: set[Node] = set()  # compressed placeholders whose mutation happens inside an op
         self.rewinding: dict[Node, CacheUpdate] = {}  # compressed static placeholders that a dense step writes to
         self.attached: list[Attached] = []
+        self.shared: set[Node] = set()  # updated keys that several attentions read
+        self.steps: dict[Node, tuple[list[Node], list[Node], Node | None]] = {}  # by the updated keys
 
     def run(self, matches: list[Match]) -> Plan:
+        readers = Counter(match.key.node for match in matches)
+        self.shared = {node for node, count in readers.items() if count > 1}
         for placeholder in self.compressed:
             self._add_buffers(placeholder, Buffer)
         if self.release_dense:
@@ -126,11 +131,7 @@ class Rewriter:
     def _decode(self, match: Match) -> None:
         attention = match.attention
         with self.graph.inserting_before(attention.node):
-            rows, buffers = [], []
-            position = self._first_position(match.key)
-            for role, update in (("key", match.key), ("value", match.value)):
-                rows.append(self._new_rows(update))
-                buffers += self._state(update, role, position)
+            rows, buffers, position = self._taken_in(match)
             result = self._call(
                 ops.decode_attention.default,
                 attention.query,
@@ -151,6 +152,26 @@ class Rewriter:
         attention.node.replace_all_uses_with(result)
         self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]
         self.graph.erase_node(attention.node)
+
+    def _taken_in(self, match: Match) -> tuple[list[Node], list[Node], Node | None]:
+        """New rows, buffers and position of a step.
+
+        Attentions that share a cache do the same step: taking the same tokens in again, at the same position, leaves
+        the cache as it is.
+        """
+        known = self.steps.get(match.key.node)
+        if known is not None:
+            return known
+        rows, buffers = [], []
+        position = self._first_position(match.key)
+        for role, update in (("key", match.key), ("value", match.value)):
+            rows.append(self._new_rows(update))
+            buffers += self._state(update, role, position)
+        if position is None and match.key.node in self.shared:
+            counts = buffers[self.names.index("counts")]
+            position = self._call(aten.clone.default, self._call(aten.slice.Tensor, counts, 0, 0, 1))
+        self.steps[match.key.node] = rows, buffers, position
+        return rows, buffers, position
 
     def _laid_out_as(self, original: Node, result: Node) -> Node:
         """``result`` with the strides of ``original``, on which views behind it rely.

@@ -7,7 +7,7 @@ ops. What arrives at the attention can then be compared with what grouped-query 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,7 +167,7 @@ def is_regrouping(node: Node) -> bool:
     return node.op == "call_function" and _MOVES.get(node.target) in (_view, _unsqueeze)
 
 
-def read_through(chain: list[Node], source: Node) -> Read | None:
+def read_through(chain: Sequence[Node], source: Node) -> Read | None:
     """Carry the axes of ``source`` through ``chain``, first op first. None where an op does more than move or scale."""
     shape = source.meta["val"].shape
     read = Read([[] if same_size(size, 1) else [Axis(i, size)] for i, size in enumerate(shape)])

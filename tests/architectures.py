@@ -35,6 +35,10 @@ _COMMON = {
 }  # fmt: skip
 _ABSENT = object()  # takes an entry of _COMMON away
 _SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_SHARED_CACHES = {
+    "sliding_window": 6, "layer_types": 2 * _SLIDING["layer_types"], "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 100,
+}  # fmt: skip
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _SHARED_EXPERT = _EXPERTS | {"shared_expert_intermediate_size": 32}
 _LATENT = {
@@ -64,6 +68,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": _SLIDING,
     "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3n_text": {**_SHARED_CACHES, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {**_SHARED_CACHES, "global_head_dim": 32, "num_global_key_value_heads": 2},
     "phi": {},
     "phi3": {"sliding_window": None},
     "phimoe": _EXPERTS,

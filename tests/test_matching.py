@@ -123,11 +123,18 @@ class NotReturned(Decode):
         return out
 
 
-class UsedTwice(Decode):
-    reason = "its cache is read by several attention layers"
+class SharedInTwoWays(Decode):
+    reason = "its cache is read by several attention layers in different ways"
 
     def attend(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q * 2, k, v)
+        return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q * 2, v, k)
+
+
+class KeysAreValues(Decode):
+    reason = "its keys are its values"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, k)
 
 
 class AlsoSummed(Decode):
@@ -532,6 +539,17 @@ def test_counter_example_runs_as_it_is_and_says_why(counter_example):
     actual, expected, report = run(counter_example())
     assert not report.matched
     assert {entry.reason for entry in report.missed} == ({counter_example.reason} - {None})
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_cache_that_one_of_two_attentions_cannot_share():
+    class Shared(Decode):
+        def attend(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    actual, expected, report = run(Shared())
+    reasons = [entry.reason for entry in report.missed]
+    assert reasons == [f"another attention that reads its cache does not match: {Causal.reason}", Causal.reason]
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 
@@ -352,14 +353,58 @@ class NestedModel(TupleModel):
         return out, [{"kv": past}]
 
 
-def test_a_cache_that_several_attentions_read_stays_dense_and_says_so():
+def flipped(model):
+    """The model whose queries are those of the second attention of a ``SharedCacheModel``."""
+    model, project = copy.deepcopy(model), model.project
+    model.project = lambda x: (project(x)[0].flip(-1), *project(x)[1:])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "compiler"), [(0.0, without_inductor), (0.5, without_inductor), (0.5, contextlib.nullcontext)]
+)
+@pytest.mark.parametrize("eager_prompt", [False, True])
+def test_a_cache_that_several_attentions_read(sparsity, compiler, eager_prompt):
     torch.manual_seed(0)
-    model, inputs = SharedCacheModel(), embeddings(steps=4)
+    torch._dynamo.reset()
+    model, inputs = SharedCacheModel(), embeddings(steps=6)
+    with compiler(), explain() as report:
+        compiled = torch.compile(model.step, backend="mustafar", options=options(sparsity))
+        step = functools.partial(_step_by_length, model.step if eager_prompt else compiled, compiled)
+        outputs = run_steps(model, inputs, step)
+    both = (oracle(m, inputs, sparsity) for m in (model, flipped(model)))
+    assert_close(outputs, [first + second for first, second in zip(*both, strict=True)])
+    first, second = report.matched
+    assert min(first.dense_bytes, first.stored_bytes) > 0
+    assert (second.dense_bytes, second.stored_bytes) == (0, 0), "its bytes are in the first layer's entry"
+    assert not report.missed
+
+
+def _step_by_length(prompt, token, x, past):
+    return (prompt if x.shape[1] > 1 else token)(x, past)
+
+
+class LastTokensModel(TupleModel):
+    """Of a prompt, the second attention to the cache has one query only, as the later layers of Gemma 4."""
+
+    def step(self, x, past):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        if past is not None:
+            k, v = (torch.cat([old, new], dim=2) for old, new in zip(past, (k, v), strict=True))
+        first = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=True)
+        last = F.scaled_dot_product_attention(q[:, :, -1:].flip(-1), k, v, enable_gqa=True)
+        return self.merge(torch.cat([first, last], dim=2)), (k, v)
+
+
+def test_a_cache_that_is_read_with_fewer_queries_in_a_prompt():
+    torch.manual_seed(0)
+    model, inputs = LastTokensModel(), embeddings(steps=6)
     with without_inductor(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
-        assert_close(run_steps(model, inputs, step), run_steps(model, inputs))
-    assert not report.matched
-    assert {entry.reason for entry in report.missed} == {"its cache is read by several attention layers"}
+        outputs = run_steps(model, inputs, step)
+    first, last = (oracle(m, inputs, 0.5) for m in (model, flipped(model)))
+    assert_close(outputs, [torch.cat([x, y[:, -1:]], 1) for x, y in zip(first, last, strict=True)])
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * 2
 
 
 def test_a_nested_past():

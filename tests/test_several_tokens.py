@@ -29,7 +29,17 @@ class Growing(TupleModel):
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         mask = torch.arange(k.shape[2]) <= torch.arange(x.shape[1]).unsqueeze(1) + start
-        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)), (k, v)
+        return self.merge(self.attend(q, k, v, mask)), (k, v)
+
+    def attend(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class Shared(Growing):
+    """The same, and a second attention reads what grows."""
+
+    def attend(self, q, k, v, mask):
+        return super().attend(q, k, v, mask) + super().attend(q.flip(-1), k, v, mask)
 
 
 class Static(BufferModel):
@@ -60,7 +70,7 @@ def compiled(model):
     return torch.compile(model.step, backend="mustafar", options=OPTIONS)
 
 
-@pytest.mark.parametrize("form", [Growing, Static])
+@pytest.mark.parametrize("form", [Growing, Shared, Static])
 def test_a_step_of_several_tokens_equals_one_by_one(form):
     torch.manual_seed(0)
     model, x = form(), torch.randn(2, 26, 32)
@@ -69,7 +79,7 @@ def test_a_step_of_several_tokens_equals_one_by_one(form):
     with explain() as report:
         together, _ = feed(compiled(model), x, [9, 1, 3, 4, 2, 4, 1, 2])
     torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
-    assert [entry.phases for entry in report.matched] == [("prefill", "decode")]
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * (2 if form is Shared else 1)
     assert report.graphs <= 4
 
 
