@@ -17,7 +17,7 @@ TEST ?=
 EXAMPLES ?= 2000
 
 ifeq ($(strip $(VENV)),)
-  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site $(PYTHON)
+  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site:tests $(PYTHON)
   base := build/site/.installed
   demo := $(base)
   test := $(base)
