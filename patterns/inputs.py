@@ -1,0 +1,61 @@
+"""The inputs of a rewritten graph, and where each comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .emit import BUFFER_NAMES
+from .plan import Argument, AttachedBuffer, Buffer, Input, Size
+from .symbols import same_size
+
+
+class Inputs:
+    """Placeholders, each with its source. index: which argument of the original graph a placeholder was."""
+
+    def __init__(self, graph: Graph, placeholders: Sequence[Node]) -> None:
+        self.graph = graph
+        self.index = {node: i for i, node in enumerate(placeholders)}
+        self.sources: dict[Node, Input] = {node: Argument(i) for node, i in self.index.items()}
+
+    def _add(self, name: str, source: Input) -> Node:
+        with self.graph.inserting_after(next(reversed(self.sources))):
+            node = self.graph.placeholder(name)
+        self.sources[node] = source
+        return node
+
+    def add_buffers(self, cache: Node, kind: type[Buffer] | type[AttachedBuffer]) -> list[Node]:
+        """The compressed buffers of the cache that the placeholder ``cache`` holds."""
+        index = self.index[cache]
+        return [self._add(f"{cache.name}_{name}", kind(index, name)) for name in BUFFER_NAMES]
+
+    def size_of(self, cache: Node, dim: int) -> Any:
+        """The size of a compressed cache as a model sees it: an int, or an input."""
+        size = cache.meta["val"].shape[dim]
+        if isinstance(size, int):
+            return size
+        for node, source in self.sources.items():
+            if isinstance(source, Argument) and same_size(node, size):
+                return node
+        name = f"{cache.name}_size_{dim}"
+        known = next((node for node in self.sources if node.name == name), None)
+        if known is not None:
+            return known
+        node = self._add(name, Size(self.index[cache], dim))
+        node.meta["val"] = size
+        return node
+
+    def holding(self, size: Any) -> int | Argument:
+        """``size``, or the argument that holds it."""
+        return size if isinstance(size, int) else Argument(next(i for p, i in self.index.items() if same_size(p, size)))
+
+    def drop(self, caches: Collection[Node]) -> None:
+        """Take away the placeholders of ``caches``, which their buffers replaced, and symbols that nothing uses."""
+        for node in list(self.sources):
+            symbol = isinstance(node.meta.get("val"), torch.SymInt)
+            if node in caches or (symbol and not node.users):
+                self.graph.erase_node(node)
+                del self.sources[node]
