@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
+from architectures import build
 from models import BufferModel, hf_model, prompt
 from mustafar_compile import ReleaseError, cache_stats, explain
 from mustafar_compile.lowering import kernels
@@ -56,6 +57,18 @@ def test_tokens_equal_the_oracle(sparsity, how, mode):
             assert torch.equal(model.generate(**inputs, **call, **how), expected)
     assert len(report.matched) == 2
     assert not report.missed
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_layers_that_share_a_cache(how):
+    inputs, call = on_gpu(prompt(padded=True)), {"max_new_tokens": 8, "do_sample": False}
+    with pruned_generation(0.5, 0.5, WINDOW):
+        expected = build("gemma3n_text", "sdpa").cuda().generate(**inputs, **call)
+    model = build("gemma3n_text", "sdpa").cuda()
+    with explain() as report:
+        model.compile(backend="mustafar", options={"window": WINDOW})
+        assert torch.equal(model.generate(**inputs, **call, **how), expected)
+    assert [entry.layer for entry in report.matched] == [1, 3]
 
 
 KERNEL_SHAPE = {"head_dim": 64, "max_position_embeddings": 4096}  # head_dim 16 has no tuned kernel
