@@ -69,7 +69,8 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
     try:
         functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)
     except Exception as error:  # whatever tracing trips over, the graph still runs, and the report says so
-        record_failure(gm, f"the graph could not be traced: {type(error).__name__}: {_first_line(error)}")
+        place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        record_failure(gm, f"the graph could not be traced{place}: {type(error).__name__}: {_first_line(error)}")
         _require_match(settings, [])
         return None
     compressed = {functional.placeholders[i]: (x.row_layout.kept, x.row_layout.window) for i, x in caches.items()}

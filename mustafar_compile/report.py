@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -16,6 +16,7 @@ from . import _compat
 from .lowering.layout import MAX_QUERY_TOKENS, Layout, grown_capacity
 from .notices import notify, notify_recompile_limit, open_reports
 from .patterns.conditions import Context
+from .patterns.find_attention import number_and_name
 from .patterns.match import CacheUpdate, Match, NoMatch
 from .settings import Settings
 from .text import bytes_text, table
@@ -28,8 +29,8 @@ class Entry:
     """One attention layer.
 
     layer: its number. name: its module path. form: how its cache is kept. phases: "prefill", "decode" where matched.
-    reason: why not, "" where matched. dense_bytes, stored_bytes: of K and V together, when the graph was compiled;
-    0 where there is no cache or an earlier layer shares it.
+    reason: why not in some graph, "" where matched in all. dense_bytes, stored_bytes: of K and V together, when the
+    graph was compiled; 0 where there is no cache or an earlier layer shares it.
     """
 
     layer: int
@@ -95,7 +96,7 @@ class Report:
                 str(e.layer),
                 e.name,
                 e.form,
-                " + ".join(e.phases) if not e.reason else f"no: {e.reason}",
+                _verdict(e),
                 bytes_text(e.dense_bytes),
                 bytes_text(e.stored_bytes),
             )
@@ -106,11 +107,18 @@ class Report:
 
 
 def _merged(a: Entry, b: Entry) -> Entry:
-    """Two sightings of a layer: any miss shows, the later form and sizes count."""
-    if a.reason and not b.reason:
-        a, b = b, a
-    phases = () if b.reason else tuple(dict.fromkeys((*a.phases, *b.phases)))
-    return Entry(b.layer, b.name, b.form, phases, b.reason, b.dense_bytes, b.stored_bytes)
+    """Two sightings of a layer: any miss shows. The later form and sizes count, though not of a miss."""
+    phases = tuple(dict.fromkeys((*a.phases, *b.phases)))
+    seen = a if b.reason and a.phases else b
+    return replace(seen, phases=phases, reason=b.reason or a.reason)
+
+
+def _verdict(entry: Entry) -> str:
+    """Where a layer runs compressed, and why not everywhere."""
+    phases = " + ".join(entry.phases)
+    if not entry.reason:
+        return phases
+    return f"{phases}; else no: {entry.reason}" if phases else f"no: {entry.reason}"
 
 
 @contextmanager
@@ -185,7 +193,10 @@ def record_failure(gm: GraphModule, reason: str) -> None:
     """Enter a graph that could not be read: each attention in it is missed for ``reason``."""
     names = ("scaled_dot_product_attention", "flex_attention")
     nodes = [n for n in gm.graph.nodes if n.op.startswith("call") and any(name in str(n.target) for name in names)]
-    _record([Entry(i, node.name, "unknown", reason=reason) for i, node in enumerate(nodes)])
+    places = [number_and_name(node, i) for i, node in enumerate(nodes)]
+    _record([Entry(layer, name, "unknown", reason=reason) for layer, name in places])
+    if not nodes:  # attention is spelled out
+        notify(f"a graph runs as it is: {reason}")
 
 
 def record_untouched() -> None:

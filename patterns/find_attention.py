@@ -39,11 +39,16 @@ def _module_path(node: Node) -> str:
     return ".".join(name for name in names if name != "_modules")
 
 
+def number_and_name(node: Node, place: int) -> tuple[int, str]:
+    """The layer that a node of attention belongs to and its module path; ``place``, where the path has no number."""
+    name = _module_path(node)
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return (int(number[1]) if number else place), name
+
+
 def find_attention(graph: Graph) -> list[Attention]:
     """Every attention of the graph, in order, numbered by its module path or, without one, by its place."""
     found = list(_find(graph))
     for place, attention in enumerate(found):
-        attention.name = _module_path(attention.node)
-        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", attention.name)
-        attention.layer = int(number[1]) if number else place
+        attention.layer, attention.name = number_and_name(attention.node, place)
     return found

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from .symbols import same_size
+
+_TORCH = Path(torch.__file__).parent
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -33,3 +37,10 @@ def computed_alike(a: Any, b: Any) -> bool:
         return a == b or same_size(a, b)
     random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
     return a is b or (not random and a.kwargs == b.kwargs and computed_alike(a.args, b.args))
+
+
+def source_line(node: Node) -> str:
+    """The line outside of torch that ``node`` comes from, as "file.py:12"; "" where unknown."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    outside = [(file, line) for file, line in lines if not Path(file).is_relative_to(_TORCH)]
+    return f"{Path(outside[-1][0]).name}:{outside[-1][1]}" if outside else ""

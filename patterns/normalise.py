@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from mustafar_compile import _compat
 
+from .nodes import source_line
 from .symbols import same_size
 from .views import slice_bounds
 
@@ -63,14 +64,23 @@ class _Interpreter(torch.fx.Interpreter):
 
     def run_node(self, node: Node) -> Any:
         number = _compat.float_argument(node.meta.get("example_value")) if node.target == "item" else None
-        return super().run_node(node) if number is None else number
+        try:
+            return super().run_node(node) if number is None else number
+        except Exception as error:
+            line = source_line(node)
+            if line and not hasattr(error, "__notes__"):
+                error.add_note(f"at {line}")
+            raise
 
     def _leave(self) -> None:
         self.regions.pop().__exit__(None, None, None)
 
 
 def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> Functional:
-    """Trace ``gm`` again. ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``)."""
+    """Trace ``gm`` again. ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``).
+
+    An error on the way has a note of the line of the model that it comes from.
+    """
     fakes = _compat.fakify(example_inputs, stand_in)
 
     class Flat(torch.nn.Module):

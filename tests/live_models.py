@@ -7,7 +7,7 @@ layer and K and V are equal to the last bit: else two channels of nearly equal m
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,7 @@ class Decoder(nn.Module):
         self.tokens_dim = 2 if self.grows else choose.choice([1, 2])
         self.slots = None if self.grows else choose.choice([40, 64])
         self.reads_prefix = form == "slice" and choose.random() < 0.5
+        self.shares = choose.random() < 0.3  # a second attention reads the cache of each layer
         self.to(shape.dtype)
 
     def forward(self, x, caches, start, mask):
@@ -136,11 +137,16 @@ class Decoder(nn.Module):
             pair = self.updated(caches[i] if caches else None, [self.swapped(t) for t in new], start)
             k, v = (self.swapped(t) for t in self.read(pair, start, x.shape[1]))
             k, v = (t.transpose(1, 2) for t in (k, v))
-            y = layer.merge(self.attend(q.transpose(1, 2), k, v, start, mask, begins=not caches))
-            passed.append((x, y))
+            queries = self.queries(q.transpose(1, 2))
+            results = [layer.merge(self.attend(y, k, v, start, mask, begins=not caches)) for y in queries]
+            passed.append((x, results))
             after.append(pair)
-            x = torch.tanh(x + y)
+            x = torch.tanh(x + sum(results))
         return passed, after
+
+    def queries(self, q):
+        """Those of each attention of a layer."""
+        return (q, q.flip(-1)) if self.shares else (q,)
 
     def swapped(self, x):
         """Between [B, S, H, D] and how the cache is kept."""
@@ -196,7 +202,9 @@ class OwnModel:
         results = []
         for layer, history, (taken, given) in zip(self.model.layers, live.histories, passed, strict=True):
             q, k, v = (t.transpose(1, 2) for t in layer.project(taken))
-            results.append((given, layer.merge(history.attend(q, [k, v], at, mask, eager, **how))))
+            oracles = [history, *(replace(history) for _ in given[1:])]  # each attends to what the first does
+            for actual, query, oracle in zip(given, self.model.queries(q), oracles, strict=True):
+                results.append((actual, layer.merge(oracle.attend(query, [k, v], at, mask, eager, **how))))
         return results
 
     def _mask(self, batch: int, count: int, at: int, generator: torch.Generator) -> Tensor | None:

@@ -153,3 +153,41 @@ def test_nested_reports_close_in_any_order():
     with pytest.warns(UserWarning, match="nothing was compiled"):
         inner.__exit__(None, None, None)
     assert notices.open_reports == []
+
+
+class MappedPrompt(TupleModel):
+    """Of a prompt a vmap is taken, which cannot be traced again; a decode step is as ever."""
+
+    def step(self, x, past):
+        out, past = super().step(x, past)
+        return torch.vmap(torch.mul)(out, out) if x.shape[1] > 1 else out, past
+
+
+def test_a_layer_that_is_compressed_in_some_graphs_only():
+    torch.manual_seed(0)
+    model, inputs = MappedPrompt(), embeddings(steps=3)
+    with explain() as report:
+        run(model, torch.compile(model.step, backend="mustafar", options=options(0.5)), inputs)
+    (entry,) = report.missed
+    assert entry.phases == ("decode",)
+    assert entry.stored_bytes > 0
+    assert "decode; else no: the graph could not be traced at" in " ".join(str(report).split())
+
+
+class SpelledOutPrompt(MappedPrompt):
+    def step(self, x, past):
+        if past is not None:
+            return super().step(x, past)
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        weights = (q @ k.repeat_interleave(2, 1).mT).softmax(-1)
+        out = self.merge(weights @ v.repeat_interleave(2, 1))
+        return torch.vmap(torch.mul)(out, out), (k, v)
+
+
+def test_a_graph_with_attention_spelled_out_that_cannot_be_traced():
+    torch.manual_seed(0)
+    model, inputs = SpelledOutPrompt(), embeddings(steps=0)
+    with warnings.catch_warnings(record=True) as caught, explain() as report:
+        warnings.simplefilter("always")
+        run(model, torch.compile(model.step, backend="mustafar", options=options(0.5)), inputs)
+    noticed(report, caught, "a graph runs as it is: the graph could not be traced at test_notices.py")
