@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -62,8 +64,10 @@ def _no_grad():
         yield
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [*itertools.product(FAMILIES, [0.0, 0.5]), ("llama", 0.7)]
+
+
+@pytest.mark.parametrize(("family", "sparsity"), CASES)
 def test_dynamic_cache(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -72,8 +76,7 @@ def test_dynamic_cache(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "sparsity"), CASES)
 def test_static_cache_with_compiled_prefill(family, sparsity):
     model = hf_model(family)
     with without_compiler():

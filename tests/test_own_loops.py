@@ -361,10 +361,11 @@ def flipped(model):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "compiler"), [(0.0, without_inductor), (0.5, without_inductor), (0.5, contextlib.nullcontext)]
+    ("sparsity", "eager_prompt", "compiler"),
+    [(0.0, False, without_inductor), (0.5, True, without_inductor), (0.5, False, contextlib.nullcontext)],
+    ids=["exact", "dense past", "Inductor"],
 )
-@pytest.mark.parametrize("eager_prompt", [False, True])
-def test_a_cache_that_several_attentions_read(sparsity, compiler, eager_prompt):
+def test_a_cache_that_several_attentions_read(sparsity, eager_prompt, compiler):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, inputs = SharedCacheModel(), embeddings(steps=6)
