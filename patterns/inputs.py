@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,20 +38,22 @@ class Inputs:
         size = cache.meta["val"].shape[dim]
         if isinstance(size, int):
             return size
-        for node, source in self.sources.items():
-            if isinstance(source, Argument) and same_size(node, size):
-                return node
-        name = f"{cache.name}_size_{dim}"
-        known = next((node for node in self.sources if node.name == name), None)
+        source = Size(self.index[cache], dim)
+        added = (node for node, s in self.sources.items() if s == source)
+        known = next(chain(self._arguments_of(size), added), None)
         if known is not None:
             return known
-        node = self._add(name, Size(self.index[cache], dim))
+        node = self._add(f"{cache.name}_size_{dim}", source)
         node.meta["val"] = size
         return node
 
     def holding(self, size: Any) -> int | Argument:
         """``size``, or the argument that holds it."""
-        return size if isinstance(size, int) else Argument(next(i for p, i in self.index.items() if same_size(p, size)))
+        return size if isinstance(size, int) else Argument(self.index[next(self._arguments_of(size))])
+
+    def _arguments_of(self, size: torch.SymInt) -> Iterator[Node]:
+        """The placeholders of the original graph that hold a symbolic size."""
+        return (node for node in self.index if same_size(node, size))
 
     def drop(self, caches: Collection[Node]) -> None:
         """Take away the placeholders of ``caches``, which their buffers replaced, and symbols that nothing uses."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -32,6 +33,11 @@ class Match:
     @property
     def form(self) -> str:
         return cache_form(self.key)
+
+    @property
+    def caches(self) -> tuple[Node, Node]:
+        """K and V as they are after their updates."""
+        return self.key.node, self.value.node
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ def find_matches(functional: Functional, context: Context) -> list[Match | NoMat
     for source in sources:
         found.append(_judge(source, functional, context, readers, found))
     slots = max((_slots(m.key) for m in found if isinstance(m, Match)), default=0)
-    found = [_unless(m, _smaller(m, slots)) for m in found]
-    return [_unless(m, _badly_shared(m, found)) if isinstance(m, Match) else m for m in found]
+    found = _without(found, partial(_smaller, slots=slots))
+    return _without(found, partial(_badly_shared, found=found))
 
 
 @dataclass(frozen=True)
@@ -92,39 +98,35 @@ class _Source:
         return *own, *self.key_chain, *self.value_chain
 
 
-def _unless(m: Match | NoMatch, reason: str | None) -> Match | NoMatch:
-    return NoMatch(m.attention, reason, m.key, m.value) if isinstance(m, Match) and reason else m
+def _without(found: Sequence[Match | NoMatch], problem_of: Callable[[Match], str | None]) -> list[Match | NoMatch]:
+    """``found``, where matches that have a problem do not match."""
+    problems = [problem_of(m) if isinstance(m, Match) else None for m in found]
+    return [NoMatch(m.attention, p, m.key, m.value) if p else m for m, p in zip(found, problems, strict=True)]
 
 
 def _badly_shared(m: Match, found: Sequence[Match | NoMatch]) -> str | None:
     """Why the cache that ``m`` shares with other attentions cannot be compressed; None where it can or shares none."""
     if m.key.node is m.value.node:
         return "its keys are its values"
-    caches = _caches(m)
     for other in found:
-        if caches.isdisjoint(_caches(other)):
+        if not any(update is not None and update.node in m.caches for update in (other.key, other.value)):
             continue
         if isinstance(other, NoMatch):
             return f"another attention that reads its cache does not match: {other.reason}"
-        if (other.key.node, other.value.node, other.phase) != (m.key.node, m.value.node, m.phase):
+        if (other.caches, other.phase) != (m.caches, m.phase):
             return "its cache is read by several attention layers in different ways"
     return None
 
 
-def _caches(m: Match | NoMatch) -> set[Node]:
-    """The caches that ``m`` reads, as they are after their updates."""
-    return {update.node for update in (m.key, m.value) if update is not None}
-
-
-def _smaller(m: Match | NoMatch, slots: int) -> str | None:
+def _smaller(m: Match, slots: int) -> str | None:
     """A static cache with less room than others of the model will roll when it is full."""
     mine = _slots(m.key)
     return f"cache is bounded by a sliding window of {mine}" if 0 < mine < slots else None
 
 
-def _slots(update: CacheUpdate | None) -> int:
+def _slots(update: CacheUpdate) -> int:
     """Tokens that a static cache has room for; 0 for any other."""
-    size = 0 if update is None or update.grows else update.node.meta["val"].shape[update.tokens_dim]
+    size = 0 if update.grows else update.node.meta["val"].shape[update.tokens_dim]
     return size if isinstance(size, int) else 0
 
 
@@ -163,9 +165,8 @@ def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match 
 
     Gemma 4's layers that share caches take only the last tokens of a prompt as queries.
     """
-    nodes = key.node, value.node
     prefills = [m for m in earlier if isinstance(m, Match) and m.phase == "prefill"]
-    return any((m.key.node, m.value.node) == nodes for m in prefills)
+    return (key.node, value.node) in [m.caches for m in prefills]
 
 
 def _no_cache_reason(attention: Attention, functional: Functional) -> str:
