@@ -19,7 +19,7 @@ import torch
 from timing import DEVICE, DTYPES, cold, copy_bandwidth, free, graphed, kernel_us, median_ms, operations, parser, write
 from torch import Tensor
 
-from mustafar_compile.lowering.layout import Layout
+from mustafar_compile.lowering.format import Layout
 
 WINDOW = 32
 SPARSITIES = (0.5, 0.7)

@@ -16,7 +16,7 @@ import torch
 from timing import DEVICE, DTYPES, free, graphed, median_ms, operations, parser, write
 from torch import Tensor
 
-from mustafar_compile.lowering.layout import kept_elements
+from mustafar_compile.lowering.format import kept_elements
 
 HEADS = 8
 WINDOW = 32

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mustafar_compile import CompressedKV
-from mustafar_compile.lowering.layout import kept_elements
+from mustafar_compile.lowering.format import kept_elements
 
 WINDOW = 32
 SHAPE = {

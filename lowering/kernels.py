@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import render
-from .layout import BLOCK_TOKENS, Layout
+from .format import BLOCK_TOKENS, Layout
 from .masks import decides_later, with_four_dims
 from .ptx.prune import Prune
 from .step import COMBINE_REGISTERS, STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import portable
-from .layout import MAX_QUERY_TOKENS, Layout
+from .format import MAX_QUERY_TOKENS, Layout
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

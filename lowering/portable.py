@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import BLOCK_TOKENS, CHUNK, EXTREME, MAX_QUERY_TOKENS, WORD_CHANNELS, blocks_for, window_of
+from .format import BLOCK_TOKENS, CHUNK, EXTREME, MAX_QUERY_TOKENS, WORD_CHANNELS, blocks_for, window_of
 from .masks import decides_later, with_four_dims
 
 aten = torch.ops.aten

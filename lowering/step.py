@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from . import render
-from .layout import MAX_QUERY_TOKENS
+from .format import MAX_QUERY_TOKENS
 from .ptx.decode import Decode
 from .ptx.decode_steps import Rows
 

@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import CompressedKV
+    from .cache.saving import safe_globals
+    from .cache.stats import CacheStats, cache_stats
+    from .cache.tensor import CompressedKV
     from .errors import (
         CompressedWriteError,
         ForeignCompilerError,
@@ -23,27 +25,26 @@ if TYPE_CHECKING:
         StaleCacheError,
     )
     from .loop import compile_loop
-    from .report import Report, explain
-    from .saving import safe_globals
+    from .reporting.explain import explain
+    from .reporting.report import Report
     from .settings import Settings
-    from .stats import CacheStats, cache_stats
 
 _HOMES = {
-    "CacheStats": "stats",
-    "CompressedKV": "cache",
+    "CacheStats": "cache.stats",
+    "CompressedKV": "cache.tensor",
     "CompressedWriteError": "errors",
     "ForeignCompilerError": "errors",
     "MustafarError": "errors",
     "NoMemoryError": "errors",
     "NothingMatchedError": "errors",
     "ReleaseError": "errors",
-    "Report": "report",
+    "Report": "reporting.report",
     "Settings": "settings",
     "StaleCacheError": "errors",
-    "cache_stats": "stats",
+    "cache_stats": "cache.stats",
     "compile_loop": "loop",
-    "explain": "report",
-    "safe_globals": "saving",
+    "explain": "reporting.explain",
+    "safe_globals": "cache.saving",
 }
 
 __all__ = [

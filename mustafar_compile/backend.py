@@ -9,19 +9,19 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import _compat
-from .cache import CompressedKV
-from .convention import with_calling_convention
+from .cache.release import check_releasable
+from .cache.tensor import CompressedKV
+from .calling.compiled_call import CompiledCall
+from .calling.example_inputs import with_calling_convention
 from .errors import NothingMatchedError
 from .lowering import ops
-from .lowering.layout import CACHE_DTYPES, MAX_QUERY_TOKENS, Layout, grown_capacity
-from .patterns.conditions import Context
+from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, Layout, grown_capacity
+from .patterns.cache.conditions import Context
+from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
-from .patterns.normalise import Functional, normalise
-from .patterns.plan import Compressed, Plan
-from .patterns.rewrite import Rewriter
-from .release import check_releasable
-from .report import record_decompression, record_failure, record_graph, record_untouched
-from .runtime import CompiledCall
+from .patterns.rewriting.plan import Compressed, Plan
+from .patterns.rewriting.rewriter import Rewriter
+from .reporting.record import record_decompression, record_failure, record_graph, record_untouched
 from .settings import Settings, read_options
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 
 from .backend import mustafar
-from .report import warn_if_nothing_was_compiled
+from .reporting.explain import warn_if_nothing_was_compiled
 
 __all__ = ["mustafar"]
 

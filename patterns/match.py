@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from .attention import Attention
-from .cache_update import CacheUpdate, find_update, joins_changed_past, recognise_update
-from .conditions import Context, Reason, check_cache, check_read, other_uses, require
-from .find_attention import find_attention
-from .nodes import is_call
-from .normalise import Functional
-from .phase import phase_of
-from .views import is_move, read_through, unmoved
+from .attention.attention import Attention
+from .attention.find import find_attention
+from .cache.conditions import Context, Reason, check_cache, check_read, other_uses, require
+from .cache.phase import phase_of
+from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
+from .graph.nodes import is_call
+from .graph.normalise import Functional
+from .graph.views import is_move, read_through, unmoved
 
 aten = torch.ops.aten
 

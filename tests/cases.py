@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import CACHE_DTYPES, MAX_QUERY_TOKENS, window_of
+from mustafar_compile.lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, window_of
 from reference import kept_count, prune, pruned_cache, reference_attention
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

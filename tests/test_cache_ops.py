@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from mustafar_compile import CompressedKV, CompressedWriteError, NoMemoryError, StaleCacheError, notices, safe_globals
+from mustafar_compile import CompressedKV, CompressedWriteError, NoMemoryError, StaleCacheError, safe_globals
+from mustafar_compile.reporting import notices
 from reference import pruned_cache
 from test_compressed_tensor import WINDOW, growing, randn, static, step
 

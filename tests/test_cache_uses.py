@@ -12,7 +12,8 @@ import torch
 
 from compilers import without_inductor
 from models import TupleModel, hf_model, prompt
-from mustafar_compile import CompressedKV, StaleCacheError, explain, notices, safe_globals
+from mustafar_compile import CompressedKV, StaleCacheError, explain, safe_globals
+from mustafar_compile.reporting import notices
 from reference import pruned_generation
 from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
 

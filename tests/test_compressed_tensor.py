@@ -17,10 +17,10 @@ from mustafar_compile import (
     StaleCacheError,
     backend,
     cache_stats,
-    notices,
 )
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import MAX_QUERY_TOKENS, Layout, grown_capacity
+from mustafar_compile.lowering.format import MAX_QUERY_TOKENS, Layout, grown_capacity
+from mustafar_compile.reporting import notices
 from reference import pruned_cache
 
 WINDOW = 4

@@ -22,7 +22,7 @@ from live_caches import Shape
 from live_models import OwnModel
 from live_transformers import CACHES, TransformersModel
 from mustafar_compile import CompressedKV, explain
-from mustafar_compile.attached import find_state
+from mustafar_compile.cache.attached import find_state
 from mustafar_compile.lowering import ops
 from test_fuzz_cache import TOLERANCE, saved_and_loaded
 

@@ -18,9 +18,9 @@ from torch._dynamo.utils import counters
 from architectures import build
 from models import BufferModel, hf_model, prompt
 from mustafar_compile import ReleaseError, cache_stats, explain
+from mustafar_compile.cache.release import is_released, release
 from mustafar_compile.lowering import kernels
-from mustafar_compile.lowering.layout import Layout, grown_capacity
-from mustafar_compile.release import is_released, release
+from mustafar_compile.lowering.format import Layout, grown_capacity
 from reference import pruned_generation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 from compilers import allocations
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import BLOCK_TOKENS, blocks_for
+from mustafar_compile.lowering.format import BLOCK_TOKENS, blocks_for
 
 BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
 

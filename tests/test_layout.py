@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.layout import (
+from mustafar_compile.lowering.format import (
     BLOCK_TOKENS,
     BUFFERS,
     CACHE_DTYPES,

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from compilers import without_inductor
 from models import TupleModel, run_steps
-from mustafar_compile import CompressedKV, explain, notices
+from mustafar_compile import CompressedKV, explain
+from mustafar_compile.reporting import notices
 from test_own_loops import assert_close, embeddings, options, oracle
 
 

@@ -46,7 +46,7 @@ from cases import (
     with_length,
 )
 from mustafar_compile.lowering import ops, portable
-from mustafar_compile.lowering.layout import CACHE_DTYPES, EXTREME, MAX_QUERY_TOKENS, Layout
+from mustafar_compile.lowering.format import CACHE_DTYPES, EXTREME, MAX_QUERY_TOKENS, Layout
 from reference import kept_count, kept_mask, prune, pruned_cache
 
 # ----------------------------------------------------------------------------------------------- rows: prune, pack

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mustafar_compile.lowering import kernels, render
-from mustafar_compile.lowering.layout import Layout
+from mustafar_compile.lowering.format import Layout
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
 from mustafar_compile.lowering.ptx.decode_steps import Rows

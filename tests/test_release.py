@@ -13,8 +13,9 @@ import torch
 
 from compilers import without_inductor
 from models import BufferModel, SliceModel, hf_model, prompt, run_steps
-from mustafar_compile import ReleaseError, attached, backend, cache_stats, explain, stats
-from mustafar_compile.patterns.plan import Argument, AttachedBuffer
+from mustafar_compile import ReleaseError, backend, cache_stats, explain
+from mustafar_compile.cache import attached, stats
+from mustafar_compile.patterns.rewriting.plan import Argument, AttachedBuffer
 from reference import pruned_cache, pruned_generation
 from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from compilers import without_compiler
 from models import TokensFirstModel, pruned_steps
-from mustafar_compile import CompressedKV, StaleCacheError, cache_stats, explain, notices, safe_globals
+from mustafar_compile import CompressedKV, StaleCacheError, cache_stats, explain, safe_globals
+from mustafar_compile.reporting import notices
 from reference import pruned_cache, reference_attention
 
 WINDOW, SLOTS = 4, 40

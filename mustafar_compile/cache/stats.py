@@ -1,0 +1,94 @@
+"""``cache_stats()``: what a KV cache holds and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reporting.text import bytes_text
+from .attached import find_state
+from .release import is_released
+from .tensor import CompressedKV, storage_bytes
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """tokens: written tokens of the longest layer. stored_bytes: what is really allocated. dense_bytes: what the same
+    cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed."""
+
+    tokens: int
+    stored_bytes: int
+    dense_bytes: int
+    tensors: int
+    compressed_tensors: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored over dense bytes; below 1 where memory is saved."""
+        return self.stored_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
+    def __str__(self) -> str:
+        kind = f"{self.compressed_tensors} of {self.tensors} tensors compressed"
+        return (
+            f"{self.tokens} tokens, {bytes_text(self.stored_bytes)} stored, {bytes_text(self.dense_bytes)} dense "
+            f"(ratio {self.ratio:.3f}), {kind}"
+        )
+
+
+def cache_stats(past_key_values: Any) -> CacheStats:
+    """Sizes of a KV cache.
+
+    past_key_values: a transformers Cache, nested tuples, lists or dicts of tensors, or a module whose buffers are the
+    cache. Tensors of other than four dimensions are passed over. A dense cache with attached compressed state
+    counts with both, unless its dense memory was released. Raises TypeError where no cache tensor is found. Reads
+    device counters of static caches.
+    """
+    tensors = list({id(t): t for t in _cache_tensors(past_key_values)}.values())
+    if not tensors:
+        raise TypeError(
+            f"no cache tensors found in a {type(past_key_values).__name__}; accepted are a transformers Cache, nested "
+            "tuples, lists or dicts of 4-dimensional tensors, and modules with such buffers"
+        )
+    holdings = [_holding(t) for t in tensors]
+    return CacheStats(
+        tokens=max(tokens for tokens, _, _ in holdings),
+        stored_bytes=storage_bytes(plain for _, held, _ in holdings for plain in held),
+        dense_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        tensors=len(tensors),
+        compressed_tensors=sum(compressed for _, _, compressed in holdings),
+    )
+
+
+def _cache_tensors(cache: Any) -> Iterator[Tensor]:
+    if isinstance(cache, Tensor):
+        if cache.dim() == 4 and cache.is_floating_point():
+            yield cache
+    elif isinstance(cache, torch.nn.Module):
+        yield from _cache_tensors([b for m in cache.modules() for b in vars(m).values() if isinstance(b, Tensor)])
+        yield from _cache_tensors(list(cache.buffers()))
+    elif isinstance(cache, Mapping):
+        yield from _cache_tensors(list(cache.values()))
+    elif isinstance(cache, list | tuple):
+        for item in cache:
+            yield from _cache_tensors(item)
+    elif hasattr(cache, "self_attention_cache"):
+        yield from _cache_tensors(cache.self_attention_cache)
+    elif hasattr(cache, "layers"):
+        for layer in cache.layers:
+            yield from _cache_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
+
+
+def _holding(tensor: Tensor) -> tuple[int, Sequence[Tensor], bool]:
+    """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
+    if isinstance(tensor, CompressedKV):
+        tokens = tensor.tokens if tensor.grows else int(tensor.counts[0])
+        return tokens, tensor.buffers, True
+    state = find_state(tensor)
+    if state is not None:
+        dense = [] if is_released(tensor) else [tensor]
+        return int(state.buffers["counts"][0]), [*dense, *state.buffers.values()], True
+    return tensor.shape[2], [tensor], False

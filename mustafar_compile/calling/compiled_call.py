@@ -1,0 +1,64 @@
+"""Carrying out a plan: a rewritten graph and what stands around it at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..cache.attached import current_state
+from ..cache.tensor import CompressedKV
+from ..lowering.format import BUFFERS
+from ..patterns.rewriting.plan import Argument, Compressed, Extended, Plan, Result
+from ..reporting.explain import record_call
+from .binding import Binding
+
+
+class CompiledCall:
+    """The function that Dynamo calls in place of the original graph. growing: which arguments are growing caches."""
+
+    def __init__(self, plan: Plan, compiled: Callable[..., Sequence[Any]], growing: Sequence[int]) -> None:
+        self.plan = plan
+        self.compiled = compiled
+        self.growing = growing
+        self.extended = [output for output in plan.outputs if isinstance(output, Extended)]
+        self.bind = Binding(plan.inputs)
+
+    def __call__(self, *arguments: Any) -> list[Any]:
+        record_call()
+        for output in self.extended:
+            arguments[output.index].prepare(_count(output, arguments))
+        if self.growing:
+            _level([arguments[index] for index in self.growing])
+        states = {a.index: current_state(a, arguments) for a in self.plan.attached}
+        results = self.compiled(*self.bind(arguments, states))
+        for index, state in states.items():
+            state.version = arguments[index]._version
+        return [_deliver(output, arguments, results) for output in self.plan.outputs]
+
+
+def _level(caches: list[CompressedKV]) -> None:
+    """Give all growing caches the same number of blocks: one symbol stands for it in the compiled graph."""
+    capacities = {cache.capacity for cache in caches}
+    if len(capacities) > 1:
+        for cache in caches:
+            cache.reserve(max(capacities))
+
+
+def _count(output: Extended, arguments: Sequence[Any]) -> int:
+    return arguments[output.count.index] if isinstance(output.count, Argument) else output.count
+
+
+def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
+    match output:
+        case Extended(index):
+            return arguments[index].extended(_count(output, arguments))
+        case Result(index):
+            return results[index]
+        case Argument(index):
+            return arguments[index]
+        case Compressed(index, tokens, grows, tokens_dim):
+            buffers: list[Tensor] = list(results[index : index + len(BUFFERS)])
+            length = results[tokens.index] if isinstance(tokens, Result) else tokens
+            return CompressedKV.from_buffers(buffers, length, grows, tokens_dim)

@@ -1,0 +1,105 @@
+"""Giving a rewritten graph what compile_fx expects of a Dynamo graph: example inputs, sources and marks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .. import _compat
+from ..lowering.format import BLOCK_TOKENS, BUFFERS, Layout
+from ..patterns.rewriting.plan import Argument, Plan, Size
+
+_CARRIED_META = ("tensor_dict", "grapharg", "example_value")
+_STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}  # CUDA graphs may bind to the buffers' addresses
+
+
+def with_calling_convention(
+    plan: Plan, gm: GraphModule, example_inputs: Sequence[Any]
+) -> tuple[GraphModule, list[Any]]:
+    """The plan's module with the metadata of ``gm``, and its example inputs."""
+    originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
+    examples = _Examples(plan, originals, example_inputs)
+    inputs = []
+    for node, source in zip(placeholders, plan.inputs, strict=True):
+        original = originals[source.index]
+        inputs.append(examples.of(source))
+        dynamo_source = getattr(original, "_dynamo_source", None)
+        if isinstance(source, Argument):
+            node.meta.update({k: original.meta[k] for k in _CARRIED_META if k in original.meta})
+            if _is_written(node):  # as the length of HF's static cache, which is marked only if made outside a graph
+                node.meta["tensor_dict"] = node.meta.get("tensor_dict", {}) | _STATIC_INPUT
+        elif not isinstance(source, Size):
+            node.meta["tensor_dict"] = dict(_STATIC_INPUT)
+            dynamo_source = _compat.AttrSource(dynamo_source, source.name) if dynamo_source is not None else None
+        node._dynamo_source = dynamo_source
+    _carry_module_metadata(plan.module, gm)
+    return plan.module, inputs
+
+
+def _is_written(placeholder: Any) -> bool:
+    return any(
+        user.target is torch.ops.aten.copy_.default and user.args[0] is placeholder for user in placeholder.users
+    )
+
+
+def _carry_module_metadata(module: GraphModule, gm: GraphModule) -> None:
+    module.meta.update(gm.meta)
+    sources = dict(getattr(gm, "_param_name_to_source", {}))
+    for name, _ in (*module.named_parameters(), *module.named_buffers()):
+        sources.setdefault(name, _compat.ConstantSource(name))  # constants that tracing lifted
+    module._param_name_to_source = sources  # type: ignore[assignment]
+
+
+class _Examples:
+    """Fake tensors for inputs that the original graph did not have."""
+
+    def __init__(self, plan: Plan, originals: Sequence[Any], example_inputs: Sequence[Any]) -> None:
+        self.logical = [node.meta.get("example_value") for node in originals]
+        self.given = example_inputs
+        self.attached = {a.index: a for a in plan.attached}
+        self.mode = _compat.TracingContext.get().fake_mode
+        self.growing_capacity: Any = None
+        self.made: dict[int, dict[str, torch.Tensor]] = {}
+
+    def of(self, source: Any) -> Any:
+        index = source.index
+        if isinstance(source, Argument):
+            return self.given[index]
+        if isinstance(source, Size):
+            return self.logical[index].shape[source.dim]
+        if index not in self.made:
+            self.made[index] = self._attached(index) if index in self.attached else self._compressed(index)
+        return self.made[index][source.name]
+
+    def _attached(self, index: int) -> dict[str, torch.Tensor]:
+        attached = self.attached[index]
+        batch, heads, capacity, head_dim = attached.shape
+        layout = Layout.interned(head_dim, attached.kept, attached.window)
+        return self._buffers(index, layout, batch, heads, capacity)
+
+    def _compressed(self, index: int) -> dict[str, torch.Tensor]:
+        cache, shape = self.given[index], self.logical[index].shape
+        heads = shape[3 - cache.tokens_dim]
+        return self._buffers(index, cache.row_layout, shape[0], heads, self._capacity(index))
+
+    def _capacity(self, index: int) -> Any:
+        """The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""
+        cache = self.given[index]
+        if not cache.grows:
+            return cache.capacity
+        if self.growing_capacity is None:
+            self.growing_capacity = BLOCK_TOKENS * self.logical[index].extent.shape[0]
+        return self.growing_capacity
+
+    def _buffers(self, index: int, layout: Layout, batch: Any, heads: Any, capacity: Any) -> dict[str, torch.Tensor]:
+        like = self.logical[index]
+        with self.mode:
+            buffers = [
+                torch.empty(shape, dtype=dtype, device=like.device)
+                for shape, dtype in layout.buffers(batch, heads, capacity, like.dtype)
+            ]
+        return dict(zip(BUFFERS, buffers, strict=True))

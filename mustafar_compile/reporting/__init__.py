@@ -1,0 +1,1 @@
+"""What is said of a compilation: reports, notices, the log."""

@@ -1,0 +1,101 @@
+"""What ``explain()`` gives: what was compressed, what was not, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .text import bytes_text, table
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attention layer.
+
+    layer: its number. name: its module path. form: how its cache is kept. phases: "prefill", "decode" where matched.
+    reason: why not in some graph, "" where matched in all. dense_bytes, stored_bytes: of K and V together, when the
+    graph was compiled; 0 where there is no cache or an earlier layer shares it.
+    """
+
+    layer: int
+    name: str
+    form: str
+    phases: tuple[str, ...] = ()
+    reason: str = ""
+    dense_bytes: int = 0
+    stored_bytes: int = 0
+
+
+NOTHING_RAN = (
+    "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
+    "original module. For generate() use model.compile(backend='mustafar') or "
+    "model.forward = torch.compile(model.forward, backend='mustafar')"
+)
+
+
+@dataclass(eq=False)
+class Report:
+    """What the backend did while the report was open. ``str(report)`` is a table.
+
+    graphs: graphs compiled. calls: calls of graphs with a compressed cache, also of those compiled before.
+    notices: what was lost or cost more than it should.
+    """
+
+    graphs: int = 0
+    calls: int = 0
+    notices: list[str] = field(default_factory=list)
+    _entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def matched(self) -> list[Entry]:
+        """One entry per attention layer that runs compressed in every graph it was found in."""
+        return [entry for entry in self._layers() if not entry.reason]
+
+    @property
+    def missed(self) -> list[Entry]:
+        """One entry, with its ``reason``, per attention layer that runs as it is in some graph."""
+        return [entry for entry in self._layers() if entry.reason]
+
+    def _layers(self) -> list[Entry]:
+        """The entries of all graphs, one per layer."""
+        layers: dict[tuple[int, str], Entry] = {}
+        for entry in self._entries:
+            key = (entry.layer, entry.name)
+            layers[key] = _merged(layers[key], entry) if key in layers else entry
+        return sorted(layers.values(), key=lambda entry: (entry.layer, entry.name))
+
+    def __str__(self) -> str:
+        return "\n".join([self._summary(), *(f"note: {notice}" for notice in self.notices)])
+
+    def _summary(self) -> str:
+        if not self.graphs:
+            return NOTHING_RAN if not self.calls else f"mustafar: nothing new compiled, {self.calls} compressed calls"
+        if not self._entries:
+            return f"mustafar: {self.graphs} graph(s) compiled, no attention found"
+        rows = [
+            (
+                str(e.layer),
+                e.name,
+                e.form,
+                _verdict(e),
+                bytes_text(e.dense_bytes),
+                bytes_text(e.stored_bytes),
+            )
+            for e in self._layers()
+        ]
+        title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
+        return table(title, ("layer", "module", "cache", "compressed", "dense", "stored"), rows)
+
+
+def _merged(a: Entry, b: Entry) -> Entry:
+    """Two sightings of a layer: any miss shows. The later form and sizes count, though not of a miss."""
+    phases = tuple(dict.fromkeys((*a.phases, *b.phases)))
+    seen = a if b.reason and a.phases else b
+    return replace(seen, phases=phases, reason=b.reason or a.reason)
+
+
+def _verdict(entry: Entry) -> str:
+    """Where a layer runs compressed, and why not everywhere."""
+    phases = " + ".join(entry.phases)
+    if not entry.reason:
+        return phases
+    return f"{phases}; else no: {entry.reason}" if phases else f"no: {entry.reason}"

@@ -1,0 +1,1 @@
+"""Reading attention: every spelling becomes one ``Attention``."""

@@ -1,0 +1,117 @@
+"""What must hold of a cache and of how it is read for an attention to match, each with the reason where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..attention.attention import Attention
+from ..attention.operand import Operand, leading_axes
+from ..graph.normalise import Functional
+from ..graph.symbols import known, same_size
+from ..graph.views import Axis, Read
+from .update import CacheUpdate, is_written_back, sliding_window
+
+
+@dataclass(frozen=True)
+class Context:
+    """What matching must know beyond the graph.
+
+    windows: placeholders that hold a compressed cache, each with its window. window: that of new ones. tokens_dim:
+    the same placeholders, each with the dimension of its tokens.
+    parameters: placeholders that hold a parameter. unwatchable: placeholders whose writes from outside could not be
+    noticed (inference tensors). skip_layers: layers to leave dense. dtypes: what a cache may hold.
+    max_query_tokens: how many query tokens a decode step may have. release_dense: whether buffers of the caller are
+    kept as compressed state alone.
+    """
+
+    windows: Mapping[Node, int]
+    window: int
+    tokens_dim: Mapping[Node, int]
+    parameters: Set[Node]
+    unwatchable: Set[Node]
+    skip_layers: Collection[int]
+    dtypes: Collection[torch.dtype]
+    max_query_tokens: int
+    release_dense: bool
+
+
+class Reason(Exception):
+    """Why an attention does not match. Raised and caught while one attention is judged."""
+
+
+def require(condition: Any, reason: str) -> None:
+    """Raise ``Reason`` where ``condition`` does not hold."""
+    if not condition:
+        raise Reason(reason)
+
+
+def check_cache(update: CacheUpdate, functional: Functional, context: Context) -> None:
+    """The cache is one that the layout can hold and whose every change is seen."""
+    dtype, head_dim = update.node.meta["val"].dtype, update.node.meta["val"].shape[-1]
+    window = sliding_window(update, functional)
+    require(window is None, f"cache is bounded by a sliding window of {window}")
+    accepted = ", ".join(str(d).removeprefix("torch.") for d in context.dtypes)
+    require(dtype in context.dtypes, f"cache dtype {str(dtype).removeprefix('torch.')} is not one of {accepted}")
+    require(isinstance(head_dim, int) and head_dim % 8 == 0, f"head_dim {head_dim} is not a multiple of 8")
+    require(update.base not in context.parameters, "the cache is a parameter")
+    written_back = is_written_back(update, functional)
+    require(written_back or update.node in functional.outputs, "the updated cache does not leave the graph")
+    in_place = written_back or update.grows or update.base is None
+    require(in_place, "the updated cache is a new tensor and is not written back to its buffer")
+    require(
+        update.batch is None or not (update.grows or update.base in context.windows or context.release_dense),
+        "only a part of the batch of the cache is used",
+    )
+    require(
+        context.tokens_dim.get(update.base, update.tokens_dim) == update.tokens_dim,
+        "new tokens join the compressed cache along a dimension that is not that of its tokens",
+    )
+    require(
+        update.base not in context.unwatchable or update.grows,
+        "the cache is an inference tensor, so writes from outside could not be noticed",
+    )
+
+
+def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attention: Attention) -> Read:
+    """``read``, if attention sees the cache with query heads grouped over its KV heads."""
+    require(read is not None, "the cache is changed between its update and the attention")
+    assert read is not None
+    tokens, heads = update.tokens_dim, 3 - update.tokens_dim
+    plain = _runs_over(read.dims[operand.tokens], tokens) and _runs_over(read.dims[operand.channels], 3)
+    plain = plain and _is_grouped(leading_axes(read, operand), heads, attention.query)
+    require(plain, "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow")
+    kv_heads, query_heads = known(update.node.meta["val"].shape[heads]), known(attention.query.meta["val"].shape[1])
+    require(query_heads % kv_heads == 0, f"{query_heads} query heads are no multiple of {kv_heads} KV heads")
+    require(update.op != "cat" or read.prefix is None, "only a part of the cache is attended")
+    return read
+
+
+def _runs_over(axes: list[Axis], source: int) -> bool:
+    return not axes or [axis.source for axis in axes] == [source]
+
+
+def _is_grouped(axes: list[Axis], heads: int, query: Node) -> bool:
+    """The batch, then KV heads, each repeated in place; what is of size 1 is absent."""
+    sources = [axis.source for axis in axes]
+    has_batch = sources[:1] == [0]
+    if has_batch == same_size(query.meta["val"].shape[0], 1):
+        return False
+    grouped = sources[has_batch:]
+    return all(source is None for source in grouped[grouped[:1] == [heads] :])
+
+
+def other_uses(update: CacheUpdate, chain: Sequence[Node], readers: Set[Node], functional: Functional) -> set[str]:
+    """Ops that read the updated cache on its way to attention and would need it dense."""
+    path = [update.node, *chain]
+    harmless = {*path, *readers, functional.graph.output_node(), *functional.mutated.values()}
+    return {
+        str(user.target)
+        for node in path
+        for user in node.users
+        if user not in harmless and user.target is not torch.ops.aten.sym_size.int
+    }

@@ -1,0 +1,1 @@
+"""Graphs in one vocabulary, and questions about their nodes, sizes and views."""

@@ -1,0 +1,1 @@
+"""Matches become a graph over compressed buffers, and the plan to call it."""

@@ -1,0 +1,97 @@
+"""Adding to a graph the ops that take caches apart and put them together."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node, Proxy
+
+from ..cache.update import CacheUpdate
+from ..graph.nodes import is_tensor
+
+aten = torch.ops.aten
+ops = torch.ops.mustafar
+
+BUFFER_NAMES = [r.name for r in ops.compress.default._schema.returns]
+"""Names of the buffers of a compressed cache, in the order in which the ops take them."""
+
+
+class Emitter:
+    """Adds ops to ``graph``, where it is told to insert. capacity_of: tokens -> compressed slots of a growing cache."""
+
+    def __init__(self, graph: Graph, capacity_of: Callable[[Any], Any]) -> None:
+        self.graph = graph
+        self.capacity_of = capacity_of
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def size(self, node: Node, dim: int) -> Any:
+        size = node.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+
+    def tokens(self, count: Any, like: Node) -> Node:
+        """A host-side count as the one-element device tensor that the ops take."""
+        return self.call(aten.full.default, [1], count, dtype=torch.int64, device=like.meta["val"].device)
+
+    def swapped(self, node: Node, tokens_dim: int) -> Node:
+        """``node`` between [B, S, H, D] and [B, H, S, D]; as it is where ``tokens_dim`` says that the cache is so."""
+        return self.call(aten.permute.default, node, [0, 2, 1, 3]) if tokens_dim == 1 else node
+
+    def new_rows(self, update: CacheUpdate) -> Node:
+        """The new tokens [B, H, L, D] in the dtype of the cache."""
+        row, dtype = update.new, update.node.meta["val"].dtype
+        if row.meta["val"].dtype != dtype:
+            row = self.call(aten._to_copy.default, row, dtype=dtype)
+        return self.swapped(row, update.tokens_dim)
+
+    def first_position(self, update: CacheUpdate) -> Node | None:
+        """Where the first new token goes, on the device; None for a cache that grows by its end."""
+        if update.grows:
+            return None
+        if not is_tensor(update.position):
+            return self.tokens(update.position, update.new)
+        return self.call(aten.select.int, self.call(aten.view.default, self._positions(update), [-1]), 0, 0)
+
+    def _positions(self, update: CacheUpdate) -> Node:
+        """The tensor of positions, on the cache's device: some writes take one of the host."""
+        device = update.new.meta["val"].device
+        if update.position.meta["val"].device == device:
+            return update.position
+        return self.call(aten._to_copy.default, update.position, device=device)
+
+    def compress(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
+        """The buffers of ``dense``, which is the cache before or after ``update``. layout: (kept, window)."""
+        length, rows = self.size(dense, update.tokens_dim), self.swapped(dense, update.tokens_dim)
+        if update.grows:
+            tokens, capacity = self.tokens(length, dense), self._growing_capacity(length)
+        else:
+            tokens, capacity = self._written_tokens(update), length
+        packed = self.call(ops.compress.default, rows, tokens, *layout, capacity)
+        return [self.call(operator.getitem, packed, i) for i in range(len(BUFFER_NAMES))]
+
+    def _growing_capacity(self, tokens: Any) -> Any:
+        return self.capacity_of(tokens) if isinstance(tokens, int) else self.capacity_of(Proxy(tokens)).node
+
+    def _written_tokens(self, update: CacheUpdate) -> Node:
+        """Tokens in a static cache after a write: one more than the last position."""
+        if is_tensor(update.position):
+            last = self.call(aten.select.int, self._positions(update), 0, -1)
+        else:
+            count = self.size(update.new, update.tokens_dim)
+            start = Proxy(update.position) if isinstance(update.position, Node) else update.position
+            count = Proxy(count) if isinstance(count, Node) else count
+            last = start + count - 1
+            last = self.tokens(last.node if isinstance(last, Proxy) else last, update.new)
+        return self.call(aten.add.Tensor, last, 1)
+
+    def decompress(self, buffers: list[Node], length: Any, tokens_dim: int) -> Node:
+        """The dense cache, of ``length`` tokens. Where that is none there is nothing to decompress."""
+        if length == 0:
+            dense = self.call(aten.slice.Tensor, buffers[BUFFER_NAMES.index("window")], 2, 0, 0)
+        else:
+            dense = self.call(ops.decompress.default, *buffers, length)
+        return self.call(aten.contiguous.default, self.swapped(dense, tokens_dim))
