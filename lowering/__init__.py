@@ -1,1 +1,1 @@
-"""From a decode step to code: the byte layout, the custom ops and their implementations."""
+"""From a decode step to code: the format of a cache, the custom ops and their implementations."""

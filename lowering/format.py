@@ -1,6 +1,6 @@
-"""The byte layout of a compressed cache tensor, and the formulas of its sizes.
+"""How one cache tensor is compressed: its buffers, their sizes, and the counts that say what they hold.
 
-A cache tensor (K or V of one layer) of logical shape ``[B, H, S, D]`` is kept in four buffers:
+A cache tensor (K or V of one layer) of logical shape ``[B, H, S, D]`` is kept in these buffers:
 
 ======  ==========================  =====  =====================================================================
 buffer  shape                       dtype  holds
@@ -11,8 +11,9 @@ bitmap  [B, H, N, 32, D / 32]       int32  which channels were kept: bit ``8 * c
                                            at ``[.., t // 32, t % 32, w]``, is set where channel
                                            ``32 * w + 4 * i + c`` was (c < 4, i < 8); D / 32 is rounded up
 window  [B, H, R, D]                dtype  ring of the latest tokens, exact; token ``p`` stands in slot ``p % R``
-counts  [3]                         int64  on the device: tokens written; the first token that the ring holds; 1 if
-                                           a row with an extreme value (see ``EXTREME``) was ever taken in, else 0
+counts  [B, 3]                      int64  on the device, for each row of the batch: tokens written; the first token
+                                           that the ring holds; 1 if a row with an extreme value (see ``EXTREME``)
+                                           was ever taken in, else 0
 ======  ==========================  =====  =====================================================================
 
 ``N`` is the number of blocks of 32 tokens. In a block a GPU thread that owns a token loads 8 elements at once, and the
@@ -29,7 +30,9 @@ that come back to the window are still in the ring. Rewound further, it keeps as
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
@@ -38,9 +41,6 @@ from torch import Tensor
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a cache may have to be compressed."""
-
-BUFFERS = ("values", "bitmap", "window", "counts")
-"""Names of the buffers, in the order in which the ops take them."""
 
 BLOCK_TOKENS = 32
 """Tokens of a block."""
@@ -57,7 +57,14 @@ MAX_QUERY_TOKENS = 16
 EXTREME = 2.0**97
 """NaN, infinities and magnitudes from here on are extreme: tricks of fast kernels are not exact with them."""
 
+CODES = ("none",)
+"""How kept elements may be stored. none: in the dtype of the cache."""
+
 _CAPACITY_STEP = 64
+
+
+class FormatError(ValueError):
+    """Buffers that are not those of a cache of a format, or a text that names no format."""
 
 
 def blocks_for(capacity: Any) -> Any:
@@ -66,6 +73,15 @@ def blocks_for(capacity: Any) -> Any:
     ``capacity`` is an int, a SymInt or a sympy expression, which stands for a positive number.
     """
     return -(-(capacity or 1) // BLOCK_TOKENS)
+
+
+def grown_capacity(tokens: Any) -> Any:
+    """Tokens that a growing cache has room for when it holds ``tokens`` (an int or a SymInt).
+
+    An eighth more than needed, in steps of 64: growing copies each token about eight times in all, and at most an
+    eighth of the memory is slack.
+    """
+    return ((tokens + tokens // 8) // _CAPACITY_STEP + 1) * _CAPACITY_STEP
 
 
 def kept_elements(head_dim: int, sparsity: float) -> int:
@@ -78,41 +94,97 @@ def kept_elements(head_dim: int, sparsity: float) -> int:
     return min(int(rounded_up), head_dim)
 
 
-def window_of(ring: Tensor) -> int:
-    """The window of a cache with this buffer ``window`` [B, H, R, D]."""
-    return ring.shape[2] - MAX_QUERY_TOKENS
+@dataclass(frozen=True)
+class Buffer:
+    """One buffer of a compressed cache tensor.
+
+    dims: its sizes, of which "batch", "heads" and "blocks" are those of the cache and "tokens" that of a block. dtype:
+    None for the cache's own.
+    """
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: torch.dtype | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether it gets larger with the tokens that the cache has room for."""
+        return "blocks" in self.dims
+
+    @property
+    def token_dim(self) -> int:
+        """Of a buffer that grows: the dimension that runs over the tokens of a block."""
+        return self.dims.index("tokens")
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of a buffer that grows: what it has of one token, in the order of its dimensions."""
+        return tuple(size for size in self.dims if isinstance(size, int))
+
+    def shape(self, sizes: dict[str, Any]) -> tuple[Any, ...]:
+        """Its shape, given the sizes of a cache."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+    def stored_bytes(self, sizes: dict[str, Any], itemsize: Any) -> Any:
+        """Bytes that it takes. itemsize: of the cache's dtype."""
+        return math.prod(self.shape(sizes)) * (itemsize if self.dtype is None else self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one cache tensor is compressed.
+class Format:
+    """How one cache tensor is compressed. Make one with ``of``, ``decode`` or ``interned``, which give one object each.
 
     head_dim: channels of a row, a multiple of 8.
     kept: elements kept of each pruned row, a multiple of 8, at most ``head_dim``.
     window: latest tokens that stay dense and exact, at least 1.
+    code: how kept elements are stored, one of ``CODES``.
+
+    Raises FormatError for other values.
     """
 
     head_dim: int
     kept: int
     window: int
+    code: str = "none"
+
+    def __post_init__(self) -> None:
+        sizes_fit = self.head_dim > 0 and self.head_dim % CHUNK == 0 and self.window >= 1
+        if not sizes_fit or self.kept % CHUNK or not 0 < self.kept <= self.head_dim or self.code not in CODES:
+            raise FormatError(
+                f"{self} cannot be; accepted are a head_dim and a kept that are multiples of {CHUNK}, kept at most "
+                f"head_dim, a window of at least 1, and a code of {', '.join(CODES)}"
+            )
 
     @classmethod
     @functools.cache
-    def interned(cls, head_dim: int, kept: int, window: int) -> Layout:
-        """The one object for these values: guards compare layouts on every call."""
-        return cls(head_dim, kept, window)
+    def interned(cls, head_dim: int, kept: int, window: int, code: str = "none") -> Format:
+        """The one object for these values: guards compare formats on every call."""
+        return cls(head_dim, kept, window, code)
 
     @classmethod
-    def of(cls, head_dim: int, sparsity: float, window: int) -> Layout:
-        """The layout for a sparsity in [0, 1)."""
+    def of(cls, head_dim: int, sparsity: float, window: int) -> Format:
+        """The format for a sparsity in [0, 1)."""
         return cls.interned(head_dim, kept_elements(head_dim, sparsity), window)
 
-    @classmethod
-    def of_buffers(cls, values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor) -> Layout:
-        """The layout that these buffers have."""
-        return cls.interned(window.shape[3], CHUNK * values.shape[3], window_of(window))
+    def encode(self) -> str:
+        """Its values as a text, as ops and saved caches hold it: "head_dim=128,kept=64,window=32".
 
-    def __deepcopy__(self, memo: Any) -> Layout:
+        Fields that have their default are left out, so that a field added later leaves the texts of today valid.
+        """
+        values = ((f, getattr(self, f.name)) for f in fields(self))
+        return ",".join(f"{f.name}={value}" for f, value in values if value != f.default)
+
+    @classmethod
+    @functools.cache
+    def decode(cls, text: str) -> Format:
+        """The inverse of ``encode``. Raises FormatError for any other text."""
+        try:
+            pairs = dict(pair.split("=") for pair in text.split(","))
+            return cls.interned(**{k: v if k == "code" else int(v) for k, v in pairs.items()})
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{text!r} is not a format; accepted is such as {cls(128, 64, 32).encode()!r}") from error
+
+    def __deepcopy__(self, memo: Any) -> Format:
         """Itself, so that Dynamo's guards, which keep a copy, compare one object with itself."""
         return self
 
@@ -126,30 +198,72 @@ class Layout:
         """Slots of the ring of exact tokens."""
         return self.window + MAX_QUERY_TOKENS
 
-    def buffers(self, batch: Any, heads: Any, capacity: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
-        """(shape, dtype) of each buffer, in the order of ``BUFFERS``. ``capacity`` is in tokens."""
-        blocks = blocks_for(capacity)
-        return [
-            ((batch, heads, blocks, self.kept // CHUNK, BLOCK_TOKENS, CHUNK), dtype),
-            ((batch, heads, blocks, BLOCK_TOKENS, self.words), torch.int32),
-            ((batch, heads, self.ring, self.head_dim), dtype),
-            ((3,), torch.int64),
-        ]
+    @functools.cached_property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """What a cache consists of, in the order in which the ops take it."""
+        return (
+            Buffer("values", ("batch", "heads", "blocks", self.kept // CHUNK, "tokens", CHUNK)),
+            Buffer("bitmap", ("batch", "heads", "blocks", "tokens", self.words), torch.int32),
+            Buffer("window", ("batch", "heads", self.ring, self.head_dim)),
+            Buffer("counts", ("batch", 3), torch.int64),
+        )
+
+    @property
+    def packed(self) -> tuple[Buffer, ...]:
+        """The buffers that hold packed rows; they come first."""
+        return tuple(buffer for buffer in self.buffers if buffer.grows)
+
+    def place(self, name: str) -> int:
+        """Where the buffer of this name stands among ``buffers``."""
+        return self._places[name]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {buffer.name: i for i, buffer in enumerate(self.buffers)}
+
+    def shapes(self, batch: Any, heads: Any, capacity: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
+        """(shape, dtype) of each buffer of a cache of ``dtype`` with room for ``capacity`` tokens."""
+        sizes = _sizes(batch, heads, blocks_for(capacity))
+        return [(buffer.shape(sizes), buffer.dtype or dtype) for buffer in self.buffers]
 
     def token_bytes(self, itemsize: Any) -> Any:
         """Bytes of one compressed token of one KV head."""
-        return self.kept * itemsize + 4 * self.words
+        return sum(b.stored_bytes(_sizes(1, 1, 1), itemsize) for b in self.buffers if b.grows) // BLOCK_TOKENS
 
     def stored_bytes(self, batch: Any, heads: Any, capacity: Any, itemsize: Any) -> Any:
         """Bytes of all buffers of one cache tensor. The arguments may be numbers or sympy symbols."""
-        compressed = blocks_for(capacity) * BLOCK_TOKENS * self.token_bytes(itemsize)
-        return batch * heads * (compressed + self.ring * self.head_dim * itemsize) + 3 * 8
+        sizes = _sizes(batch, heads, blocks_for(capacity))
+        return sum(buffer.stored_bytes(sizes, itemsize) for buffer in self.buffers)
+
+    def window_of(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The ring of a cache, which has its dtype."""
+        return buffers[self.place("window")]
+
+    def capacity_of(self, buffers: Sequence[Tensor]) -> int:
+        """Tokens that the packed part of a cache has room for."""
+        return BLOCK_TOKENS * buffers[self.place("bitmap")].shape[2]
+
+    def check(self, buffers: Sequence[Tensor]) -> None:
+        """Raise FormatError unless these tensors are the buffers of one cache: names, shapes, dtypes, one device."""
+        if len(buffers) != len(self.buffers) or not all(isinstance(b, Tensor) and b.dim() for b in buffers):
+            names = ", ".join(buffer.name for buffer in self.buffers)
+            raise FormatError(f"a compressed cache has the tensors {names}; given are {len(buffers)} things")
+        bitmap, window = (buffers[self.place(name)] for name in ("bitmap", "window"))
+        if bitmap.dim() != 5 or not bitmap.shape[2] or window.dtype not in CACHE_DTYPES:
+            raise FormatError(f"{_described(bitmap)} and {_described(window)} are no bitmap and window of {self}")
+        sizes = _sizes(*bitmap.shape[:3])
+        for buffer, given in zip(self.buffers, buffers, strict=True):
+            wanted = buffer.shape(sizes), buffer.dtype or window.dtype, bitmap.device
+            if (tuple(given.shape), given.dtype, given.device) != wanted:
+                raise FormatError(
+                    f"the buffer {buffer.name} of a compressed cache is {_described(given)}; accepted is "
+                    f"{list(wanted[0])} {wanted[1]} on {wanted[2]}, as {self} and its bitmap ask for"
+                )
 
 
-def grown_capacity(tokens: Any) -> Any:
-    """Tokens that a growing cache has room for when it holds ``tokens`` (an int or a SymInt).
+def _sizes(batch: Any, heads: Any, blocks: Any) -> dict[str, Any]:
+    return {"batch": batch, "heads": heads, "blocks": blocks, "tokens": BLOCK_TOKENS}
 
-    An eighth more than needed, in steps of 64: growing copies each token about eight times in all, and at most an
-    eighth of the memory is slack.
-    """
-    return ((tokens + tokens // 8) // _CAPACITY_STEP + 1) * _CAPACITY_STEP
+
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}"

@@ -10,6 +10,7 @@ holds, not the capacity.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
@@ -18,42 +19,34 @@ import torch
 from torch import Tensor
 
 from . import render
-from .format import BLOCK_TOKENS, Layout
-from .masks import decides_later, with_four_dims
+from .backends import runs_ptx
+from .format import BLOCK_TOKENS, Format
+from .masks import with_four_dims
 from .ptx.prune import Prune
-from .step import COMBINE_REGISTERS, STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded
+from .step import COMBINE_REGISTERS, DTYPE_NAMES, MASK_PIECE, STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-MAX_HEAD_DIM = 256
 _COMPRESS_WARPS = 4
 _PORTABLE_PROGRAMS = 4  # to a multiprocessor
 
 
-def supports(*caches: Tensor) -> bool:
-    """Whether the kernels take caches like these [B, H, S, D]: one (K or V), or a layer's windows of both."""
-    first = caches[0]
-    if any(x.dtype not in DTYPE_NAMES or x.shape[3] % 8 or x.shape[3] > MAX_HEAD_DIM for x in caches):
-        return False
-    return all((x.dtype, x.shape[:3]) == (first.dtype, first.shape[:3]) for x in caches)
-
-
-def compress(
-    dense: Tensor, tokens: Tensor, kept: int, window: int, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int) -> list[Tensor]:
     """See ``portable.compress``."""
-    batch, heads, length, head_dim = dense.shape
-    layout = Layout.interned(head_dim, kept, window)
-    shapes = layout.buffers(batch, heads, capacity, dense.dtype)
-    values, bitmap = (torch.empty(shape, dtype=dtype, device=dense.device) for shape, dtype in shapes[:2])
-    ring, counts = (torch.zeros(shape, dtype=dtype, device=dense.device) for shape, dtype in shapes[2:])
+    batch, heads, length, _ = dense.shape
+    buffers = [
+        (torch.empty if buffer.grows else torch.zeros)(shape, dtype=dtype, device=dense.device)
+        for buffer, (shape, dtype) in zip(
+            format.buffers, format.shapes(batch, heads, capacity, dense.dtype), strict=True
+        )
+    ]
     if dense.numel() == 0:
-        return values, bitmap, ring, counts
-    buffers = values, bitmap, ring, counts
-    prune = Prune(layout.words, kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype])
-    module, block_count = _compressor(prune if _prunes_by_lane(dense, prune) else None, layout, dense.dtype)
+        return buffers
+    tokens = tokens.reshape(-1).expand(batch)
+    prune = Prune(format.words, format.kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype])
+    module, block_count = _compressor(prune if _prunes_by_lane(dense, prune) else None, format, dense.dtype)
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS * block_count),)
+    blocks = format.capacity_of(buffers) // BLOCK_TOKENS
     module.compress[grid](
-        dense, tokens, *buffers, heads, length, values.shape[2], *dense.stride(), num_warps=_COMPRESS_WARPS
+        dense, tokens, *buffers, tokens.stride(0), heads, length, blocks, *dense.stride(), num_warps=_COMPRESS_WARPS
     )
     return buffers
 
@@ -63,44 +56,37 @@ def _prunes_by_lane(dense: Tensor, prune: Prune) -> bool:
     strides = dense.stride()
     aligned = dense.data_ptr() % 16 == 0 and strides[3] == 1 and all(s % 8 == 0 for s in strides[:3])
     whole = dense.shape[3] % 32 == 0 and dense.shape[3] <= 128 and dense.dtype != torch.float32
-    return whole and aligned and prune.shared_bytes <= STATIC_SHARED_BYTES and _runs_ptx(dense.device)
+    return whole and aligned and prune.shared_bytes <= STATIC_SHARED_BYTES and runs_ptx(dense.device)
 
 
 @functools.cache
-def _runs_ptx(device: torch.device) -> bool:
-    """Whether the device has what the inline PTX uses: NVIDIA's tensor cores with bfloat16, from sm_80 on."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _compressor(prune: Prune | None, layout: Layout, dtype: torch.dtype) -> tuple[ModuleType, int]:
+def _compressor(prune: Prune | None, format: Format, dtype: torch.dtype) -> tuple[ModuleType, int]:
     """The compressing kernel, tuned or portable, and how many blocks of tokens a program takes."""
-    constants = _constants(layout) | {"dtype": DTYPE_NAMES[dtype]}
+    constants = _constants(format) | {"dtype": DTYPE_NAMES[dtype]}
     if prune is None:
-        return render.kernels("compress", **constants, padded=padded(layout.head_dim)), 1
+        return render.kernels("compress", **constants, padded=padded(format.head_dim)), 1
     return render.kernels("compress_nvidia", **constants, warps=prune.warps, block=prune.block()), prune.warps
 
 
-def decompress(values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, length: int) -> Tensor:
+def decompress(buffers: Sequence[Tensor], format: Format, length: int) -> Tensor:
     """See ``portable.decompress``."""
+    window = format.window_of(buffers)
     batch, heads, _, head_dim = window.shape
     dense = torch.empty(batch, heads, length, head_dim, dtype=window.dtype, device=window.device)
     if dense.numel() == 0:
         return dense
-    module = _decompressor(Layout.of_buffers(values, bitmap, window, counts))
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS),)
-    module.decompress[grid](values, bitmap, window, counts, dense, length, values.shape[2])
+    _decompressor(format).decompress[grid](*buffers, dense, heads, length, format.capacity_of(buffers) // BLOCK_TOKENS)
     return dense
 
 
 @functools.cache
-def _decompressor(layout: Layout) -> ModuleType:
-    return render.kernels("decompress", **_constants(layout), padded=padded(layout.head_dim))
+def _decompressor(format: Format) -> ModuleType:
+    return render.kernels("decompress", **_constants(format), padded=padded(format.head_dim))
 
 
-def _constants(layout: Layout) -> dict[str, Any]:
-    return asdict(layout) | {"words": layout.words, "ring": layout.ring}
+def _constants(format: Format) -> dict[str, Any]:
+    return asdict(format) | {"words": format.words, "ring": format.ring}
 
 
 @functools.cache
@@ -122,105 +108,107 @@ def _splits_for(attending: Tuned | Step, rows: int, blocks: int, device: torch.d
     return _splits(rows * attending.chunks, blocks, programs, attending.warps)
 
 
-def _step(
-    keys: Layout,
-    values: Layout,
-    group: int,
-    queries: int,
-    dtype: torch.dtype,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float,
-) -> Step:
-    return Step(
-        key_dim=keys.head_dim,
-        value_dim=values.head_dim,
-        key_kept=keys.kept,
-        value_kept=values.kept,
-        window=keys.window,
-        group=group,
-        queries=queries,
-        dtype=DTYPE_NAMES[dtype],
-        mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
-        sees_later=decides_later(mask),
-        sinks=sinks is not None,
-        softcap=softcap != 0,
-    )
-
-
 def decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_values: Tensor,
-    key_bitmap: Tensor,
-    key_window: Tensor,
-    key_counts: Tensor,
-    value_values: Tensor,
-    value_bitmap: Tensor,
-    value_window: Tensor,
-    value_counts: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_format: Format,
+    value_format: Format,
     position: Tensor | None,
     mask: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     softcap: float = 0.0,
+    length: int | None = None,
+    *,
     variant: str = "tuned",
     overlap: bool = True,
+    checked: bool = True,
 ) -> Tensor:
-    """See ``portable.decode_attention``.
+    """See ``ops.py``. variant: "tuned", where it serves, or "portable". overlap: kernels may run side by side.
 
-    variant: "tuned" (where it can run) or "portable". overlap: run ``append`` beside ``attend`` where the GPU can; off,
-    each kernel can be timed alone.
+    checked: assert on the device what ``checks`` says. Without it a bad position gives a result that means nothing,
+    but no index leaves a buffer.
     """
-    batch, query_heads, queries, _ = query.shape
-    heads, value_dim = value_window.shape[1], value_window.shape[3]
-    result = torch.empty(batch, query_heads, queries, value_dim, dtype=query.dtype, device=query.device)
+    (batch, query_heads, queries, _), heads = query.shape, key.shape[1]
+    device = query.device
+    result = torch.empty(batch, query_heads, queries, value_format.head_dim, dtype=query.dtype, device=device)
     if result.numel() == 0:
         return result
-    key_layout = Layout.of_buffers(key_values, key_bitmap, key_window, key_counts)
-    value_layout = Layout.of_buffers(value_values, value_bitmap, value_window, value_counts)
-    step = _step(key_layout, value_layout, query_heads // heads, queries, key_window.dtype, mask, sinks, softcap)
-    rows, key_blocks, value_blocks = batch * heads, key_values.shape[2], value_values.shape[2]
-    aligned = all(x.data_ptr() % 16 == 0 for x in (key_values, key_bitmap, value_values, value_bitmap))
-    usable = aligned and key_blocks == value_blocks and _runs_ptx(query.device)
+    step = Step.of(key_format, value_format, query_heads // heads, queries, query.dtype, mask, sinks, softcap)
+    cache = _by_name("key", key_format, keys) | _by_name("value", value_format, values)
+    packed = {name: x for name, x in cache.items() if not name.endswith(("window", "counts"))}
+    blocks = {
+        f"{role}_blocks": format.capacity_of(buffers) // BLOCK_TOKENS
+        for role, format, buffers in (("key", key_format, keys), ("value", value_format, values))
+    }
+    aligned = all(x.data_ptr() % 16 == 0 for x in packed.values())
+    usable = aligned and len(set(blocks.values())) == 1 and runs_ptx(device)
     tuned = step.tuned() if variant == "tuned" and usable else None
-    splits = _splits_for(tuned or step, rows, max(key_blocks, value_blocks), query.device)
-    parts = splits + step.window_parts
-    overlap = overlap and tuned is not None and _overlaps(query.device)
+    overlap = overlap and tuned is not None and _overlaps(device)
 
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    sums = torch.empty(rows, parts, step.query_rows, value_dim, dtype=torch.float32, device=query.device)
-    states = torch.empty(rows, parts, step.query_rows, 2, dtype=torch.float32, device=query.device)
-    moved = torch.empty(3, dtype=torch.int64, device=query.device)
-    keys, values = (key_values, key_bitmap), (value_values, value_bitmap)
-    at = key_counts if position is None else position
-    sinks = sinks if sinks is None else sinks.contiguous()
-    given, *strides = _mask_arguments(mask, query.shape)
-    rest = (key_blocks, value_blocks, heads, *strides, scale, softcap)
+    rows = batch * heads
+    splits = _splits_for(tuned or step, rows, max(blocks.values()), device)
+    scratch = _scratch(rows, splits + step.window_parts, step, batch, device)
+    at = cache["key_counts"][:, 0] if position is None else position.reshape(-1).expand(batch)
+    given: dict[str, Any] = {
+        "query": query.contiguous(),
+        **blocks,
+        "kv_heads": heads,
+        "scale": scale,
+        "softcap": softcap,
+    }
+    given |= _mask_arguments(mask, query.shape) | {"sums": scratch["sums"], "states": scratch["states"]}
+    placed = {"position": at, "position_batch": at.stride(0), "splits": splits}
 
-    if tuned is not None:
-        tuned.kernel(overlap).attend[rows * tuned.chunks, splits](
-            query.view(torch.int32), *keys, *values, key_counts, at, given, sums, states, splits, *rest,
-            num_warps=tuned.warps, maxnreg=tuned.registers,
-        )  # fmt: skip
+    attending = given | packed | placed | {"counts": cache["key_counts"]}
+    if tuned is None:
+        step.portable().attend[rows * step.row_tiles, splits](**attending)
     else:
-        step.portable().attend[rows * step.row_tiles, splits](
-            query, *keys, *values, key_counts, at, given, sums, states, splits, *rest
-        )
-    early = {"launch_pdl": True} if overlap else {}
-    step.append(overlap).append[rows, step.window_parts](
-        query, key, value, *keys, key_window, key_counts, *values, value_window, value_counts, at, given, sums, states,
-        moved, splits, *rest, num_warps=step.append_warps, **early,
-    )  # fmt: skip
-    combined, channels = _to_combine(rows, step.query_rows, value_dim, _multiprocessors(query.device))
-    combine = step.combine(parts, combined, channels, tuned is not None, overlap)
+        attending["query"] = attending["query"].view(torch.int32)
+        limits = {"num_warps": tuned.warps, "maxnreg": tuned.registers}
+        tuned.kernel(overlap).attend[rows * tuned.chunks, splits](**attending, **limits)
+
+    early: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    room = blocks["key_blocks"] * BLOCK_TOKENS + key_format.window if length is None else length
+    mask_pieces = 0 if length is None or mask is None else cdiv(mask.shape[-1], MASK_PIECE) * checked
+    new = {"key": key.contiguous(), "value": value.contiguous(), "moved": scratch["moved"], "length": room}
+    asserting = {"sanitize_overflow": False} if device.type == "cuda" else {}  # of all assertions, only our own
+    step.append(overlap, checked).append[rows, step.window_parts + mask_pieces](
+        **given, **cache, **placed, **new, num_warps=step.append_warps, **early, **asserting
+    )
+
+    combined, channels = _to_combine(rows, step.query_rows, value_format.head_dim, _multiprocessors(device))
+    combine = step.combine(splits + step.window_parts, combined, channels, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
-    combine.combine[rows * step.query_rows // combined, cdiv(value_dim, channels)](
-        query, *keys, *values, given, sinks, sums, states, moved, result, key_counts, value_counts, parts, *rest,
-        **early, **few,
-    )  # fmt: skip
+    combining = {name: cache[name] for name in ("key_counts", "value_counts")}
+    combining |= {"sinks": sinks if sinks is None else sinks.contiguous(), "moved": scratch["moved"], "result": result}
+    combine.combine[rows * step.query_rows // combined, cdiv(value_format.head_dim, channels)](
+        **given, **packed, **combining, parts=splits + step.window_parts, **early, **few
+    )
     return result
+
+
+def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The buffers of K or V as the kernels call them."""
+    return {f"{role}_{buffer.name}": x for buffer, x in zip(format.buffers, buffers, strict=True)}
+
+
+def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """What the kernels of a step leave for ``combine``, for each of the ``parts`` that share a KV head.
+
+    sums: of values times weights, float32. states: the maximum (base 2) that the weights are relative to, and the sum
+    of the weights. moved: for each row of the batch, tokens and the first one in the ring after the step, and the first
+    that was exact before it.
+    """
+    leading = rows, parts, step.query_rows
+    return {
+        "sums": torch.empty(*leading, step.value_dim, dtype=torch.float32, device=device),
+        "states": torch.empty(*leading, 2, dtype=torch.float32, device=device),
+        "moved": torch.empty(batch, 3, dtype=torch.int64, device=device),
+    }
 
 
 def _to_combine(rows: int, query_rows: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
@@ -243,13 +231,14 @@ def _overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _mask_arguments(mask: Tensor | None, queries: torch.Size) -> tuple[Any, ...]:
+def _mask_arguments(mask: Tensor | None, queries: torch.Size) -> dict[str, Any]:
     """The mask as the kernels take it, its strides by batch, query head, query token and token, and its tokens."""
+    names = ("mask", "mask_batch", "mask_head", "mask_query", "mask_token", "mask_tokens")
     if mask is None:
-        return None, 0, 0, 0, 0, 1
+        return dict(zip(names, (None, 0, 0, 0, 0, 1), strict=True))
     mask = with_four_dims(mask)
     expanded = mask.expand(*queries[:3], mask.shape[-1])
     strides, tokens = expanded.stride(), mask.shape[-1]
     if mask.dtype == torch.bool:
         expanded = expanded.view(torch.uint8)
-    return expanded, *strides, tokens
+    return dict(zip(names, (expanded, *strides, tokens), strict=True))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+MASKED = -1e4
+"""What an additive mask adds at most where it leaves a token out: nothing of its exponential is left in float32."""
 
 
 def decides_later(mask: Tensor | None) -> bool:
@@ -15,3 +19,8 @@ def with_four_dims(mask: Tensor) -> Tensor:
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
     return mask
+
+
+def admitted(mask: Tensor) -> Tensor:
+    """Where a mask lets a query attend: boolean, in its shape."""
+    return mask if mask.dtype == torch.bool else mask > MASKED

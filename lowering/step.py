@@ -8,11 +8,17 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import render
-from .format import MAX_QUERY_TOKENS
+from .checks import OUT_OF_PLACE, UNWRITTEN
+from .format import MAX_QUERY_TOKENS, Format
+from .masks import MASKED, decides_later
 from .ptx.decode import Decode
 from .ptx.decode_steps import Rows
 
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 STATIC_SHARED_BYTES = 48 * 1024
 # Of a thread of ``combine``, so that all its programs run at once. What it does for extreme values would take up to 255
 # and spills instead.
@@ -20,9 +26,10 @@ COMBINE_REGISTERS = 64
 _SLOTS_A_WARP = 8  # of the window
 # Arguments of which a new value does not compile the kernels of a step anew.
 _INTEGERS = (
-    *("splits", "parts", "blocks", "key_blocks", "value_blocks", "kv_heads"),
+    *("splits", "parts", "blocks", "key_blocks", "value_blocks", "kv_heads", "position_batch", "length"),
     *("mask_batch", "mask_head", "mask_query", "mask_token", "mask_tokens"),
 )
+MASK_PIECE = 4096  # tokens of a mask that a program looks through for such as were never written
 _LOWEST = -3.4028234663852886e38  # of float32: a running maximum before any score
 _MOST_ROWS = 32  # of the query: with more, tl.dot takes instructions that need more than COMBINE_REGISTERS
 _PORTABLE_TILE = 32  # tokens that a program of the portable kernel works on at a time
@@ -59,6 +66,34 @@ class Step:
     sinks: bool
     softcap: bool
     sees_later: bool = False  # a token may see later ones of the step, where the mask allows it
+
+    @classmethod
+    def of(
+        cls,
+        key: Format,
+        value: Format,
+        group: int,
+        queries: int,
+        dtype: torch.dtype,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> Step:
+        """The kernels for a step over caches of these formats, with such a mask and such sinks."""
+        return cls(
+            key_dim=key.head_dim,
+            value_dim=value.head_dim,
+            key_kept=key.kept,
+            value_kept=value.kept,
+            window=key.window,
+            group=group,
+            queries=queries,
+            dtype=DTYPE_NAMES[dtype],
+            mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
+            sees_later=decides_later(mask),
+            sinks=sinks is not None,
+            softcap=softcap != 0,
+        )
 
     @property
     def append_warps(self) -> int:
@@ -112,9 +147,10 @@ class Step:
             "headroom": 0 if self.dtype == "fp16" else 24,
         }
 
-    def append(self, overlap: bool) -> ModuleType:
-        """Kernel ``append``. overlap: it runs beside ``attend``."""
-        return _kernels(self, "append", overlap=overlap)
+    def append(self, overlap: bool, checked: bool = True) -> ModuleType:
+        """Kernel ``append``. overlap: it runs beside ``attend``. checked: it asserts what ``checks`` says."""
+        constants = {"checked": checked, "out_of_place": OUT_OF_PLACE, "unwritten": UNWRITTEN}
+        return _kernels(self, "append", overlap=overlap, mask_piece=MASK_PIECE, masked=MASKED, **constants)
 
     def portable(self) -> ModuleType:
         """Kernel ``attend`` in plain Triton."""

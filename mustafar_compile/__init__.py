@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NoMemoryError,
         NothingMatchedError,
         ReleaseError,
+        SavedCacheError,
         StaleCacheError,
     )
     from .loop import compile_loop
@@ -39,6 +40,7 @@ _HOMES = {
     "NothingMatchedError": "errors",
     "ReleaseError": "errors",
     "Report": "reporting.report",
+    "SavedCacheError": "errors",
     "Settings": "settings",
     "StaleCacheError": "errors",
     "cache_stats": "cache.stats",
@@ -57,6 +59,7 @@ __all__ = [
     "NothingMatchedError",
     "ReleaseError",
     "Report",
+    "SavedCacheError",
     "Settings",
     "StaleCacheError",
     "cache_stats",

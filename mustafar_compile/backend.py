@@ -15,12 +15,13 @@ from .calling.compiled_call import CompiledCall
 from .calling.example_inputs import with_calling_convention
 from .errors import NothingMatchedError
 from .lowering import ops
-from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, Layout, grown_capacity
-from .patterns.cache.conditions import Context
+from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
+from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
 from .patterns.rewriting.plan import Compressed, Plan
 from .patterns.rewriting.rewriter import Rewriter
+from .policy import policy
 from .reporting.record import record_decompression, record_failure, record_graph, record_untouched
 from .settings import Settings, read_options
 
@@ -73,25 +74,23 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
         record_failure(gm, f"the graph could not be traced{place}: {type(error).__name__}: {_first_line(error)}")
         _require_match(settings, [])
         return None
-    compressed = {functional.placeholders[i]: (x.row_layout.kept, x.row_layout.window) for i, x in caches.items()}
-    tokens_dim = {functional.placeholders[i]: x.tokens_dim for i, x in caches.items()}
-    context = _context(functional, example_inputs, compressed, tokens_dim, settings)
+    compressed = {functional.placeholders[i]: CacheInput(x.format, x.tokens_dim) for i, x in caches.items()}
+    context = _context(functional, example_inputs, compressed, settings)
     found = find_matches(functional, context)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
         found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]
-    record_graph(found, settings, compressed)
+    record_graph(found, context)
     _require_match(settings, found)
     matches = [m for m in found if isinstance(m, Match)]
     if not matches and not caches:
         return None
-    how = _layout_of(settings), grown_capacity, settings.release_dense
-    plan = Rewriter(functional, compressed, tokens_dim, *how).run(matches)
+    plan = Rewriter(functional, compressed, grown_capacity, settings.release_dense).run(matches)
     for attached in plan.attached:
         if attached.releases:
             check_releasable(example_inputs[attached.index])
     if any(node.target is ops.decompress for node in plan.module.graph.nodes):
-        record_decompression(found, context)
+        record_decompression(found)
     return plan
 
 
@@ -110,32 +109,21 @@ def _dense_stand_in(gm: GraphModule, index: int) -> Callable[[], torch.Tensor]:
 def _context(
     functional: Functional,
     example_inputs: Sequence[Any],
-    compressed: Mapping[Node, tuple[int, int]],
-    tokens_dim: Mapping[Node, int],
+    compressed: Mapping[Node, CacheInput],
     settings: Settings,
 ) -> Context:
     tensors = {
         node: x for node, x in zip(functional.placeholders, example_inputs, strict=True) if isinstance(x, torch.Tensor)
     }
     return Context(
-        windows={node: window for node, (_, window) in compressed.items()},
-        window=settings.window,
-        tokens_dim=tokens_dim,
+        caches=compressed,
+        format_of=policy(settings),
         parameters={node for node, x in tensors.items() if isinstance(x, torch.nn.Parameter)},
         unwatchable={node for node, x in tensors.items() if x.is_inference() and node not in compressed},
-        skip_layers=settings.skip_layers,
         dtypes=CACHE_DTYPES,
         max_query_tokens=MAX_QUERY_TOKENS,
         release_dense=settings.release_dense,
     )
-
-
-def _layout_of(settings: Settings) -> Callable[[str, int], tuple[int, int]]:
-    def layout_of(role: str, head_dim: int) -> tuple[int, int]:
-        layout = Layout.of(head_dim, settings.sparsity(role), settings.window)
-        return layout.kept, layout.window
-
-    return layout_of
 
 
 def _require_match(settings: Settings, found: Sequence[Match | NoMatch]) -> None:

@@ -23,6 +23,10 @@ class ReleaseError(MustafarError):
     """``release_dense`` cannot be honoured for a cache, or a cache that it released is used otherwise."""
 
 
+class SavedCacheError(MustafarError):
+    """What is loaded is not a compressed cache, or one whose parts do not fit each other."""
+
+
 class ForeignCompilerError(MustafarError):
     """A compressed cache is given to a function that another backend compiles."""
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.fx import Node
 
+from ..lowering.format import Format
 from .attention.attention import Attention
 from .attention.find import find_attention
-from .cache.conditions import Context, Reason, check_cache, check_read, other_uses, require
+from .cache.conditions import Context, Reason, check_cache, check_read, format_for, other_uses, require
 from .cache.phase import phase_of
 from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
 from .graph.nodes import is_call
@@ -23,12 +24,18 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Match:
-    """An attention whose cache is compressed. phase: "prefill" or "decode"."""
+    """An attention whose cache is compressed. phase: "prefill" or "decode". formats: of K and of V."""
 
     attention: Attention
     key: CacheUpdate
     value: CacheUpdate
     phase: str
+    formats: tuple[Format, Format]
+
+    @property
+    def updates(self) -> Iterator[tuple[CacheUpdate, Format]]:
+        """K, then V, each with its format."""
+        return zip((self.key, self.value), self.formats, strict=True)
 
     @property
     def form(self) -> str:
@@ -113,7 +120,7 @@ def _badly_shared(m: Match, found: Sequence[Match | NoMatch]) -> str | None:
             continue
         if isinstance(other, NoMatch):
             return f"another attention that reads its cache does not match: {other.reason}"
-        if (other.caches, other.phase) != (m.caches, m.phase):
+        if (other.caches, other.formats, other.phase) != (m.caches, m.formats, m.phase):
             return "its cache is read by several attention layers in different ways"
     return None
 
@@ -136,17 +143,17 @@ def _judge(
     attention, key, value = source.attention, source.key, source.value
     try:
         require(attention.problem is None, str(attention.problem))
-        require(attention.layer not in context.skip_layers, f"layer {attention.layer} is listed in skip_layers")
         changed = any(joins_changed_past(operand.node) for operand in (attention.key, attention.value))
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
         if key is None or value is None:
             raise Reason(_no_cache_reason(attention, functional))
-        reads = []
-        for update, chain, operand in (
-            (key, source.key_chain, attention.key),
-            (value, source.value_chain, attention.value),
+        reads, formats = [], []
+        for role, update, chain, operand in (
+            ("key", key, source.key_chain, attention.key),
+            ("value", value, source.value_chain, attention.value),
         ):
             check_cache(update, functional, context)
+            formats.append(format_for(update, role, attention.layer, context))
             reads.append(check_read(update, read_through(chain, update.node), operand, attention))
             others = other_uses(update, chain, readers, functional) if update.base is not None else ()
             require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
@@ -154,8 +161,10 @@ def _judge(
         if _is_prefilled(key, value, earlier):
             phase = "prefill"
         else:
-            phase = phase_of(attention, (key, reads[0]), (value, reads[1]), functional.graph, context)
-        return Match(replace(attention, scale=attention.scale * reads[0].factor), key, value, phase)
+            window = formats[0].window
+            phase = phase_of(attention, (key, reads[0]), (value, reads[1]), window, functional.graph, context)
+        attention = replace(attention, scale=attention.scale * reads[0].factor)
+        return Match(attention, key, value, phase, (formats[0], formats[1]))
     except Reason as reason:
         return NoMatch(attention, str(reason), key, value)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
+    OVERREAD,
     Rows,
     accumulate,
     exchange,
@@ -68,7 +69,8 @@ class Decode:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        return self.warps * self.warp_bytes + self.query_bytes + 64 * self.warps
+        behind = max(self.query_bytes + 64 * self.warps, OVERREAD)
+        return self.warps * self.warp_bytes + behind
 
     def setup(self) -> Block:
         """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``.

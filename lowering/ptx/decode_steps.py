@@ -1,6 +1,6 @@
 """Decode attention, step by step. ``decode`` makes blocks of these steps.
 
-A warp works on a block of 32 tokens and a lane owns one token row, packed as ``layout`` says. Nothing is ever laid
+A warp works on a block of 32 tokens and a lane owns one token row, packed as ``format`` says. Nothing is ever laid
 out dense in memory: a lane expands its row four channels at a time into two registers, and the tensor cores do all
 that crosses lanes.
 
@@ -28,6 +28,7 @@ from .block import Lines, listed, locate_thread, names, vectors
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
+OVERREAD = 32 * 128  # bytes of shared memory that a bitmap with too many bits may read past a warp's staged rows
 HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
 
 
@@ -94,10 +95,14 @@ def prefetch(rows: Rows) -> Lines:
 
 
 def locate_words(rows: Rows) -> Lines:
-    """Lane: a<w> = the staged address of the first value of bitmap word w."""
-    yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits; mov.b32 a0, stage;"
+    """Lane: a<w> = the staged address of the first value of bitmap word w, at most that behind the last value.
+
+    A bitmap with more bits than the row has values thus reads at most a word's values past the row (``OVERREAD``).
+    """
+    yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits, behind; mov.b32 a0, stage;"
+    yield f"add.u32 behind, stage, {128 * rows.kept};"
     for w in range(rows.words - 1):
-        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w};"
+        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w}; min.u32 a{w + 1}, a{w + 1}, behind;"
 
 
 def expand_setup() -> Lines:
@@ -189,7 +194,7 @@ def transpose(first: int, half: int) -> Lines:
     """Warp: 8 channels of 32 tokens, x<first> ... x<first + 3> -> y<4 half> ... y<4 half + 3>.
 
     An mma with a 0/1 matrix on the raw 16-bit patterns, taken for float16: each sum has one term, so it is exact
-    unless a pattern is infinite or NaN as a float16 (``layout.EXTREME``). The matrix is structured sparse: one packed
+    unless a pattern is infinite or NaN as a float16 (``format.EXTREME``). The matrix is structured sparse: one packed
     matrix serves tokens 0 and 2 of the four of a column, and tokens 1 and 3.
     """
     x = listed("x", *range(first, first + 4))

@@ -21,7 +21,7 @@ from .block import Block, Lines, listed, locate_thread, vectors
 _SELECT = 0xE4  # lop3: bits of the first operand where the third has ones, of the second elsewhere
 _INDEX_PLANES = (0x0F0F0F0F, 0x33333333, 0x55555555, 0x0000FFFF, 0x00FF00FF)  # bit 4 ... 0 of a channel is zero
 _EXPONENT_BITS = {"bf16": 8, "fp16": 5}
-_EXTREME_BITS = {"bf16": 3, "fp16": 5}  # leading exponent bits that are all ones from layout.EXTREME on
+_EXTREME_BITS = {"bf16": 3, "fp16": 5}  # leading exponent bits that are all ones from format.EXTREME on
 
 
 def load_row(words: int) -> Lines:
@@ -55,7 +55,7 @@ def bit_planes(w: int) -> Lines:
 
 
 def note_extremes(words: int, dtype: str) -> Lines:
-    """Lane: whether its row holds a value from ``layout.EXTREME`` on -> ``flags``; any NaN then ranks on top."""
+    """Lane: whether its row holds a value from ``format.EXTREME`` on -> ``flags``; any NaN then ranks on top."""
     exponent = _EXPONENT_BITS[dtype]
     yield ".reg .b32 high, fraction, seen; .reg .pred odd, report; mov.b32 seen, 0;"
     for w in range(words):

@@ -19,16 +19,17 @@ from torch import Tensor
 from .. import _compat
 from ..errors import ReleaseError
 from ..lowering import ops
-from ..lowering.format import BUFFERS, Layout
+from ..lowering.format import Format
 from ..patterns.rewriting.plan import Attached
 from .release import is_released, release
 
 
 @dataclass
 class AttachedState:
-    """Buffers compressed from a dense cache, valid while the cache is at ``version``."""
+    """Buffers of a format, compressed from a dense cache and valid while the cache is at ``version``."""
 
-    buffers: dict[str, Tensor]
+    format: Format
+    buffers: list[Tensor]
     version: int = -1
 
 
@@ -59,27 +60,25 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
         return state
     if not fits or attached.releases or state.version != dense._version:
         buffers = _compress(dense[:batch], attached, arguments)
-        state = _states[dense] = _renewed(state, buffers) if fits else AttachedState(buffers)
+        state = _states[dense] = _renewed(state, buffers) if fits else AttachedState(attached.format, buffers)
     if attached.releases:
         release(dense)
     return state
 
 
-def _compress(dense: Tensor, attached: Attached, arguments: Sequence[Any]) -> dict[str, Tensor]:
+def _compress(dense: Tensor, attached: Attached, arguments: Sequence[Any]) -> list[Tensor]:
     position = attached.position(*arguments)
     tokens = torch.as_tensor(position, dtype=torch.int64, device=dense.device).reshape(1)
     rows = dense if attached.tokens_dim == 2 else dense.transpose(1, 2)
-    buffers = ops.compress(rows, tokens, attached.kept, attached.window, rows.shape[2])
-    return dict(zip(BUFFERS, buffers, strict=True))
+    return ops.compress(rows, tokens, attached.format.encode(), rows.shape[2])
 
 
-def _renewed(state: AttachedState, buffers: dict[str, Tensor]) -> AttachedState:
+def _renewed(state: AttachedState, buffers: Sequence[Tensor]) -> AttachedState:
     """``state`` with other contents at the same addresses, to which CUDA graphs are bound."""
-    for name, mine in state.buffers.items():
-        mine.copy_(buffers[name])
+    for mine, new in zip(state.buffers, buffers, strict=True):
+        mine.copy_(new)
     return state
 
 
 def _fits(state: AttachedState, attached: Attached, batch: int) -> bool:
-    layout = Layout.of_buffers(**state.buffers)
-    return (state.buffers["values"].shape[0], layout.kept, layout.window) == (batch, attached.kept, attached.window)
+    return (state.format, state.buffers[0].shape[0]) == (attached.format, batch)

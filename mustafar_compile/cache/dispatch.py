@@ -86,14 +86,14 @@ def _is_pinned(cache: CompressedKV, device: Any = None) -> bool:
 
 
 def _index_select(cache: CompressedKV, dim: int, index: Tensor) -> CompressedKV:
-    return cache.rebatched(lambda buffer: buffer.index_select(0, index)) if dim in BATCH else NotImplemented
+    return cache.mapped(lambda buffer: buffer.index_select(0, index)) if dim in BATCH else NotImplemented
 
 
 def _index(cache: CompressedKV, indices: Sequence[Tensor | None]) -> CompressedKV:
     batch, *others = indices
     if batch is None or batch.dim() != 1 or any(index is not None for index in others):
         return NotImplemented
-    return cache.rebatched(lambda buffer: buffer[batch])
+    return cache.mapped(lambda buffer: buffer[batch])
 
 
 def _slice(
@@ -122,7 +122,7 @@ def _split(cache: CompressedKV, sizes: int | Sequence[int], dim: int = 0) -> lis
 
 def _batch_view(cache: CompressedKV, rows: slice) -> CompressedKV:
     """A part of the batch of a growing cache. It is a copy, so a write into it would not reach the whole."""
-    view = cache.rebatched(lambda buffer: buffer[rows].clone())
+    view = cache.mapped(lambda buffer: buffer[rows].clone())
     view.writable = False
     return view
 
@@ -131,18 +131,14 @@ def _cat(caches: Sequence[Any], dim: int = 0) -> CompressedKV:
     first = caches[0]
     if dim not in BATCH or not all(_joinable(first, cache) for cache in caches):
         return NotImplemented
-    counts = torch.stack([cache.own_counts() for cache in caches])
-    if (counts[:, :2] != counts[0, :2]).any():
-        return NotImplemented
     capacity = max(cache.capacity for cache in caches)
     for cache in caches:
         cache.reserve(capacity)
-    buffers = [torch.cat(parts) for parts in zip(*(cache.buffers[:3] for cache in caches), strict=True)]
-    return first.over([*buffers, counts.amax(0)])
+    return first.like(map(torch.cat, zip(*(cache.own_buffers() for cache in caches), strict=True)))
 
 
 def _joinable(a: Any, b: Any) -> bool:
-    form = ("row_layout", "grows", "tokens_dim", "dtype", "device")
+    form = ("format", "grows", "tokens_dim", "dtype", "device")
     return (
         isinstance(b, CompressedKV)
         and all(getattr(a, name) == getattr(b, name) for name in form)
@@ -156,7 +152,7 @@ def _zero(cache: CompressedKV) -> CompressedKV:
         return NotImplemented
     for buffer in cache.buffers[:-1]:
         buffer.zero_()
-    (cache.counts[2:] if cache.grows else cache.counts).zero_()
+    (cache.counts[:, 2:] if cache.grows else cache.counts).zero_()
     return cache
 
 
@@ -168,7 +164,7 @@ def _index_copy(cache: CompressedKV, dim: int, position: Tensor, rows: Tensor) -
     dense = cache.dense().index_copy_(dim, position, rows)
     dense = dense if cache.tokens_dim == 2 else dense.transpose(1, 2)
     tokens = position.max().reshape(1) + 1
-    packed = ops.compress(dense, tokens, cache.row_layout.kept, cache.row_layout.window, cache.capacity)
+    packed = ops.compress(dense, tokens, cache.format.encode(), cache.capacity)
     for mine, new in zip(cache.buffers, packed, strict=True):
         mine.copy_(new)
     return cache

@@ -85,10 +85,15 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
 def _holding(tensor: Tensor) -> tuple[int, Sequence[Tensor], bool]:
     """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
     if isinstance(tensor, CompressedKV):
-        tokens = tensor.tokens if tensor.grows else int(tensor.counts[0])
+        tokens = tensor.tokens if tensor.grows else _written(tensor.counts)
         return tokens, tensor.buffers, True
     state = find_state(tensor)
     if state is not None:
         dense = [] if is_released(tensor) else [tensor]
-        return int(state.buffers["counts"][0]), [*dense, *state.buffers.values()], True
+        return _written(state.buffers[-1]), [*dense, *state.buffers], True
     return tensor.shape[2], [tensor], False
+
+
+def _written(counts: Tensor) -> int:
+    """Tokens of the longest row of the batch."""
+    return int(counts[:, 0].max()) if counts.numel() else 0

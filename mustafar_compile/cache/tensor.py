@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _compat
-from ..errors import ForeignCompilerError, StaleCacheError
+from ..errors import ForeignCompilerError
 from ..lowering import ops
-from ..lowering.format import BLOCK_TOKENS, Layout, blocks_for, grown_capacity
+from ..lowering.format import CACHE_DTYPES, CHUNK, Format, blocks_for, grown_capacity
+from .growth import Form, Handle, extent_of
 from .lineage import Branch
-from .without_memory import WithoutMemory
+from .untrusted import check_saved
 
 _SHOWN = ["extent"]
 """Names of the tensors that Dynamo sees in a cache."""
-
-_extents: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-
-
-class Form(NamedTuple):
-    """What, beside its shape, decides on the code for a cache. Dynamo guards on it."""
-
-    layout: Layout
-    grows: bool
-    tokens_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _extent_of(blocks: int) -> Tensor:
-    """An empty tensor [blocks, 0], one and the same for all caches of so many blocks.
-
-    It is what Dynamo sees of the buffers, whose sizes follow from it. At each call Dynamo then compares addresses,
-    which costs less than to check a buffer of each cache.
-    """
-    extent = _extents.get(blocks)
-    if extent is None:
-        with torch.inference_mode(False):
-            extent = torch.empty(blocks, 0, dtype=torch.uint8, device="cpu")
-        _compat.maybe_mark_dynamic(extent, 0)
-        extent = _extents.setdefault(blocks, extent)
-    return extent
-
-
-def _in_order(place: int) -> Any:
-    """The buffer of a cache at this place."""
-    return property(lambda self: self.buffers[place])
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -58,19 +26,13 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _with_blocks(buffer: Tensor, blocks: int) -> Tensor:
-    """``buffer`` [B, H, N, ...] with zeros behind, up to ``blocks`` blocks."""
-    spare = blocks - buffer.shape[2]
-    return torch.nn.functional.pad(buffer, (*(0, 0) * (buffer.dim() - 3), 0, spare))
-
-
-class CompressedKV(WithoutMemory):
-    """A cache tensor of logical shape [B, H, S, D] over the buffers that ``lowering.layout`` describes.
+class CompressedKV(Handle):
+    """A cache tensor of logical shape [B, H, S, D] over the buffers that ``lowering.format`` describes.
 
     Or [B, S, H, D], where the model keeps it so: ``tokens_dim``, 2 or 1, is the dimension of the tokens.
 
     It has the shape, dtype and device of the dense tensor and stands wherever a model keeps its K or V. The backend
-    works on the buffers, and so do copies, moves and selections along the batch (``tensor_ops``); any other op
+    works on the buffers, and so do copies, moves and selections along the batch (``dispatch``); any other op
     decompresses (with one warning for each op) and reads right values. Writes from outside are honoured for
     ``index_copy_`` and ``zero_`` and refused otherwise.
 
@@ -84,19 +46,8 @@ class CompressedKV(WithoutMemory):
     """Carries out torch's ops; set by the module of that name."""
 
     buffers: tuple[Tensor, ...]
-    """values, bitmap, window, counts, which all handles of a growing cache share. None: see ``has_only_a_shape``."""
-    values, bitmap, window, counts = map(_in_order, range(4))
-    form: Form
-    extent: Tensor
-    branch: Branch
+    """Those of the format, which all handles of a growing cache share. None: see ``has_only_a_shape``."""
     writable: bool = True
-
-    # All else, Dynamo's marks too, is one ``__dict__`` for all handles of a branch: to fill one for each handle of each
-    # step takes longer than to make the tensor.
-    __slots__ = ("cropped", "tokens")
-    tokens: int
-    """The logical number of tokens."""
-    cropped: bool
 
     @staticmethod
     def __new__(cls, buffers, form, extent, size, stride=None):
@@ -104,20 +55,22 @@ class CompressedKV(WithoutMemory):
 
     def __init__(self, buffers, form, extent, size, stride=None):
         self.buffers, self.form, self.extent = buffers, form, extent
-        self.row_layout, self.grows, self.tokens_dim, *_ = form
+        self.format, self.grows, self.tokens_dim, *_ = form
         self._flattened = _SHOWN, form
         self.tokens, self.cropped = size[self.tokens_dim], False
 
     @classmethod
-    def from_buffers(cls, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2) -> CompressedKV:
+    def from_buffers(
+        cls, format: Format, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2
+    ) -> CompressedKV:
         """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
         buffers = tuple(buffers)
-        values, layout = buffers[0], Layout.of_buffers(*buffers)
-        (batch, heads), head_dim = values.shape[:2], layout.head_dim
+        window = format.window_of(buffers)
+        batch, heads, _, head_dim = window.shape
         size = (batch, heads, tokens, head_dim) if tokens_dim == 2 else (batch, tokens, heads, head_dim)
-        form = Form(layout, grows, tokens_dim, values.dtype, values.device)
+        form = Form(format, grows, tokens_dim, window.dtype, window.device)
         # The blocks of a static cache follow from its size.
-        cache = cls(buffers, form, _extent_of(values.shape[2] if grows else 0), size)
+        cache = cls(buffers, form, extent_of(blocks_for(format.capacity_of(buffers)) if grows else 0), size)
         cache.branch = Branch(tokens)
         if grows:
             _compat.maybe_mark_dynamic(cache, tokens_dim)
@@ -125,115 +78,34 @@ class CompressedKV(WithoutMemory):
 
     @classmethod
     def from_dense(cls, dense: Tensor, sparsity: float, window: int, tokens: int | None = None) -> CompressedKV:
-        """Compress a dense [B, H, S, D] of which ``tokens`` are written (default: all, and the cache can grow)."""
-        layout = Layout.of(dense.shape[3], sparsity, window)
+        """Compress a dense [B, H, S, D] of which ``tokens`` are written (default: all, and the cache can grow).
+
+        dense: float32, float16 or bfloat16, D a multiple of 8. sparsity: in [0, 1). window: at least 1. Raises
+        ValueError for anything else.
+        """
+        _check_dense(dense, tokens)
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity={sparsity!r} is not accepted; it must be a number in [0, 1)")
+        format = Format.of(dense.shape[3], sparsity, window)
         grows = tokens is None
         length = dense.shape[2]
         capacity = grown_capacity(length) if grows else length
         written = torch.tensor([length if tokens is None else tokens], device=dense.device)
-        buffers = ops.compress(dense, written, layout.kept, layout.window, capacity)
-        return cls.from_buffers(buffers, length, grows)
+        buffers = ops.compress(dense, written, format.encode(), capacity)
+        return cls.from_buffers(format, buffers, length, grows)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that the buffers really take."""
         return storage_bytes(self.buffers)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that the compressed part has room for."""
-        return BLOCK_TOKENS * self.buffers[0].shape[2]
-
     def dense(self) -> Tensor:
         """The dense tensor that this stands for: pruned elements and unwritten tokens are zero.
 
         Raises StaleCacheError where tokens of this handle were given up.
         """
-        rows = ops.decompress(*self.own_buffers(), self.tokens)
+        rows = ops.decompress(self.own_buffers(), self.format.encode(), self.tokens)
         return rows if self.tokens_dim == 2 else rows.transpose(1, 2).contiguous()
-
-    def own_buffers(self) -> tuple[Tensor, ...]:
-        """The buffers as this handle sees them, see ``own_counts``."""
-        if not self.grows or self.is_latest():
-            return self.buffers
-        return *self.buffers[:-1], self.own_counts()
-
-    def own_counts(self) -> Tensor:
-        """``counts`` as this handle sees them: a copy with fewer tokens where a longer handle was made.
-
-        Raises StaleCacheError where tokens of this handle were given up.
-        """
-        if not self.grows or self.is_latest():
-            return self.counts
-        self._check_standing()
-        counts = self.counts.clone()
-        counts[:1].fill_(self.tokens)
-        return counts
-
-    def is_latest(self) -> bool:
-        """Whether no other handle of this growing cache has gone further."""
-        branch = self.branch
-        return branch.tokens == self.tokens and branch.successor is None
-
-    def _check_standing(self) -> None:
-        standing = self.branch.standing()
-        if standing < self.tokens:
-            raise StaleCacheError(
-                f"this cache of {self.tokens} tokens was cropped to {standing} and continued: its later tokens are "
-                "gone. To continue one past in several ways, copy.deepcopy it first"
-            )
-
-    def prepare(self, count: int) -> None:
-        """Make a growing cache ready to take ``count`` more tokens. Call it before they are written.
-
-        Raises StaleCacheError if this handle was extended before, or some of its tokens were given up.
-        """
-        tokens = self.tokens
-        if not self.is_latest():
-            self._check_standing()
-            if not self.cropped:
-                raise StaleCacheError(
-                    f"this cache of {tokens} tokens was already extended to {self.branch.tokens}: its window has "
-                    "moved on. To continue one past in several ways, copy.deepcopy it first"
-                )
-            self.__dict__ = vars(self) | {"branch": self.branch.cut(tokens)}
-            self.counts[:1].fill_(tokens)
-        self.cropped = False
-        needed = tokens + count - self.row_layout.window
-        if needed > self.capacity:
-            self.reserve(grown_capacity(needed))
-
-    def extended(self, count: int) -> CompressedKV:
-        """The handle after ``count`` more tokens were written into the buffers."""
-        longer = self._handle(self.tokens + count)
-        self.branch.tokens = longer.tokens
-        return longer
-
-    def crop(self, tokens: int) -> CompressedKV:
-        """A handle of the first ``tokens`` tokens of a growing cache, which may be extended."""
-        self._check_standing()
-        shorter = self._handle(tokens)
-        shorter.cropped = True
-        return shorter
-
-    def _handle(self, tokens: int) -> CompressedKV:
-        """Another handle of the same buffers."""
-        size = list(self.shape)
-        size[self.tokens_dim] = tokens
-        handle = self.shaped(size, None, self.form.dtype, self.form.device)
-        handle.__dict__ = vars(self)
-        handle.tokens, handle.cropped = tokens, False
-        return handle
-
-    def reserve(self, capacity: int) -> None:
-        """Grow to room for ``capacity`` tokens, in place: the other handles read what is packed from now on, too."""
-        blocks = blocks_for(capacity)
-        if blocks == self.values.shape[2]:
-            return
-        with torch.inference_mode():  # where alone a cache that was made in it may be changed
-            for buffer in (self.values, self.bitmap):
-                torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))
-        self.extent = _extent_of(blocks)
 
     def alias(self) -> CompressedKV:
         """Another object for this very handle."""
@@ -243,17 +115,12 @@ class CompressedKV(WithoutMemory):
         return alias
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
-        """A cache of its own with ``change`` applied to each buffer."""
-        return self.over(map(change, self.own_buffers()))
+        """A cache of its own with ``change`` applied to each buffer, all of which have the batch first."""
+        return self.like(map(change, self.own_buffers()))
 
-    def rebatched(self, change: Callable[[Tensor], Tensor]) -> CompressedKV:
-        """A cache of its own with ``change``, which selects along dimension 0, applied to what has a batch."""
-        buffers = [*map(change, self.buffers[:-1]), self.own_counts().clone()]
-        return self.over(buffers)
-
-    def over(self, buffers: Iterable[Tensor]) -> CompressedKV:
-        """A cache of its own over ``buffers``, with as many tokens."""
-        return CompressedKV.from_buffers(buffers, self.tokens, self.grows, self.tokens_dim)
+    def like(self, buffers: Iterable[Tensor]) -> CompressedKV:
+        """A cache of its own over ``buffers``, otherwise as this one."""
+        return CompressedKV.from_buffers(self.format, buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __getitem__(self, index: Any) -> Tensor:
         """As Tensor's, but autograd does not keep this tensor alive as the base of the result."""
@@ -264,14 +131,14 @@ class CompressedKV(WithoutMemory):
         """As Tensor.repeat_interleave. Along dimension 0 the result is compressed: torch would only show its parts."""
         if dim not in (0, -4) or self.has_only_a_shape:
             return super().repeat_interleave(repeats, dim, **options)
-        return self.rebatched(lambda buffer: buffer.repeat_interleave(repeats, 0, **options))
+        return self.mapped(lambda buffer: buffer.repeat_interleave(repeats, 0, **options))
 
     def __copy__(self) -> CompressedKV:
         return self.alias()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        buffers = [buffer.detach() for buffer in self.mapped(lambda buffer: buffer).buffers]  # without Dynamo's marks
-        return restored_cache, (*buffers, self.tokens, self.grows, self.tokens_dim)
+        buffers = [buffer.detach() for buffer in self.own_buffers()]  # without Dynamo's marks
+        return restored, (self.format.encode(), buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __tensor_flatten__(self):
         return self._flattened
@@ -296,7 +163,7 @@ class CompressedKV(WithoutMemory):
         )
 
     def __repr__(self) -> str:
-        kept = f"{self.row_layout.kept} of {self.row_layout.head_dim} kept"
+        kept = f"{self.format.kept} of {self.format.head_dim} kept"
         return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"
 
     @classmethod
@@ -304,8 +171,18 @@ class CompressedKV(WithoutMemory):
         return cls.dispatch(func, args, kwargs or {})
 
 
-def restored_cache(
-    values: Tensor, bitmap: Tensor, window: Tensor, counts: Tensor, tokens: int, grows: bool, tokens_dim: int = 2
-) -> CompressedKV:
-    """What pickle calls to make a saved cache again."""
-    return CompressedKV.from_buffers((values, bitmap, window, counts), tokens, grows, tokens_dim)
+def _check_dense(dense: Tensor, tokens: int | None) -> None:
+    if dense.dim() != 4 or dense.dtype not in CACHE_DTYPES or dense.shape[3] % CHUNK or not dense.shape[3]:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in CACHE_DTYPES)
+        raise ValueError(
+            f"a dense cache of {list(dense.shape)} {dense.dtype} is not accepted; it must be [B, H, S, D], {accepted}, "
+            f"with D a multiple of {CHUNK}"
+        )
+    if tokens is not None and not 0 <= tokens <= dense.shape[2]:
+        raise ValueError(f"tokens={tokens} is not accepted; it must be from 0 to the {dense.shape[2]} that there are")
+
+
+def restored(format: str, buffers: Sequence[Tensor], tokens: int, grows: bool, tokens_dim: int) -> CompressedKV:
+    """What pickle calls to make a saved cache again. Raises SavedCacheError where that cannot be one."""
+    check_saved(format, buffers, tokens, grows, tokens_dim)
+    return CompressedKV.from_buffers(Format.decode(format), buffers, tokens, grows, tokens_dim)

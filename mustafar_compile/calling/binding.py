@@ -7,7 +7,6 @@ from operator import itemgetter
 from typing import Any
 
 from ..cache.attached import AttachedState
-from ..lowering.format import BUFFERS
 from ..patterns.rewriting.plan import Argument, AttachedBuffer, Buffer, Input, Size
 
 
@@ -19,12 +18,10 @@ class Binding:
     """
 
     def __init__(self, inputs: Sequence[Input]) -> None:
-        self.caches = sorted({source.index for source in inputs if isinstance(source, Buffer)})
-        self.attached = sorted({source.index for source in inputs if isinstance(source, AttachedBuffer)})
+        buffers, attached = ([x for x in inputs if isinstance(x, kind)] for kind in (Buffer, AttachedBuffer))
+        self.caches, self.attached = (sorted({source.index for source in x}) for x in (buffers, attached))
         self.sizes = [source for source in inputs if isinstance(source, Size)]
-        ahead: list[Input] = [Buffer(index, name) for index in self.caches for name in BUFFERS]
-        ahead += [AttachedBuffer(index, name) for index in self.attached for name in BUFFERS]
-        ahead += self.sizes
+        ahead: list[Input] = [*sorted(buffers, key=_order), *sorted(attached, key=_order), *self.sizes]
         place = {source: i for i, source in enumerate(ahead)}
         places = [len(ahead) + source.index if isinstance(source, Argument) else place[source] for source in inputs]
         self.pick = itemgetter(*places) if len(places) > 1 else lambda laid_out: [laid_out[place] for place in places]
@@ -36,7 +33,11 @@ class Binding:
             cache = arguments[index]
             laid_out += cache.own_buffers() if cache.grows else cache.buffers
         for index in self.attached:
-            laid_out += states[index].buffers.values()
+            laid_out += states[index].buffers
         laid_out += [arguments[size.index].shape[size.dim] for size in self.sizes]
         laid_out += arguments
         return self.pick(laid_out)
+
+
+def _order(source: Buffer | AttachedBuffer) -> tuple[int, int]:
+    return source.index, source.place

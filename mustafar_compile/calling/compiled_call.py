@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..cache.attached import current_state
 from ..cache.tensor import CompressedKV
-from ..lowering.format import BUFFERS
 from ..patterns.rewriting.plan import Argument, Compressed, Extended, Plan, Result
 from ..reporting.explain import record_call
 from .binding import Binding
@@ -30,15 +29,20 @@ class CompiledCall:
         for output in self.extended:
             arguments[output.index].prepare(_count(output, arguments))
         if self.growing:
-            _level([arguments[index] for index in self.growing])
+            _give_equal_room([arguments[index] for index in self.growing])
         states = {a.index: current_state(a, arguments) for a in self.plan.attached}
-        results = self.compiled(*self.bind(arguments, states))
+        try:
+            results = self.compiled(*self.bind(arguments, states))
+        except BaseException:
+            for output in self.extended:  # others are told where their tokens go, so they can take them in again
+                arguments[output.index].undo()
+            raise
         for index, state in states.items():
             state.version = arguments[index]._version
-        return [_deliver(output, arguments, results) for output in self.plan.outputs]
+        return [_result(output, arguments, results) for output in self.plan.outputs]
 
 
-def _level(caches: list[CompressedKV]) -> None:
+def _give_equal_room(caches: list[CompressedKV]) -> None:
     """Give all growing caches the same number of blocks: one symbol stands for it in the compiled graph."""
     capacities = {cache.capacity for cache in caches}
     if len(capacities) > 1:
@@ -50,7 +54,7 @@ def _count(output: Extended, arguments: Sequence[Any]) -> int:
     return arguments[output.count.index] if isinstance(output.count, Argument) else output.count
 
 
-def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
+def _result(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
     match output:
         case Extended(index):
             return arguments[index].extended(_count(output, arguments))
@@ -58,7 +62,7 @@ def _deliver(output: Any, arguments: Sequence[Any], results: Sequence[Any]) -> A
             return results[index]
         case Argument(index):
             return arguments[index]
-        case Compressed(index, tokens, grows, tokens_dim):
-            buffers: list[Tensor] = list(results[index : index + len(BUFFERS)])
+        case Compressed(index, format, tokens, grows, tokens_dim):
+            buffers: list[Tensor] = list(results[index : index + len(format.buffers)])
             length = results[tokens.index] if isinstance(tokens, Result) else tokens
-            return CompressedKV.from_buffers(buffers, length, grows, tokens_dim)
+            return CompressedKV.from_buffers(format, buffers, length, grows, tokens_dim)

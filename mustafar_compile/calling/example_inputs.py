@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from .. import _compat
-from ..lowering.format import BLOCK_TOKENS, BUFFERS, Layout
+from ..lowering.format import BLOCK_TOKENS, Format
 from ..patterns.rewriting.plan import Argument, Plan, Size
 
 _CARRIED_META = ("tensor_dict", "grapharg", "example_value")
@@ -34,7 +34,9 @@ def with_calling_convention(
                 node.meta["tensor_dict"] = node.meta.get("tensor_dict", {}) | _STATIC_INPUT
         elif not isinstance(source, Size):
             node.meta["tensor_dict"] = dict(_STATIC_INPUT)
-            dynamo_source = _compat.AttrSource(dynamo_source, source.name) if dynamo_source is not None else None
+            dynamo_source = (
+                _compat.AttrSource(dynamo_source, f"buffer_{source.place}") if dynamo_source is not None else None
+            )
         node._dynamo_source = dynamo_source
     _carry_module_metadata(plan.module, gm)
     return plan.module, inputs
@@ -63,7 +65,7 @@ class _Examples:
         self.attached = {a.index: a for a in plan.attached}
         self.mode = _compat.TracingContext.get().fake_mode
         self.growing_capacity: Any = None
-        self.made: dict[int, dict[str, torch.Tensor]] = {}
+        self.made: dict[int, list[torch.Tensor]] = {}
 
     def of(self, source: Any) -> Any:
         index = source.index
@@ -73,18 +75,16 @@ class _Examples:
             return self.logical[index].shape[source.dim]
         if index not in self.made:
             self.made[index] = self._attached(index) if index in self.attached else self._compressed(index)
-        return self.made[index][source.name]
+        return self.made[index][source.place]
 
-    def _attached(self, index: int) -> dict[str, torch.Tensor]:
+    def _attached(self, index: int) -> list[torch.Tensor]:
         attached = self.attached[index]
-        batch, heads, capacity, head_dim = attached.shape
-        layout = Layout.interned(head_dim, attached.kept, attached.window)
-        return self._buffers(index, layout, batch, heads, capacity)
+        return self._buffers(index, attached.format, *attached.shape[:3])
 
-    def _compressed(self, index: int) -> dict[str, torch.Tensor]:
+    def _compressed(self, index: int) -> list[torch.Tensor]:
         cache, shape = self.given[index], self.logical[index].shape
         heads = shape[3 - cache.tokens_dim]
-        return self._buffers(index, cache.row_layout, shape[0], heads, self._capacity(index))
+        return self._buffers(index, cache.format, shape[0], heads, self._capacity(index))
 
     def _capacity(self, index: int) -> Any:
         """The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""
@@ -95,11 +95,10 @@ class _Examples:
             self.growing_capacity = BLOCK_TOKENS * self.logical[index].extent.shape[0]
         return self.growing_capacity
 
-    def _buffers(self, index: int, layout: Layout, batch: Any, heads: Any, capacity: Any) -> dict[str, torch.Tensor]:
+    def _buffers(self, index: int, format: Format, batch: Any, heads: Any, capacity: Any) -> list[torch.Tensor]:
         like = self.logical[index]
         with self.mode:
-            buffers = [
+            return [
                 torch.empty(shape, dtype=dtype, device=like.device)
-                for shape, dtype in layout.buffers(batch, heads, capacity, like.dtype)
+                for shape, dtype in format.shapes(batch, heads, capacity, like.dtype)
             ]
-        return dict(zip(BUFFERS, buffers, strict=True))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch.fx import GraphModule, Node
 
 from .. import _compat
-from ..lowering.format import MAX_QUERY_TOKENS, Layout, grown_capacity
+from ..lowering import backends
+from ..lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
 from ..patterns.attention.find import number_and_name
 from ..patterns.cache.conditions import Context
 from ..patterns.match import CacheUpdate, Match, NoMatch
-from ..settings import Settings
 from .explain import asked
 from .notices import notify, open_reports
 from .report import Entry
@@ -21,12 +20,10 @@ from .report import Entry
 log = logging.getLogger("mustafar_compile")
 
 
-def record_graph(
-    found: Sequence[Match | NoMatch], settings: Settings, compressed: Mapping[Node, tuple[int, int]]
-) -> None:
+def record_graph(found: Sequence[Match | NoMatch], context: Context) -> None:
     """Enter the attention layers of one graph into the open reports and the log."""
     counted: set[Node] = set()
-    _record([_entry(m, settings, compressed, counted) for m in found])
+    _record([_entry(m, context, counted) for m in found])
 
 
 _DENSE_STEP = (
@@ -38,21 +35,21 @@ _SHORT_PROMPT = (
 )
 
 
-def _why_dense(m: Match | NoMatch, context: Context) -> str:
+def _why_dense(m: Match | NoMatch) -> str:
     if isinstance(m, NoMatch):
         return m.reason
-    tokens, window = _compat.hint(m.attention.query_length), context.windows.get(m.key.base, context.window)
+    tokens, window = _compat.hint(m.attention.query_length), m.formats[0].window
     short_prompt = not m.key.grows and tokens > window
     return _SHORT_PROMPT.format(tokens=tokens, window=window) if short_prompt else _DENSE_STEP
 
 
-def record_decompression(found: Sequence[Match | NoMatch], context: Context) -> None:
+def record_decompression(found: Sequence[Match | NoMatch]) -> None:
     """Say that a graph decompresses a cache that comes into it, unless that is for a prompt."""
     dense = [m for m in found if isinstance(m, NoMatch) or m.phase == "prefill"]
     long = any(_compat.hint(m.attention.query_length) > MAX_QUERY_TOKENS for m in dense)
     if long or (found and not dense):
         return
-    why = "; ".join(dict.fromkeys(_why_dense(m, context) for m in dense))
+    why = "; ".join(dict.fromkeys(_why_dense(m) for m in dense))
     why = why or "a graph break lies between its update and its attention"
     notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
 
@@ -78,37 +75,56 @@ def _record(entries: list[Entry]) -> None:
         report.graphs += 1
         report._entries += entries
     for e in entries:
-        verdict = f"compressed ({e.phases[0]})" if not e.reason else f"not compressed: {e.reason}"
+        verdict = f"compressed ({e.phases[0]}) by {e.kernels}" if not e.reason else f"not compressed: {e.reason}"
         log.info("layer %d %s, cache %s: %s", e.layer, e.name, e.form, verdict)
 
 
-def _entry(
-    m: Match | NoMatch, settings: Settings, compressed: Mapping[Node, tuple[int, int]], counted: set[Node]
-) -> Entry:
+def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:
     """counted: caches whose bytes are in an earlier entry; those of ``m`` are added."""
     attention = m.attention
-    own = [(r, u) for r, u in (("key", m.key), ("value", m.value)) if u is not None and u.node not in counted]
-    counted.update(update.node for _, update in own)
-    sizes = [_cache_bytes(update, role, settings, isinstance(m, Match), compressed) for role, update in own]
-    dense, stored = (sum(size[i] for size in sizes) for i in (0, 1))
-    phases = (m.phase,) if isinstance(m, Match) else ()
-    reason = "" if isinstance(m, Match) else m.reason
-    return Entry(attention.layer, attention.name, m.form, phases, reason, dense, stored)
+    place = {"layer": attention.layer, "name": attention.name, "form": m.form}
+    if isinstance(m, NoMatch):
+        sizes = [_cache_bytes(x, _own_format(x, context), context) for x in (m.key, m.value) if _is_new(x, counted)]
+        return Entry(**place, reason=m.reason, **_summed(sizes))
+    sizes = [_cache_bytes(x, format, context) for x, format in m.updates if _is_new(x, counted)]
+    return Entry(**place, phases=(m.phase,), kernels=_kernels(m), **_summed(sizes))
 
 
-def _cache_bytes(
-    update: CacheUpdate, role: str, settings: Settings, matched: bool, compressed: Mapping[Node, Any]
-) -> tuple[int, int]:
+def _is_new(update: CacheUpdate | None, counted: set[Node]) -> bool:
+    if update is None or update.node in counted:
+        return False
+    counted.add(update.node)
+    return True
+
+
+def _summed(sizes: Sequence[tuple[int, int]]) -> dict[str, int]:
+    return {name: sum(size[i] for size in sizes) for i, name in enumerate(("dense_bytes", "stored_bytes"))}
+
+
+def _own_format(update: CacheUpdate, context: Context) -> Format | None:
+    """The format that a cache has whatever becomes of it, None where it is dense."""
+    return context.caches[update.base].format if update.base in context.caches else None
+
+
+def _cache_bytes(update: CacheUpdate, format: Format | None, context: Context) -> tuple[int, int]:
     """(dense, stored) bytes of the cache after the update, at the sizes the graph was compiled with."""
     value = update.node.meta["val"]
     shape = [_compat.hint(size) for size in value.shape]
     tokens, heads = shape[update.tokens_dim], shape[3 - update.tokens_dim]
     itemsize = value.dtype.itemsize
     dense = shape[0] * heads * tokens * shape[3] * itemsize
-    if not matched and update.base not in compressed:
+    if format is None:
         return dense, dense
     capacity = grown_capacity(tokens) if update.grows else tokens
-    layout = Layout.of(shape[3], settings.sparsity(role), settings.window)
-    stored = layout.stored_bytes(shape[0], heads, capacity, itemsize)
-    of_caller = not update.grows and update.base is not None and update.base not in compressed
-    return dense, stored + (dense if of_caller and not settings.release_dense else 0)
+    stored = format.stored_bytes(shape[0], heads, capacity, itemsize)
+    of_caller = not update.grows and update.base is not None and update.base not in context.caches
+    return dense, stored + (dense if of_caller and not context.release_dense else 0)
+
+
+def _kernels(m: Match) -> str:
+    """What carries out the decode steps of a layer."""
+    query, key = m.attention.query.meta["val"], m.key.node.meta["val"]
+    heads = _compat.hint(key.shape[3 - m.key.tokens_dim])
+    queries = _compat.hint(query.shape[2]) if m.phase == "decode" else 1
+    group = _compat.hint(query.shape[1]) // heads
+    return backends.for_step(backends.Work(*m.formats, key.dtype, key.device, group, queries)).name

@@ -12,8 +12,9 @@ class Entry:
     """One attention layer.
 
     layer: its number. name: its module path. form: how its cache is kept. phases: "prefill", "decode" where matched.
-    reason: why not in some graph, "" where matched in all. dense_bytes, stored_bytes: of K and V together, when the
-    graph was compiled; 0 where there is no cache or an earlier layer shares it.
+    reason: why not in some graph, "" where matched in all. kernels: what carries out its decode steps, "" without any.
+    dense_bytes, stored_bytes: of K and V together, when the graph was compiled; 0 where there is no cache or an earlier
+    layer shares it.
     """
 
     layer: int
@@ -21,6 +22,7 @@ class Entry:
     form: str
     phases: tuple[str, ...] = ()
     reason: str = ""
+    kernels: str = ""
     dense_bytes: int = 0
     stored_bytes: int = 0
 
@@ -77,20 +79,21 @@ class Report:
                 e.name,
                 e.form,
                 _verdict(e),
+                e.kernels,
                 bytes_text(e.dense_bytes),
                 bytes_text(e.stored_bytes),
             )
             for e in self._layers()
         ]
         title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
-        return table(title, ("layer", "module", "cache", "compressed", "dense", "stored"), rows)
+        return table(title, ("layer", "module", "cache", "compressed", "by", "dense", "stored"), rows)
 
 
 def _merged(a: Entry, b: Entry) -> Entry:
     """Two sightings of a layer: any miss shows. The later form and sizes count, though not of a miss."""
     phases = tuple(dict.fromkeys((*a.phases, *b.phases)))
     seen = a if b.reason and a.phases else b
-    return replace(seen, phases=phases, reason=b.reason or a.reason)
+    return replace(seen, phases=phases, reason=b.reason or a.reason, kernels=b.kernels or a.kernels)
 
 
 def _verdict(entry: Entry) -> str:

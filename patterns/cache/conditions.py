@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ...lowering.format import Format
 from ..attention.attention import Attention
 from ..attention.operand import Operand, leading_axes
 from ..graph.normalise import Functional
-from ..graph.symbols import known, same_size
+from ..graph.symbols import known as known_size
+from ..graph.symbols import same_size
 from ..graph.views import Axis, Read
 from .update import CacheUpdate, is_written_back, sliding_window
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """A compressed cache that the graph takes. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]."""
+
+    format: Format
+    tokens_dim: int
 
 
 @dataclass(frozen=True)
 class Context:
     """What matching must know beyond the graph.
 
-    windows: placeholders that hold a compressed cache, each with its window. window: that of new ones. tokens_dim:
-    the same placeholders, each with the dimension of its tokens.
-    parameters: placeholders that hold a parameter. unwatchable: placeholders whose writes from outside could not be
-    noticed (inference tensors). skip_layers: layers to leave dense. dtypes: what a cache may hold.
-    max_query_tokens: how many query tokens a decode step may have. release_dense: whether buffers of the caller are
-    kept as compressed state alone.
+    caches: the placeholders that hold a compressed cache. format_of: layer, role ("key" or "value"), head_dim and dtype
+    -> the format that a cache is to have, None where it stays dense. parameters: placeholders that hold a parameter.
+    unwatchable: placeholders whose writes from outside could not be noticed (inference tensors). dtypes: what a cache
+    may hold. max_query_tokens: how many query tokens a decode step may have. release_dense: whether buffers of the
+    caller are kept as compressed state alone.
     """
 
-    windows: Mapping[Node, int]
-    window: int
-    tokens_dim: Mapping[Node, int]
+    caches: Mapping[Node, CacheInput]
+    format_of: Callable[[int, str, int, torch.dtype], Format | None]
     parameters: Set[Node]
     unwatchable: Set[Node]
-    skip_layers: Collection[int]
     dtypes: Collection[torch.dtype]
     max_query_tokens: int
     release_dense: bool
@@ -64,17 +71,27 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
     in_place = written_back or update.grows or update.base is None
     require(in_place, "the updated cache is a new tensor and is not written back to its buffer")
     require(
-        update.batch is None or not (update.grows or update.base in context.windows or context.release_dense),
+        update.batch is None or not (update.grows or update.base in context.caches or context.release_dense),
         "only a part of the batch of the cache is used",
     )
+    known = context.caches.get(update.base)
     require(
-        context.tokens_dim.get(update.base, update.tokens_dim) == update.tokens_dim,
+        known is None or known.tokens_dim == update.tokens_dim,
         "new tokens join the compressed cache along a dimension that is not that of its tokens",
     )
     require(
         update.base not in context.unwatchable or update.grows,
         "the cache is an inference tensor, so writes from outside could not be noticed",
     )
+
+
+def format_for(update: CacheUpdate, role: str, layer: int, context: Context) -> Format:
+    """The format of a cache: its own, or the one that it is to have."""
+    value = update.node.meta["val"]
+    wanted = context.format_of(layer, role, value.shape[-1], value.dtype)
+    require(wanted is not None, f"layer {layer} is listed in skip_layers")
+    assert wanted is not None
+    return context.caches[update.base].format if update.base in context.caches else wanted
 
 
 def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attention: Attention) -> Read:
@@ -85,7 +102,10 @@ def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attenti
     plain = _runs_over(read.dims[operand.tokens], tokens) and _runs_over(read.dims[operand.channels], 3)
     plain = plain and _is_grouped(leading_axes(read, operand), heads, attention.query)
     require(plain, "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow")
-    kv_heads, query_heads = known(update.node.meta["val"].shape[heads]), known(attention.query.meta["val"].shape[1])
+    kv_heads, query_heads = (
+        known_size(update.node.meta["val"].shape[heads]),
+        known_size(attention.query.meta["val"].shape[1]),
+    )
     require(query_heads % kv_heads == 0, f"{query_heads} query heads are no multiple of {kv_heads} KV heads")
     require(update.op != "cat" or read.prefix is None, "only a part of the cache is attended")
     return read

@@ -14,8 +14,11 @@ from .update import CacheUpdate, end_of, is_run
 Cached = tuple[CacheUpdate, Read]
 
 
-def phase_of(attention: Attention, key: Cached, value: Cached, graph: Graph, context: Context) -> str:
-    """ "prefill" or "decode". Raises ``Reason`` where the cache could not stay compressed in either."""
+def phase_of(attention: Attention, key: Cached, value: Cached, window: int, graph: Graph, context: Context) -> str:
+    """ "prefill" or "decode". Raises ``Reason`` where the cache could not stay compressed in either.
+
+    window: that of the compressed cache.
+    """
     update = key[0]
     _check_alike(update, value[0], context)
     if update.base is None:
@@ -25,7 +28,7 @@ def phase_of(attention: Attention, key: Cached, value: Cached, graph: Graph, con
         require(not attention.is_causal, "is_causal=True with one query attends to the first key only")
     elif update.grows:
         require(not attention.is_causal, "is_causal=True over a past lets queries attend to the first keys only")
-    if not _is_step(attention, update, graph, context):
+    if not _is_step(attention, update, window, graph, context):
         _check_chunk(attention, update, context)
         return "prefill"
     for cached in (key, value):
@@ -39,7 +42,7 @@ def _check_alike(key: CacheUpdate, value: CacheUpdate, context: Context) -> None
     require(
         key.grows == value.grows
         and (key.base is None) == (value.base is None)
-        and (key.base in context.windows) == (value.base in context.windows),
+        and (key.base in context.caches) == (value.base in context.caches),
         "keys and values are cached in different ways",
     )
 
@@ -55,7 +58,7 @@ def _check_beginning(attention: Attention, key: CacheUpdate) -> None:
 
 def _check_chunk(attention: Attention, key: CacheUpdate, context: Context) -> None:
     """Several tokens on top of a cache: it is stored compressed, again or for the first time, so it must be theirs."""
-    if key.grows or key.base in context.windows or context.release_dense:
+    if key.grows or key.base in context.caches or context.release_dense:
         require(attention.is_causal or attention.mask is not None, "its attention is not causal")
         own = same_size(key.new.meta["val"].shape[key.tokens_dim], attention.query_length)
         require(own, "its keys are not those of the query's own tokens, as in cross-attention")
@@ -77,7 +80,7 @@ def _begins_with(node: Node, sizes: tuple) -> bool:
     return len(shape) in (2, 3) and all(map(same_size, shape, sizes))
 
 
-def _is_step(attention: Attention, update: CacheUpdate, graph: Graph, context: Context) -> bool:
+def _is_step(attention: Attention, update: CacheUpdate, window: int, graph: Graph, context: Context) -> bool:
     """Whether the queries can be taken one by one. Guards on their number, but only where all else allows it.
 
     The prompt of a static cache looks like a step. Its tokens must not be pruned before all of them were attended to,
@@ -88,7 +91,7 @@ def _is_step(attention: Attention, update: CacheUpdate, graph: Graph, context: C
         return True
     limit = context.max_query_tokens
     if not update.grows:
-        limit = min(limit, context.windows.get(update.base, context.window))
+        limit = min(limit, window)
     return (
         _has_row_for_each_query(attention)  # which alone says what of the others each sees
         and is_run(update.position)
@@ -113,6 +116,8 @@ def _check_step(attention: Attention, update: CacheUpdate, read: Read) -> None:
     if read.prefix is None:
         reason = "the whole buffer is attended without a mask, also where nothing is written"
         require(attention.mask is not None, reason)
+        slots, masked = cache[update.tokens_dim], attention.mask.meta["val"].shape[-1]
+        require(same_size(slots, 1) or not same_size(masked, 1), reason)
     else:
         reason = "the part of the buffer that is attended does not end with the new tokens"
         require(expression(read.prefix) == end_of(update), reason)

@@ -127,7 +127,10 @@ def _slice_scatter(node: Node) -> CacheUpdate | None:
     dim, start, _, step = slice_bounds(node, first=2)
     if new.op == "call_function" and new.target is aten.copy.default:  # x[a:b] = y copies y into a slice of x
         new = new.args[1]
-    return _write(node, cache, new, dim, "slice write", start) if step == 1 else None
+    size = node.meta["val"].shape[dim]
+    if isinstance(start, int) and start < 0:  # from the end
+        start = max(start + size, 0) if isinstance(size, int) else None
+    return _write(node, cache, new, dim, "slice write", start) if step == 1 and start is not None else None
 
 
 def _masked(node: Node) -> CacheUpdate | None:

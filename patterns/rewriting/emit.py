@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, Proxy
 
+from ...lowering.format import Format
 from ..cache.update import CacheUpdate
 from ..graph.nodes import is_tensor
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
-
-BUFFER_NAMES = [r.name for r in ops.compress.default._schema.returns]
-"""Names of the buffers of a compressed cache, in the order in which the ops take them."""
 
 
 class Emitter:
@@ -54,7 +52,15 @@ class Emitter:
             return None
         if not is_tensor(update.position):
             return self.tokens(update.position, update.new)
-        return self.call(aten.select.int, self.call(aten.view.default, self._positions(update), [-1]), 0, 0)
+        first = self.call(aten.select.int, self.call(aten.view.default, self._positions(update), [-1]), 0, 0)
+        return self._from_the_start(first, update)
+
+    def _from_the_start(self, position: Node, update: CacheUpdate) -> Node:
+        """An index that may count from the end of the cache, as one that counts from its start."""
+        if update.op != "index_put":  # the others do not take such
+            return position
+        from_end = self.call(aten.add.Tensor, position, self.size(update.node, update.tokens_dim))
+        return self.call(aten.where.self, self.call(aten.lt.Scalar, position, 0), from_end, position)
 
     def _positions(self, update: CacheUpdate) -> Node:
         """The tensor of positions, on the cache's device: some writes take one of the host."""
@@ -63,15 +69,15 @@ class Emitter:
             return update.position
         return self.call(aten._to_copy.default, update.position, device=device)
 
-    def compress(self, dense: Node, update: CacheUpdate, layout: tuple[int, int]) -> list[Node]:
-        """The buffers of ``dense``, which is the cache before or after ``update``. layout: (kept, window)."""
+    def compress(self, dense: Node, update: CacheUpdate, format: Format) -> list[Node]:
+        """The buffers of ``dense``, which is the cache before or after ``update``."""
         length, rows = self.size(dense, update.tokens_dim), self.swapped(dense, update.tokens_dim)
         if update.grows:
             tokens, capacity = self.tokens(length, dense), self._growing_capacity(length)
         else:
             tokens, capacity = self._written_tokens(update), length
-        packed = self.call(ops.compress.default, rows, tokens, *layout, capacity)
-        return [self.call(operator.getitem, packed, i) for i in range(len(BUFFER_NAMES))]
+        packed = self.call(ops.compress.default, rows, tokens, format.encode(), capacity)
+        return [self.call(operator.getitem, packed, i) for i in range(len(format.buffers))]
 
     def _growing_capacity(self, tokens: Any) -> Any:
         return self.capacity_of(tokens) if isinstance(tokens, int) else self.capacity_of(Proxy(tokens)).node
@@ -79,7 +85,7 @@ class Emitter:
     def _written_tokens(self, update: CacheUpdate) -> Node:
         """Tokens in a static cache after a write: one more than the last position."""
         if is_tensor(update.position):
-            last = self.call(aten.select.int, self._positions(update), 0, -1)
+            last = self._from_the_start(self.call(aten.select.int, self._positions(update), 0, -1), update)
         else:
             count = self.size(update.new, update.tokens_dim)
             start = Proxy(update.position) if isinstance(update.position, Node) else update.position
@@ -88,10 +94,10 @@ class Emitter:
             last = self.tokens(last.node if isinstance(last, Proxy) else last, update.new)
         return self.call(aten.add.Tensor, last, 1)
 
-    def decompress(self, buffers: list[Node], length: Any, tokens_dim: int) -> Node:
+    def decompress(self, buffers: list[Node], format: Format, length: Any, tokens_dim: int) -> Node:
         """The dense cache, of ``length`` tokens. Where that is none there is nothing to decompress."""
         if length == 0:
-            dense = self.call(aten.slice.Tensor, buffers[BUFFER_NAMES.index("window")], 2, 0, 0)
+            dense = self.call(aten.slice.Tensor, buffers[format.place("window")], 2, 0, 0)
         else:
-            dense = self.call(ops.decompress.default, *buffers, length)
+            dense = self.call(ops.decompress.default, buffers, format.encode(), length)
         return self.call(aten.contiguous.default, self.swapped(dense, tokens_dim))

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ...lowering.format import Format
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -20,18 +22,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A buffer of the compressed cache that is argument ``index``."""
+    """The ``place``-th buffer of the compressed cache that is argument ``index``."""
 
     index: int
-    name: str
+    place: int
 
 
 @dataclass(frozen=True)
 class AttachedBuffer:
-    """A buffer of the compressed state attached to the dense cache that is argument ``index``."""
+    """The ``place``-th buffer of the compressed state attached to the dense cache that is argument ``index``."""
 
     index: int
-    name: str
+    place: int
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ class Extended:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A new compressed cache: its buffers are the results from ``index`` on.
+    """A new compressed cache of a format: its buffers are the results from ``index`` on.
 
     tokens: its logical number of tokens, itself a result where it is not fixed. grows: whether by concatenation.
     tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D].
     """
 
     index: int
+    format: Format
     tokens: int | Result
     grows: bool
     tokens_dim: int
@@ -76,15 +79,14 @@ class Attached:
     """A dense cache of the caller that gets compressed state attached.
 
     index: its argument. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]. shape: [B, H, S, D] as the graph sees it,
-    sizes may be symbolic. kept, window: the layout. batch: the rows in use. position: maps the original arguments to
+    sizes may be symbolic. format: of the state. batch: the rows in use. position: maps the original arguments to
     the position of the new token. releases: whether its dense memory is given back, since the graph does not use it.
     """
 
     index: int
     tokens_dim: int
     shape: tuple[Any, ...]
-    kept: int
-    window: int
+    format: Format
     batch: int | Argument
     position: GraphModule
     releases: bool

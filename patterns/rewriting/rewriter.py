@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ...lowering.format import Format
+from ..cache.conditions import CacheInput
 from ..cache.update import CacheUpdate, recognise_shift, recognise_update
 from ..graph.normalise import Functional
 from ..graph.symbols import same_size
 from ..match import Match
-from .emit import BUFFER_NAMES, Emitter
+from .emit import Emitter
 from .inputs import Inputs
 from .plan import Argument, Attached, AttachedBuffer, Buffer, Compressed, Extended, Output, Plan, Result
 
@@ -31,16 +33,40 @@ class _New:
     """A cache that the graph compresses and returns."""
 
     buffers: list[Node]
+    format: Format
     grows: bool
     tokens_dim: int
+
+
+@dataclass
+class _Cache:
+    """The compressed cache that a placeholder holds, or that is attached to the dense one that it holds.
+
+    replaces_dense: whether the graph has no dense tensor beside it. written: its mutation happens inside an op.
+    rewinding: the write of a dense step into a static cache.
+    """
+
+    format: Format
+    tokens_dim: int
+    buffers: list[Node]
+    replaces_dense: bool = True
+    written: bool = False
+    rewinding: CacheUpdate | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """New rows and buffers of K and of V, and where the first row goes; None: behind the last."""
+
+    rows: list[Node]
+    buffers: list[list[Node]]
+    position: Node | None
 
 
 class Rewriter:
     """Rewrites one graph in place; use it once.
 
-    compressed: placeholders that hold a compressed cache, each with its (kept, window). tokens_dim: the same
-    placeholders, each with the dimension of its tokens.
-    layout_of: role ("key" or "value") and head_dim -> (kept, window) of a cache to be compressed.
+    compressed: the placeholders that hold a compressed cache.
     capacity_of: tokens -> compressed slots of a growing cache.
     release_dense: whether the compressed state of a buffer of the caller is all that the graph may use of it.
     """
@@ -48,77 +74,78 @@ class Rewriter:
     def __init__(
         self,
         functional: Functional,
-        compressed: Mapping[Node, tuple[int, int]],
-        tokens_dim: Mapping[Node, int],
-        layout_of: Callable[[str, int], tuple[int, int]],
+        compressed: Mapping[Node, CacheInput],
         capacity_of: Callable[[Any], Any],
         release_dense: bool,
     ) -> None:
         self.functional = functional
         self.graph: Graph = functional.graph
-        self.compressed = dict(compressed)
-        self.tokens_dim = dict(tokens_dim)  # of attached placeholders, too
-        self.layout_of = layout_of
         self.release_dense = release_dense
         self.inputs = Inputs(self.graph, functional.placeholders)
         self.emit = Emitter(self.graph, capacity_of)
-        self.buffers: dict[Node, list[Node]] = {}  # of compressed and of attached placeholders
+        self.caches = {
+            node: _Cache(x.format, x.tokens_dim, self.inputs.add_buffers(node, x.format, Buffer))
+            for node, x in compressed.items()
+        }
         self.replaced: dict[Node, Extended | _New] = {}  # outputs that become compressed caches
-        self.written: set[Node] = set()  # compressed placeholders whose mutation happens inside an op
-        self.rewinding: dict[Node, CacheUpdate] = {}  # compressed static placeholders that a dense step writes to
         self.attached: list[Attached] = []
         self.shared: set[Node] = set()  # updated keys that several attentions read
-        self.steps: dict[Node, tuple[list[Node], list[Node], Node | None]] = {}  # by the updated keys
+        self.steps: dict[Node, _Step] = {}  # by the updated keys
 
     def run(self, matches: list[Match]) -> Plan:
         readers = Counter(match.key.node for match in matches)
         self.shared = {node for node, count in readers.items() if count > 1}
-        for placeholder in self.compressed:
-            self.buffers[placeholder] = self.inputs.add_buffers(placeholder, Buffer)
         if self.release_dense:
             for match in matches:
-                self._take_over(match)
+                self._attach_in_place_of_dense(match)
         for match in matches:
             (self._decode if match.phase == "decode" else self._prefill)(match)
         self._keep_escaping_caches_compressed()
         outputs = self._set_output()
         self.graph.eliminate_dead_code()
-        for placeholder in self.compressed:
+        replaced = [node for node in self.caches if self._is_compressed(node)]
+        for placeholder in replaced:
             self._decompress_remaining_uses(placeholder)
-        self.inputs.drop(self.compressed)
+        self.inputs.drop(replaced)
         self.graph.lint()
         module = GraphModule(self.functional.module, self.graph)
         return Plan(module, list(self.inputs.sources.values()), outputs, self.attached)
+
+    def _is_compressed(self, base: Node | None) -> bool:
+        """Whether a placeholder holds a compressed cache, and no dense one."""
+        return base in self.caches and self.caches[base].replaces_dense
 
     # Matched attention
 
     def _decode(self, match: Match) -> None:
         attention = match.attention
         with self.graph.inserting_before(attention.node):
-            rows, buffers, position = self._taken_in(match)
+            step = self._step(match)
             result = self.emit.call(
                 ops.decode_attention.default,
                 attention.query,
-                *rows,
-                *buffers,
-                position,
+                *step.rows,
+                *step.buffers,
+                *(format.encode() for format in match.formats),
+                step.position,
                 attention.mask,
                 attention.sinks,
                 attention.scale,
                 attention.softcap,
+                length=None if match.key.grows else self.emit.size(match.key.node, match.key.tokens_dim),
             )
             for target, *rest in attention.restore:
                 result = self.emit.call(target, result, *rest)
             if attention.dtype != attention.query.meta["val"].dtype:
                 result = self.emit.call(aten._to_copy.default, result, dtype=attention.dtype)
-            result = self._laid_out_as(attention.node, result)
+            result = self._with_strides_of(attention.node, result)
         result.meta = dict(attention.node.meta)
         attention.node.replace_all_uses_with(result)
         self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]
         self.graph.erase_node(attention.node)
 
-    def _taken_in(self, match: Match) -> tuple[list[Node], list[Node], Node | None]:
-        """New rows, buffers and position of a step.
+    def _step(self, match: Match) -> _Step:
+        """What a step takes.
 
         Attentions that share a cache do the same step: taking the same tokens in again, at the same position, leaves
         the cache as it is.
@@ -126,18 +153,16 @@ class Rewriter:
         known = self.steps.get(match.key.node)
         if known is not None:
             return known
-        rows, buffers = [], []
         position = self.emit.first_position(match.key)
-        for role, update in (("key", match.key), ("value", match.value)):
-            rows.append(self.emit.new_rows(update))
-            buffers += self._state(update, role, position)
+        rows = [self.emit.new_rows(update) for update, _ in match.updates]
+        buffers = [self._state(update, format, position) for update, format in match.updates]
         if position is None and match.key.node in self.shared:
-            counts = buffers[BUFFER_NAMES.index("counts")]
-            position = self.emit.call(aten.clone.default, self.emit.call(aten.slice.Tensor, counts, 0, 0, 1))
-        self.steps[match.key.node] = rows, buffers, position
-        return rows, buffers, position
+            counts = buffers[0][match.formats[0].place("counts")]
+            position = self.emit.call(aten.clone.default, self.emit.call(aten.select.int, counts, 1, 0))
+        self.steps[match.key.node] = _Step(rows, buffers, position)
+        return self.steps[match.key.node]
 
-    def _laid_out_as(self, original: Node, result: Node) -> Node:
+    def _with_strides_of(self, original: Node, result: Node) -> Node:
         """``result`` with the strides of ``original``, on which views behind it rely.
 
         SDPA may give [B, L, Hq, D] in memory, the op gives [B, Hq, L, D]. For one token they are the same.
@@ -148,48 +173,41 @@ class Rewriter:
         swapped = self.emit.call(aten.transpose.int, result, 1, 2)
         return self.emit.call(aten.transpose.int, self.emit.call(aten.contiguous.default, swapped), 1, 2)
 
-    def _state(self, update: CacheUpdate, role: str, position: Node | None) -> list[Node]:
+    def _state(self, update: CacheUpdate, format: Format, position: Node | None) -> list[Node]:
         """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
         base = update.base
         assert base is not None
-        if base in self.compressed:
+        if self._is_compressed(base):
             if update.grows:
                 self.replaced[update.node] = Extended(self.inputs.index[base], self._count(update))
             else:
-                self.written.add(base)
-            return self.buffers[base]
-        layout = self.layout_of(role, update.node.meta["val"].shape[-1])
-        if update.grows:  # a dense past: compress it now, return it compressed
-            buffers = self.emit.compress(base, update, layout)
-            self.replaced[update.node] = _New(buffers, True, update.tokens_dim)
+                self.caches[base].written = True
+        elif update.grows:  # a dense past: compress it now, return it compressed
+            buffers = self.emit.compress(base, update, format)
+            self.replaced[update.node] = _New(buffers, format, True, update.tokens_dim)
             return buffers
-        if base not in self.buffers:
-            self._attach(update, layout, position)
-        return self.buffers[base]
+        elif base not in self.caches:
+            self._attach(update, format, position)
+        return self.caches[base].buffers
 
-    def _take_over(self, match: Match) -> None:
+    def _attach_in_place_of_dense(self, match: Match) -> None:
         """Make the buffers of the caller that ``match`` writes inputs like any compressed cache."""
-        for role, update in (("key", match.key), ("value", match.value)):
-            if update.base is None or update.grows or update.base in self.compressed:
-                continue
-            layout = self.layout_of(role, update.node.meta["val"].shape[-1])
-            with self.graph.inserting_before(update.node):
-                self._attach(update, layout, self.emit.first_position(update))
-            self.compressed[update.base] = layout
+        for update, format in match.updates:
+            if update.base is not None and not update.grows and not self._is_compressed(update.base):
+                with self.graph.inserting_before(update.node):
+                    self._attach(update, format, self.emit.first_position(update))
 
-    def _attach(self, update: CacheUpdate, layout: tuple[int, int], position: Node | None) -> None:
+    def _attach(self, update: CacheUpdate, format: Format, position: Node | None) -> None:
         assert update.base is not None
         assert position is not None
-        self.buffers[update.base] = self.inputs.add_buffers(update.base, AttachedBuffer)
-        self.tokens_dim[update.base] = update.tokens_dim
+        base, tokens_dim, releases = update.base, update.tokens_dim, self.release_dense
+        buffers = self.inputs.add_buffers(base, format, AttachedBuffer)
+        self.caches[base] = _Cache(format, tokens_dim, buffers, replaces_dense=releases)
         shape = list(update.node.meta["val"].shape)
-        if update.tokens_dim == 1:
+        if tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
-        batch, state_position = self.inputs.holding(shape[0]), self._extract(position)
-        index, tokens_dim = self.inputs.index[update.base], update.tokens_dim
-        self.attached.append(
-            Attached(index, tokens_dim, tuple(shape), *layout, batch, state_position, self.release_dense)
-        )
+        index, batch, of_state = self.inputs.index[base], self.inputs.holding(shape[0]), self._extract(position)
+        self.attached.append(Attached(index, tokens_dim, tuple(shape), format, batch, of_state, releases))
 
     def _count(self, update: CacheUpdate) -> int | Argument:
         return self.inputs.holding(update.new.meta["val"].shape[update.tokens_dim])
@@ -212,26 +230,26 @@ class Rewriter:
 
     def _prefill(self, match: Match) -> None:
         """Attention stays dense; what it leaves in the cache is compressed right after it."""
-        for role, update in (("key", match.key), ("value", match.value)):
-            if update.base is not None and not update.grows and update.base not in self.compressed:
+        for update, format in match.updates:
+            if update.base is not None and not update.grows and not self._is_compressed(update.base):
                 continue  # a buffer of the caller stays dense; the first decode step compresses it
-            layout = self.compressed.get(update.base) or self.layout_of(role, update.node.meta["val"].shape[-1])
             with self.graph.inserting_before(match.attention.node.next):
-                self._store(update, layout)
+                self._store(update, format)
 
-    def _store(self, update: CacheUpdate, layout: tuple[int, int]) -> None:
+    def _store(self, update: CacheUpdate, format: Format) -> None:
         """Compress the cache after ``update``: in place, or to be returned instead of the dense one."""
-        if update.node in self.replaced or update.base in self.written:
+        cache = self.caches.get(update.base) if update.base is not None else None
+        if update.node in self.replaced or (cache is not None and cache.written):
             return
-        buffers = self.emit.compress(update.node, update, layout)
-        if update.base is None or update.grows:
-            self.replaced[update.node] = _New(buffers, update.grows, update.tokens_dim)
+        buffers = self.emit.compress(update.node, update, format)
+        if cache is None or update.grows:
+            self.replaced[update.node] = _New(buffers, format, update.grows, update.tokens_dim)
             return
-        for mine, new in zip(self.buffers[update.base], buffers, strict=True):
+        for mine, new in zip(cache.buffers, buffers, strict=True):
             self.emit.call(aten.copy_.default, mine, new)
-        self.written.add(update.base)
+        cache.written = True
         if update.op != "shift":  # which writes all of the buffer, and rewinds nothing
-            self.rewinding[update.base] = update
+            cache.rewinding = update
 
     # Compressed caches that no match took
 
@@ -240,18 +258,18 @@ class Rewriter:
             for node in self.functional.outputs:
                 update = recognise_update(node) if isinstance(node, Node) else None
                 if update is not None and update.grows and self._joins_tokens(update):
-                    self._store(update, self.compressed[update.base])
+                    self._store(update, self.caches[update.base].format)
             for base, value in self.functional.mutated.items():
-                if base in self.compressed and base not in self.written:
-                    self._store(self._followed(base, value), self.compressed[base])
+                if self._is_compressed(base) and not self.caches[base].written:
+                    self._store(self._followed(base, value), self.caches[base].format)
 
     def _joins_tokens(self, update: CacheUpdate) -> bool:
         """Whether the tokens of a compressed cache get new ones behind them."""
-        return update.base in self.compressed and update.tokens_dim == self.tokens_dim[update.base]
+        return self._is_compressed(update.base) and update.tokens_dim == self.caches[update.base].tokens_dim
 
     def _followed(self, base: Node, value: Node) -> CacheUpdate:
         """The update by which ``base`` became ``value``."""
-        update = recognise_update(value) or recognise_shift(base, value, self.tokens_dim[base])
+        update = recognise_update(value) or recognise_shift(base, value, self.caches[base].tokens_dim)
         if update is None or update.base is not base or update.grows or not self._joins_tokens(update):
             raise UnsupportedWriteError(
                 f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
@@ -264,30 +282,31 @@ class Rewriter:
             user.replace_all_uses_with(self.inputs.size_of(placeholder, user.args[1]))
             self.graph.erase_node(user)
         if placeholder.users:
-            tokens_dim = self.tokens_dim[placeholder]
-            length = self.inputs.size_of(placeholder, tokens_dim)
+            cache = self.caches[placeholder]
+            length = self.inputs.size_of(placeholder, cache.tokens_dim)
             first_use = self._first_use(placeholder)
             with self.graph.inserting_before(first_use):
-                dense = self.emit.decompress(self._rewound(placeholder, first_use), length, tokens_dim)
+                rewound = self._rewound(cache, first_use)
+                dense = self.emit.decompress(rewound, cache.format, length, cache.tokens_dim)
             placeholder.replace_all_uses_with(dense)
 
-    def _rewound(self, placeholder: Node, first_use: Node) -> list[Node]:
+    def _rewound(self, cache: _Cache, first_use: Node) -> list[Node]:
         """The buffers as they are once the cache is rewound to where the graph writes, if that is before its end.
 
         What comes back to the window is read exact then. Not where the graph reads the cache before it knows the place.
         """
-        *rows, counts = self.buffers[placeholder]
-        update = self.rewinding.get(placeholder)
+        *rows, counts = cache.buffers
+        update = cache.rewinding
         if update is None or (isinstance(update.position, Node) and not update.position < first_use):
-            return [*rows, counts]
-        start = self.emit.call(aten.reshape.default, self.emit.first_position(update), [1])
+            return cache.buffers
+        start = self.emit.call(aten.reshape.default, self.emit.first_position(update), [-1, 1])
         start = self.emit.call(aten._to_copy.default, start, dtype=torch.int64)
-        tokens = self.emit.call(aten.minimum.default, self.emit.call(aten.slice.Tensor, counts, 0, 0, 1), start)
-        return [*rows, self.emit.call(aten.cat.default, [tokens, self.emit.call(aten.slice.Tensor, counts, 0, 1)])]
+        tokens = self.emit.call(aten.minimum.default, self.emit.call(aten.slice.Tensor, counts, 1, 0, 1), start)
+        return [*rows, self.emit.call(aten.cat.default, [tokens, self.emit.call(aten.slice.Tensor, counts, 1, 1)], 1)]
 
     def _first_use(self, placeholder: Node) -> Node:
         """The first op on the cache: late, so that one layer is dense at a time, and before anything is written."""
-        users = {user for node in (placeholder, *self.buffers[placeholder]) for user in node.users}
+        users = {user for node in (placeholder, *self.caches[placeholder].buffers) for user in node.users}
         return next(node for node in self.graph.nodes if node in users)
 
     # Calling convention
@@ -296,7 +315,7 @@ class Rewriter:
         """Give the graph its results, write mutated inputs back, and say what each result becomes."""
         output = self.graph.output_node()
         nodes: list[Any] = []
-        final = {value: base for base, value in self.functional.mutated.items() if base not in self.compressed}
+        final = {value: base for base, value in self.functional.mutated.items() if not self._is_compressed(base)}
         with self.graph.inserting_before(output):
             for value, base in final.items():
                 self.emit.call(aten.copy_.default, base, value)
@@ -305,7 +324,7 @@ class Rewriter:
         return outputs
 
     def _output(self, node: Any, nodes: list[Any]) -> Output:
-        if node in self.compressed:
+        if isinstance(node, Node) and self._is_compressed(node):
             return Argument(self.inputs.index[node])
         replaced = self.replaced.get(node) if isinstance(node, Node) else None
         if isinstance(replaced, Extended):
@@ -317,6 +336,6 @@ class Rewriter:
         nodes += replaced.buffers
         tokens = self.emit.size(node, replaced.tokens_dim)
         if isinstance(tokens, int):
-            return Compressed(first, tokens, replaced.grows, replaced.tokens_dim)
+            return Compressed(first, replaced.format, tokens, replaced.grows, replaced.tokens_dim)
         nodes.append(tokens)
-        return Compressed(first, Result(len(nodes) - 1), replaced.grows, replaced.tokens_dim)
+        return Compressed(first, replaced.format, Result(len(nodes) - 1), replaced.grows, replaced.tokens_dim)

@@ -1,0 +1,99 @@
+"""Rows in plain PyTorch: pruning, packing, expanding. They know nothing of blocks.
+
+A row is one token of one KV head. Packed, it is one tensor for each buffer of its format that grows, in their order:
+values [..., K] and bitmap words [..., w], int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .format import EXTREME, WORD_CHANNELS, Format
+
+_EACH_BYTE = 0x01010101  # a group of four channels, all kept
+
+
+def _groups(words: Tensor) -> Tensor:
+    """Groups of four channels, one channel in each byte, 1 where kept: int32 [..., w] -> int64 [..., w, 8]."""
+    return (words.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=words.device)) & _EACH_BYTE
+
+
+def _kept_below(group: Tensor, bit: Tensor | int) -> Tensor:
+    """Kept channels of a group in the bytes below ``bit``, a multiple of 8: those of the product hold the sums."""
+    return ((group * (_EACH_BYTE << 8)) >> bit) & 7
+
+
+def _kept_before(words: Tensor) -> Tensor:
+    """Kept channels before each group of four, in a narrow type: [..., w] -> [..., w, 8].
+
+    A buffer of its own: expanding a row then takes three loads and under 30 operations an element, few enough for
+    Inductor to do it inside the loop of each query head instead of storing dense rows (``should_realize_on_reuse`` and
+    ``has_large_inner_fn`` in torch/_inductor/ir.py).
+    """
+    dtype = torch.uint8 if words.shape[-1] <= 8 else torch.int16
+    earlier = _kept_below(_groups(words), 32).flatten(-2)[..., :-1].to(dtype)
+    return torch.nn.functional.pad(earlier, (1, 0)).cumsum(-1, dtype=dtype).unflatten(-1, (-1, 8))
+
+
+def channel_ranks(words: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """For every channel, whether it was kept and its place among the kept: [..., w] -> bool and int64 [..., D]."""
+    group, bit = _groups(words).unsqueeze(-1), torch.arange(0, 32, 8, device=words.device)
+    rank = _kept_below(group, bit) + _kept_before(words).unsqueeze(-1)
+    return (group & (1 << bit)).to(torch.bool).flatten(-3)[..., :head_dim], rank.flatten(-3)[..., :head_dim]
+
+
+def expand(packed: Sequence[Tensor], format: Format) -> Tensor:
+    """Dense rows [..., D] of packed ones, zero where pruned."""
+    values, words = packed
+    kept, rank = channel_ranks(words, format.head_dim)
+    gathered = values.gather(-1, rank.clamp(max=format.kept - 1))
+    return torch.where(kept, gathered, 0)
+
+
+def cleared(packed: Sequence[Tensor], stays: Tensor) -> tuple[Tensor, ...]:
+    """Packed rows that are all zero but where ``stays`` [...]: cheaper than to clear what they are expanded to."""
+    values, words = packed
+    return values, torch.where(stays.unsqueeze(-1), words, 0)
+
+
+def _ranking_keys(x: Tensor) -> Tensor:
+    """An int64 for each element that orders a row without ties: by magnitude (NaN on top), then the lower channel."""
+    narrow = torch.int32 if x.dtype == torch.float32 else torch.int16
+    largest = torch.iinfo(narrow).max
+    magnitude = torch.where(x.isnan(), largest, x.view(narrow) & largest).to(torch.int64)
+    head_dim = x.shape[-1]
+    return magnitude * head_dim + (head_dim - 1 - torch.arange(head_dim, device=x.device))
+
+
+def keep_mask(x: Tensor, kept: int) -> Tensor:
+    """True for the ``kept`` elements of largest magnitude of each row; ties go to the lower channel."""
+    if kept == x.shape[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
+    keys = _ranking_keys(x)
+    return keys >= keys.topk(kept, dim=-1).values[..., -1:]
+
+
+def _words(mask: Tensor) -> Tensor:
+    """The bitmap of rows: bool [..., D] -> int32 [..., w]."""
+    bit = torch.arange(8, dtype=torch.int32, device=mask.device).unsqueeze(-1)
+    bit = bit + 8 * torch.arange(4, dtype=torch.int32, device=mask.device)
+    whole = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_CHANNELS))
+    return (whole.unflatten(-1, (-1, 8, 4)).to(torch.int32) << bit).sum((-2, -1), dtype=torch.int32)
+
+
+def pack(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Prune and pack rows [..., D]: values [..., K] and words [..., w] int32."""
+    mask = keep_mask(x, format.kept)
+    words = _words(mask)
+    _, rank = channel_ranks(words, format.head_dim)
+    slot = torch.where(mask, rank, format.kept)  # pruned elements all go to one slot that is cut off
+    values = x.new_zeros(*x.shape[:-1], format.kept + 1).scatter(-1, slot, x)
+    return values[..., : format.kept].contiguous(), words
+
+
+def extreme(x: Tensor) -> Tensor:
+    """True where NaN, infinite or at least ``EXTREME`` in magnitude."""
+    return ~(x.float().abs() < EXTREME)

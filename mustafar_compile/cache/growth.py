@@ -1,0 +1,164 @@
+"""How a growing cache goes on: handles of the same buffers, each longer or shorter than the one it comes from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from ..errors import StaleCacheError
+from ..lowering.format import Format, blocks_for, grown_capacity
+from .lineage import Branch
+from .without_memory import WithoutMemory
+
+_extents: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
+class Form(NamedTuple):
+    """What, beside its shape, decides on the code for a cache. Dynamo guards on it."""
+
+    format: Format
+    grows: bool
+    tokens_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def extent_of(blocks: int) -> Tensor:
+    """An empty tensor [blocks, 0], one and the same for all caches of so many blocks.
+
+    It is what Dynamo sees of the buffers, whose sizes follow from it. At each call Dynamo then compares addresses,
+    which costs less than to check a buffer of each cache.
+    """
+    extent = _extents.get(blocks)
+    if extent is None:
+        with torch.inference_mode(False):
+            extent = torch.empty(blocks, 0, dtype=torch.uint8, device="cpu")
+        _compat.maybe_mark_dynamic(extent, 0)
+        extent = _extents.setdefault(blocks, extent)
+    return extent
+
+
+def _with_blocks(buffer: Tensor, blocks: int) -> Tensor:
+    """``buffer`` [B, H, N, ...] with zeros behind, up to ``blocks`` blocks."""
+    spare = blocks - buffer.shape[2]
+    return torch.nn.functional.pad(buffer, (*(0, 0) * (buffer.dim() - 3), 0, spare))
+
+
+class Handle(WithoutMemory):
+    """K or V of one layer as far as some token. All handles of a growing cache share its buffers and its branch."""
+
+    form: Form
+    format: Format
+    grows: bool
+    tokens_dim: int
+    buffers: tuple[Tensor, ...]
+    extent: Tensor
+    branch: Branch
+
+    # All else, Dynamo's marks too, is one ``__dict__`` for all handles of a branch: to fill one for each handle of each
+    # step takes longer than to make the tensor.
+    __slots__ = ("cropped", "tokens")
+    tokens: int
+    """The logical number of tokens."""
+    cropped: bool
+
+    @property
+    def counts(self) -> Tensor:
+        """The buffer of this name, [B, 3]."""
+        return self.buffers[-1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the compressed part has room for."""
+        return self.format.capacity_of(self.buffers)
+
+    def own_buffers(self) -> tuple[Tensor, ...]:
+        """The buffers as this handle sees them, see ``own_counts``."""
+        if not self.grows or self.is_latest():
+            return self.buffers
+        return *self.buffers[:-1], self.own_counts()
+
+    def own_counts(self) -> Tensor:
+        """``counts`` as this handle sees them: a copy with fewer tokens where a longer handle was made.
+
+        Raises StaleCacheError where tokens of this handle were given up.
+        """
+        if not self.grows or self.is_latest():
+            return self.counts
+        self._check_standing()
+        counts = self.counts.clone()
+        counts[:, 0].fill_(self.tokens)
+        return counts
+
+    def is_latest(self) -> bool:
+        """Whether no other handle of this growing cache has gone further."""
+        branch = self.branch
+        return branch.tokens == self.tokens and branch.successor is None
+
+    def _check_standing(self) -> None:
+        standing = self.branch.standing()
+        if standing < self.tokens:
+            raise StaleCacheError(
+                f"this cache of {self.tokens} tokens was cropped to {standing} and continued: its later tokens are "
+                "gone. To continue one past in several ways, copy.deepcopy it first"
+            )
+
+    def prepare(self, count: int) -> None:
+        """Make a growing cache ready to take ``count`` more tokens. Call it before they are written.
+
+        Raises StaleCacheError if this handle was extended before, or some of its tokens were given up.
+        """
+        tokens = self.tokens
+        if not self.is_latest():
+            self._check_standing()
+            if not self.cropped:
+                raise StaleCacheError(
+                    f"this cache of {tokens} tokens was already extended to {self.branch.tokens}: its window has "
+                    "moved on. To continue one past in several ways, copy.deepcopy it first"
+                )
+            self.__dict__ = vars(self) | {"branch": self.branch.cut(tokens)}
+            self.counts[:, 0].fill_(tokens)
+        self.cropped = False
+        needed = tokens + count - self.format.window
+        if needed > self.capacity:
+            self.reserve(grown_capacity(needed))
+
+    def extended(self, count: int) -> Handle:
+        """The handle after ``count`` more tokens were written into the buffers."""
+        longer = self._handle(self.tokens + count)
+        self.branch.tokens = longer.tokens
+        return longer
+
+    def crop(self, tokens: int) -> Handle:
+        """A handle of the first ``tokens`` tokens of a growing cache, which may be extended."""
+        self._check_standing()
+        shorter = self._handle(tokens)
+        shorter.cropped = True
+        return shorter
+
+    def _handle(self, tokens: int) -> Handle:
+        """Another handle of the same buffers."""
+        size = list(self.shape)
+        size[self.tokens_dim] = tokens
+        handle = self.shaped(size, None, self.form.dtype, self.form.device)
+        handle.__dict__ = vars(self)
+        handle.tokens, handle.cropped = tokens, False
+        return handle
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to room for ``capacity`` tokens, in place: the other handles read what is packed from now on, too."""
+        blocks = blocks_for(capacity)
+        if blocks == blocks_for(self.capacity):
+            return
+        with torch.inference_mode():  # where alone a cache that was made in it may be changed
+            for buffer in self.buffers[: len(self.format.packed)]:
+                torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))
+        self.extent = extent_of(blocks)
+
+    def undo(self) -> None:
+        """Take back what a step that failed has counted, so that it may be tried again with this handle."""
+        self.counts[:, 0].fill_(self.tokens)

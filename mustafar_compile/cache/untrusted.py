@@ -1,0 +1,64 @@
+"""Saved caches are untrusted input: kernels go by what the buffers say, so all of it is checked when one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SavedCacheError
+from ..lowering.format import BLOCK_TOKENS, Format, FormatError, blocks_for
+
+
+def check_saved(format: Any, buffers: Any, tokens: Any, grows: Any, tokens_dim: Any) -> None:
+    """Raise SavedCacheError unless a cache can be made of these, and be read and continued within its buffers."""
+    try:
+        known = Format.decode(format)
+        known.check(buffers)
+    except (FormatError, TypeError, AttributeError) as error:
+        raise SavedCacheError(f"this is no saved KV cache: {error}") from error
+    _require(type(tokens) is int and tokens >= 0, f"it has {tokens!r} tokens; accepted is an integer from 0 on")
+    _require(type(grows) is bool, f"whether it grows is {grows!r}; accepted are True and False")
+    _require(type(tokens_dim) is int and tokens_dim in (1, 2), f"its tokens are dimension {tokens_dim!r}, not 1 or 2")
+    if known.window_of(buffers).device.type != "meta":  # where there is nothing to look at
+        _check_counts(known, buffers, tokens, grows)
+        _check_bitmap(known, buffers)
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise SavedCacheError(f"a saved KV cache cannot be used: {problem}")
+
+
+def _check_counts(format: Format, buffers: Sequence[Tensor], tokens: int, grows: bool) -> None:
+    capacity = format.capacity_of(buffers)
+    room = capacity + format.window if grows else tokens
+    fits = tokens <= room if grows else capacity == BLOCK_TOKENS * blocks_for(tokens)
+    _require(fits, f"its buffers have room for {capacity} packed tokens, which does not fit its {tokens} tokens")
+    for written, held, extreme in buffers[format.place("counts")].tolist():
+        counts = f"counts of {written} tokens written, the first of them in the window {held}, and a mark of {extreme}"
+        whole = written == tokens if grows else written <= tokens
+        in_order = 0 <= held <= written <= held + format.ring and extreme in (0, 1)
+        _require(whole and in_order and max(held, written - format.window) <= capacity, f"it has {counts}")
+
+
+def _check_bitmap(format: Format, buffers: Sequence[Tensor]) -> None:
+    """Each pruned row keeps as many elements as its format says, and none past its channels."""
+    bitmap, counts = (buffers[format.place(name)] for name in ("bitmap", "counts"))
+    if bitmap.numel() == 0:
+        return
+    bits = (bitmap.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=bitmap.device)) & 1
+    pruned = torch.maximum(counts[:, 1], counts[:, 0] - format.window)
+    token = torch.arange(format.capacity_of(buffers), device=bitmap.device).view(-1, BLOCK_TOKENS)
+    right = (bits.sum((-2, -1)) == format.kept) & ~_past_the_end(format, bits)
+    unread = token >= pruned.view(-1, 1, 1, 1)
+    _require(bool((right | unread).all()), f"the bitmap of some row does not keep {format.kept} of its channels")
+
+
+def _past_the_end(format: Format, bits: Tensor) -> Tensor:
+    """Whether a row [..., w, 32] has a bit of a channel that there is not."""
+    bit = torch.arange(32, device=bits.device)
+    channel = bit % 8 * 4 + bit // 8 + 32 * torch.arange(format.words, device=bits.device).unsqueeze(-1)
+    return ((channel >= format.head_dim) & (bits != 0)).flatten(-2).any(-1)
