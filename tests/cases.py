@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, window_of
+from mustafar_compile.lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, Format
 from reference import kept_count, prune, pruned_cache, reference_attention
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -32,6 +32,59 @@ def assert_same_bits(actual, expected):
     assert torch.equal(actual.isnan(), expected.isnan())
     actual, expected = (x.masked_fill(x.isnan(), 0).view(BITS[x.dtype]) for x in (actual, expected))
     assert torch.equal(actual, expected)
+
+
+class Cache(list):
+    """The buffers of one cache tensor, and their format."""
+
+    def __init__(self, buffers, format):
+        super().__init__(buffers)
+        self.format = format
+
+    @property
+    def values(self):
+        return self[self.format.place("values")]
+
+    @property
+    def bitmap(self):
+        return self[self.format.place("bitmap")]
+
+    @property
+    def window(self):
+        return self[self.format.place("window")]
+
+    @property
+    def counts(self):
+        return self[self.format.place("counts")]
+
+    def changed(self, change):
+        """A cache with ``change`` applied to each buffer."""
+        return Cache(map(change, self), self.format)
+
+    def clone(self):
+        return self.changed(torch.clone)
+
+    def to(self, device):
+        return self.changed(lambda x: x.to(device))
+
+
+def compressed(dense, tokens, kept, window, capacity, by=ops):
+    """``by.compress``, where ``by`` is ``ops``, ``portable`` or ``kernels``. tokens: a number, or one for each row."""
+    format = Format.interned(dense.shape[3], kept, window)
+    tokens = torch.as_tensor(tokens, device=dense.device).reshape(-1)
+    return Cache(by.compress(dense, tokens, format.encode() if by is ops else format, capacity), format)
+
+
+def decompressed(cache, length, by=ops):
+    """``by.decompress``."""
+    return by.decompress(cache, cache.format.encode() if by is ops else cache.format, length)
+
+
+def attention(query, key, value, keys, values, position=None, mask=None, sinks=None, scale=1.0, softcap=0.0, **how):
+    """``decode`` (default: the op) over two caches."""
+    decode = how.pop("decode", ops.decode_attention)
+    formats = [x.format.encode() if decode is ops.decode_attention else x.format for x in (keys, values)]
+    return decode(query, key, value, keys, values, *formats, position, mask, sinks, scale, softcap, **how)
 
 
 @st.composite
@@ -92,21 +145,19 @@ def with_length(x, length):
     return torch.nn.functional.pad(x, (0, 0, 0, max(length - x.shape[2], 0)))[:, :, :length]
 
 
-def rows_of(buffers):
+def rows_of(cache):
     """What the slots hold, each in a row [B, H, slots, n]: values and words."""
-    values, bitmap, *_ = buffers
-    return values.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3), bitmap.flatten(2, 3)
+    return cache.values.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3), cache.bitmap.flatten(2, 3)
 
 
-def counts_of(tokens, window, flag=0):
+def counts_of(tokens, window, flag=0, batch=1):
     """The counts of a cache that ``tokens`` were written into in order."""
-    return [tokens, max(tokens - window - MAX_QUERY_TOKENS, 0), flag]
+    return batch * [[tokens, max(tokens - window - MAX_QUERY_TOKENS, 0), flag]]
 
 
-def pruned_in(buffers):
-    """How many tokens count as pruned."""
-    tokens, held, _ = buffers[3].tolist()
-    return max(held, tokens - window_of(buffers[2]))
+def pruned_in(cache):
+    """How many tokens of each row of the batch count as pruned."""
+    return [max(held, tokens - cache.format.window) for tokens, held, _ in cache.counts.tolist()]
 
 
 LAYOUTS = ["plain", "tokens first", "channels strided", "part of a larger one", "heads expanded"]
@@ -126,7 +177,7 @@ BORDERS = [(dtype, value, flag) for dtype in CACHE_DTYPES for value, flag in bor
 
 
 def row_holding(value, dtype, device="cpu"):
-    """A token [2, 2, 1, 40] with ``value`` in its last channel."""
+    """A token [2, 2, 1, 40] with ``value`` in the last channel of the second row of the batch."""
     row = randn(2, 2, 1, 40, seed=9, dtype=dtype, device=device)
     row[1, 1, 0, 39] = value
     return row
@@ -204,21 +255,20 @@ class Case:
         capacity = max(self.tokens - self.window, 0) + 1 + self.spare
         kept = kept_count(x.shape[3], sparsity)
         dense = x[:, :, : max(written, 1)]
-        tokens = torch.tensor([written], device=x.device)
-        buffers = list(ops.compress(dense, tokens, kept, self.window, capacity))
-        values, bitmap, window, _ = buffers
-        empty = torch.arange(32 * values.shape[2], device=x.device).view(-1, 32, 1) >= max(written - self.window, 0)
-        values.masked_fill_(empty.unsqueeze(1), NAN)
-        bitmap.masked_fill_(empty, -1)
-        window[:, :, written:] = NAN
-        return buffers
+        cache = compressed(dense, written, kept, self.window, capacity)
+        slots = cache.format.capacity_of(cache)
+        empty = torch.arange(slots, device=x.device).view(-1, 32, 1) >= max(written - self.window, 0)
+        cache.values.masked_fill_(empty.unsqueeze(1), NAN)
+        cache.bitmap.masked_fill_(empty, -1)
+        cache.window[:, :, written:] = NAN
+        return cache
 
-    def step(self, key_buffers=None, value_buffers=None, position=None, decode=ops.decode_attention):
-        """The result of ``decode``, which updates the buffers."""
+    def step(self, keys=None, values=None, position=None, decode=ops.decode_attention, **how):
+        """The result of ``decode``, which updates the caches."""
         new = [x[:, :, self.written :] for x in (self.keys, self.values)]
-        key_buffers, value_buffers = key_buffers or self.past("key"), value_buffers or self.past("value")
-        how = position, self.mask, self.sinks, self.scale_number, self.softcap
-        return decode(self.query, *new, *key_buffers, *value_buffers, *how)
+        caches = keys or self.past("key"), values or self.past("value")
+        given = position, self.mask, self.sinks, self.scale_number, self.softcap
+        return attention(self.query, *new, *caches, *given, decode=decode, **how)
 
     def expected(self):
         """The oracle's result in float64."""
@@ -279,12 +329,13 @@ def assert_close(actual, case, factor=1, rounds_weights=False):
 
 def assert_same_cache(actual, expected):
     """Buffers that hold the same: all but the slots that nothing reads, to the last bit."""
-    assert actual[3].tolist() == expected[3].tolist()
-    pruned = pruned_in(expected)
-    mine, other = ([x[:, :, :pruned].to(expected[0].device) for x in rows_of(b)] for b in (actual, expected))
-    assert_same_bits(mine[0], other[0])
-    assert torch.equal(mine[1], other[1])
-    assert_same_bits(actual[2].to(expected[2].device), expected[2])
+    assert actual.counts.tolist() == expected.counts.tolist()
+    actual = actual.to(expected.window.device)
+    for row, pruned in enumerate(pruned_in(expected)):
+        mine, other = ([x[row, :, :pruned] for x in rows_of(cache)] for cache in (actual, expected))
+        assert_same_bits(mine[0], other[0])
+        assert torch.equal(mine[1], other[1])
+    assert_same_bits(actual.window, expected.window)
 
 
 def sparsity_for(head_dim, kept):
@@ -392,26 +443,26 @@ def check_steps(
     """
     kept = 8
     oracles = [TokenByToken(kept, window) for _ in range(2)]
-    written, buffers = torch.tensor([start], device=device), []
+    caches = []
     for i, oracle in enumerate(oracles):
         prompt = randn(2, 1, start + 1, head_dim, seed=seed - i - 1, dtype=dtype)
         if start:
             oracle.write(prompt[:, :, :start], 0)
         capacity = start + sum(count for _, count in moves)
-        buffers.append(list(ops.compress(prompt.to(device), written, kept, window, capacity)))
+        caches.append(compressed(prompt.to(device), start, kept, window, capacity))
     for n, (fraction, count) in enumerate(moves):
         position = round(fraction * len(oracles[0].rows))
         query, *new = (randn(2, h, count, head_dim, seed=seed + 10 * n + h, dtype=dtype) for h in (2, 1, 1))
         seen = [oracle.write(rows, position) for oracle, rows in zip(oracles, new, strict=True)]
         arguments = [x.to(device) for x in (query, *new)]
         at = torch.tensor([position], device=device)
-        out = decode(*arguments, *buffers[0], *buffers[1], at, None, None, 0.2)
+        out = attention(*arguments, *caches, at, scale=0.2, decode=decode)
         for i, (keys, values) in enumerate(zip(*seen, strict=True)):
             case = Case(query[:, :, i : i + 1], keys, values, 0.0, 0.0, scale=0.2)
             assert_close(out[:, :, i : i + 1], case, rounds_weights=True)
-        for mine, oracle in zip(buffers, oracles, strict=True):
-            assert mine[3].tolist() == [position + count, oracle.held, 0]
-            assert_same_bits(ops.decompress(*mine, position + count).cpu(), oracle.seen())
+        for mine, oracle in zip(caches, oracles, strict=True):
+            assert mine.counts.tolist() == 2 * [[position + count, oracle.held, 0]]
+            assert_same_bits(decompressed(mine, position + count).cpu(), oracle.seen())
 
 
 REWINDING = [
