@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ReleaseError,
         SavedCacheError,
         StaleCacheError,
+        UnknownLayerError,
     )
     from .loop import compile_loop
     from .reporting.explain import explain
@@ -43,6 +44,7 @@ _HOMES = {
     "SavedCacheError": "errors",
     "Settings": "settings",
     "StaleCacheError": "errors",
+    "UnknownLayerError": "errors",
     "cache_stats": "cache.stats",
     "compile_loop": "loop",
     "explain": "reporting.explain",
@@ -62,6 +64,7 @@ __all__ = [
     "SavedCacheError",
     "Settings",
     "StaleCacheError",
+    "UnknownLayerError",
     "cache_stats",
     "compile_loop",
     "explain",

@@ -7,6 +7,7 @@ unsupported version fails with one clear error and not deep inside a compilation
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ _compiled_versions: Callable = _probe("torch._dynamo.eval_frame", "_debug_get_ca
 _aot_export_module: Callable = _probe("torch._functorch.aot_autograd", "aot_export_module")
 _tracing: Callable = _probe("torch._guards", "tracing")
 _preserve_node_meta: Callable = _probe("torch.fx.traceback", "preserve_node_meta")
+_InstructionTranslator = _probe("torch._dynamo.symbolic_convert", "InstructionTranslator")
 _functorch_depth: Callable = _probe("torch._C._functorch", "get_dynamic_layer_stack_depth")
 _functorch_back_to: Callable = _probe("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth")
 
@@ -136,6 +138,21 @@ def hint(size: int | torch.SymInt) -> int:
 def float_argument(value: Any) -> float | None:
     """The value of a float that Dynamo made symbolic, for which alone the graph is then; None for anything else."""
     return float(value) if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
+
+
+def guarded_attribute(path: str, name: str) -> Any | None:
+    """The value of attribute ``name`` of the object at ``path`` ("L['self'].attn"), if the graph is for it alone.
+
+    None where there is no such attribute, or where Dynamo does not guard on it.
+    """
+    translator = _InstructionTranslator.current_tx()
+    guards = TracingContext.get().guards_context.dynamo_guards
+    if f"{path}.{name}" not in {re.sub(r"\._modules\['(\w+)'\]", r".\1", guard.name) for guard in guards}:
+        return None
+    try:
+        return eval(f"{path}.{name}", {"L": translator.f_locals, "G": translator.f_globals})
+    except (AttributeError, KeyError, IndexError, NameError, SyntaxError, TypeError):
+        return None
 
 
 def recompile_limit_hits() -> int:

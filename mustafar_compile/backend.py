@@ -12,7 +12,7 @@ from . import _compat
 from .cache.release import check_releasable
 from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
-from .calling.example_inputs import with_calling_convention
+from .calling.example_inputs import add_calling_convention
 from .errors import NothingMatchedError
 from .lowering import ops
 from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
@@ -24,6 +24,7 @@ from .patterns.rewriting.rewriter import Rewriter
 from .policy import policy
 from .reporting.record import record_decompression, record_failure, record_graph, record_untouched
 from .settings import Settings, read_options
+from .stages import StageError, stage
 
 
 def mustafar(
@@ -36,19 +37,20 @@ def mustafar(
     """Compile a Dynamo graph with its KV caches compressed. Use it as ``torch.compile(model, backend="mustafar")``.
 
     mode: a mode of Inductor. options: fields of ``Settings`` and keys of Inductor's config. What does not match is
-    compiled by plain Inductor; ``mustafar_compile.explain()`` tells why. Raises ValueError for an unknown mode or
-    option or a value out of range, NothingMatchedError under ``strict``.
+    compiled by plain Inductor; ``mustafar_compile.explain()`` tells why. So is, with a warning, a graph on which a
+    stage fails. Raises ValueError for an unknown mode or option or a value out of range, NothingMatchedError under
+    ``strict``, what a stage fails with under ``raise_errors``.
     """
     settings, inductor = read_options(mode, options)
-    plan = _rewritten(gm, example_inputs, settings)
+    rewritten = _rewritten(gm, example_inputs, settings)
     with _compat.inductor_options(inductor):
-        if plan is None and any(isinstance(x, CompressedKV) for x in example_inputs):
+        if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
             return gm  # op by op, which decompresses: Inductor would need plain tensors
-        if plan is None:
+        if rewritten is None:
             return _compat.compile_fx(gm, example_inputs)
-        module, inputs = with_calling_convention(plan, gm, example_inputs)
+        plan, inputs = rewritten
         with _compat.inductor_options(_for_plan(plan)):
-            compiled = _compat.compile_fx(module, inputs)
+            compiled = _compat.compile_fx(plan.module, inputs)
         growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
         return CompiledCall(plan, compiled, growing)
 
@@ -59,39 +61,56 @@ def _for_plan(plan: Plan) -> dict[str, Any]:
     return {"triton.cudagraphs": False} if creates_cache else {}
 
 
-def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Plan | None:
-    """The plan for a graph with something to rewrite, None for one that goes to Inductor untouched."""
-    caches = {i: x for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV)}
-    if not caches and not _may_hold_attention(gm):
+def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> tuple[Plan, list[Any]] | None:
+    """The plan for a graph with something to rewrite and its example inputs, None for a graph that runs as it is."""
+    holds_cache = any(isinstance(x, CompressedKV) for x in example_inputs)
+    if not holds_cache and not _may_hold_attention(gm):
         if settings.strict and any(isinstance(x, torch.nn.Parameter) for x in example_inputs):
             raise NothingMatchedError("mustafar: strict is set and this graph holds no attention")
         record_untouched()
         return None
     try:
-        functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)
-    except Exception as error:  # whatever tracing trips over, the graph still runs, and the report says so
-        place = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        record_failure(gm, f"the graph could not be traced{place}: {type(error).__name__}: {_first_line(error)}")
-        _require_match(settings, [])
+        return _through_stages(gm, example_inputs, settings)
+    except StageError as error:  # the stages work on a trace, so the graph itself still runs as it is
+        record_failure(gm, error)
+        _require_match(settings, [], str(error))
         return None
+
+
+def _through_stages(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> tuple[Plan, list[Any]] | None:
+    """As ``_rewritten``, of a graph that may hold attention. Raises StageError."""
+    caches = {i: x for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV)}
+    with stage("traced", settings.raise_errors):
+        functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)
     compressed = {functional.placeholders[i]: CacheInput(x.format, x.tokens_dim) for i, x in caches.items()}
     context = _context(functional, example_inputs, compressed, settings)
-    found = find_matches(functional, context)
+    with stage("matched", settings.raise_errors):
+        found = find_matches(functional, context)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
         found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]
-    record_graph(found, context)
-    _require_match(settings, found)
     matches = [m for m in found if isinstance(m, Match)]
-    if not matches and not caches:
-        return None
-    plan = Rewriter(functional, compressed, grown_capacity, settings.release_dense).run(matches)
+    rewritten = None
+    if matches or caches:
+        with stage("rewritten", settings.raise_errors):
+            plan = Rewriter(functional, compressed, grown_capacity, settings.release_dense).run(matches)
+            rewritten = plan, add_calling_convention(plan, gm, example_inputs)
+    record_graph(found, context)
+    _require_match(settings, found, "no attention was found")
+    if rewritten is not None:
+        _check_and_note(rewritten[0], found, example_inputs)
+    return rewritten
+
+
+def _check_and_note(plan: Plan, found: Sequence[Match | NoMatch], example_inputs: Sequence[Any]) -> None:
+    """Check that what the plan releases can be released, and say where it decompresses a cache at every call."""
     for attached in plan.attached:
         if attached.releases:
             check_releasable(example_inputs[attached.index])
     if any(node.target is ops.decompress for node in plan.module.graph.nodes):
         record_decompression(found)
-    return plan
 
 
 def _may_hold_attention(gm: GraphModule) -> bool:
@@ -126,13 +145,8 @@ def _context(
     )
 
 
-def _require_match(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
+def _require_match(settings: Settings, found: Sequence[Match | NoMatch], otherwise: str) -> None:
+    """Raise NothingMatchedError under ``strict`` where nothing matched. otherwise: the reason where none is found."""
     if settings.strict and not any(isinstance(m, Match) for m in found):
-        reasons = (
-            "; ".join(dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))) or "no attention was found"
-        )
+        reasons = "; ".join(dict.fromkeys(m.reason for m in found if isinstance(m, NoMatch))) or otherwise
         raise NothingMatchedError(f"mustafar: strict is set and nothing in this graph matched: {reasons}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

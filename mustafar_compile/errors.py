@@ -31,5 +31,9 @@ class ForeignCompilerError(MustafarError):
     """A compressed cache is given to a function that another backend compiles."""
 
 
+class UnknownLayerError(MustafarError):
+    """A setting goes by the number of a layer, and a layer has none."""
+
+
 class NothingMatchedError(MustafarError):
     """``strict`` is on and a graph holds no attention that could be rewritten."""

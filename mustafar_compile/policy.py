@@ -6,17 +6,24 @@ from collections.abc import Callable
 
 import torch
 
+from .errors import UnknownLayerError
 from .lowering.format import Format
 from .settings import Settings
 
-FormatOf = Callable[[int, str, int, torch.dtype], Format | None]
-"""layer, role ("key" or "value"), head_dim, dtype -> the format of a cache tensor; None: it stays dense."""
+FormatOf = Callable[[int | None, str, int, torch.dtype], Format | None]
+"""layer (None: unknown), role ("key" or "value"), head_dim, dtype -> the format of a cache; None: it stays dense."""
 
 
 def policy(settings: Settings) -> FormatOf:
     """What ``settings`` ask for."""
 
-    def format_of(layer: int, role: str, head_dim: int, dtype: torch.dtype) -> Format | None:
+    def format_of(layer: int | None, role: str, head_dim: int, dtype: torch.dtype) -> Format | None:
+        if layer is None and settings.skip_layers:
+            raise UnknownLayerError(
+                f"skip_layers={sorted(settings.skip_layers)} is given, but a graph holds a single layer of unknown "
+                "number: neither its module path nor a layer_idx that it reads tells it. Compile the whole model, or "
+                "leave dense what is to be dense by not compiling it"
+            )
         if layer in settings.skip_layers:
             return None
         return Format.of(head_dim, settings.sparsity(role), settings.window)

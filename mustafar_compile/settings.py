@@ -19,6 +19,8 @@ class Settings:
         attention nor parameters (a sampling helper, say) is not judged.
     release_dense: give back the CUDA memory of dense caches of the caller once they are compressed. ReleaseError is
         raised where it cannot be given back; whatever else touches such a cache later raises RuntimeError.
+    raise_errors: raise the error where a graph cannot be traced, matched or rewritten. Otherwise it runs as it is, and
+        a warning says so. For debugging.
     """
 
     key_sparsity: float = 0.5
@@ -27,13 +29,14 @@ class Settings:
     skip_layers: frozenset[int] = field(default_factory=frozenset)
     strict: bool = False
     release_dense: bool = False
+    raise_errors: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key_sparsity", "value_sparsity"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
         _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
-        for name in ("strict", "release_dense"):
+        for name in ("strict", "release_dense", "raise_errors"):
             value = getattr(self, name)
             _check(name, value, isinstance(value, bool), "True or False")
         layers = self.skip_layers

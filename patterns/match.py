@@ -15,7 +15,7 @@ from .attention.find import find_attention
 from .cache.conditions import Context, Reason, check_cache, check_read, format_for, other_uses, require
 from .cache.phase import phase_of
 from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
-from .graph.nodes import is_call
+from .graph.nodes import is_call, located
 from .graph.normalise import Functional
 from .graph.views import is_move, read_through, unmoved
 
@@ -76,7 +76,8 @@ def find_matches(functional: Functional, context: Context) -> list[Match | NoMat
     readers = {node for source in sources for node in source.readers}
     found: list[Match | NoMatch] = []
     for source in sources:
-        found.append(_judge(source, functional, context, readers, found))
+        with located(source.attention.node):
+            found.append(_judge(source, functional, context, readers, found))
     slots = max((_slots(m.key) for m in found if isinstance(m, Match)), default=0)
     found = _without(found, partial(_smaller, slots=slots))
     return _without(found, partial(_badly_shared, found=found))
@@ -96,7 +97,8 @@ class _Source:
     def of(cls, attention: Attention, functional: Functional) -> _Source:
         if attention.problem is not None:
             return cls(attention)
-        return cls(attention, *find_update(attention.key, functional), *find_update(attention.value, functional))
+        with located(attention.node):
+            return cls(attention, *find_update(attention.key, functional), *find_update(attention.value, functional))
 
     @property
     def readers(self) -> Sequence[Node]:

@@ -23,6 +23,7 @@ def test_the_defaults_are_the_papers():
     assert settings.skip_layers == frozenset()
     assert settings.strict is False
     assert settings.release_dense is False
+    assert settings.raise_errors is False
 
 
 @pytest.mark.parametrize("name", ["key_sparsity", "value_sparsity"])
@@ -40,7 +41,7 @@ def test_windows_that_are_refused(value):
     assert f"window={value!r} " in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["strict", "release_dense"])
+@pytest.mark.parametrize("name", ["strict", "release_dense", "raise_errors"])
 @pytest.mark.parametrize("value", [0, 1, None, "yes", []])
 def test_switches_are_true_or_false(name, value):
     with pytest.raises(ValueError, match=rf"{name}=.* is not accepted; it must be True or False$"):
@@ -89,6 +90,10 @@ def test_options_are_told_apart():
     settings, inductor = read_options(None, options)
     assert settings == Settings(key_sparsity=0.7, skip_layers=[0], strict=True)
     assert inductor == {"max_autotune": True, "triton.cudagraphs": True}
+
+
+def test_no_setting_hides_one_of_inductors():
+    assert not set(setting_names()) & set(torch._inductor.config.get_config_copy())
 
 
 def test_hyphens_are_read_as_torch_compile_reads_them():

@@ -16,10 +16,8 @@ _CARRIED_META = ("tensor_dict", "grapharg", "example_value")
 _STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}  # CUDA graphs may bind to the buffers' addresses
 
 
-def with_calling_convention(
-    plan: Plan, gm: GraphModule, example_inputs: Sequence[Any]
-) -> tuple[GraphModule, list[Any]]:
-    """The plan's module with the metadata of ``gm``, and its example inputs."""
+def add_calling_convention(plan: Plan, gm: GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """Give the plan's module the metadata of ``gm``. Returns its example inputs."""
     originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
     placeholders = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
     examples = _Examples(plan, originals, example_inputs)
@@ -39,7 +37,7 @@ def with_calling_convention(
             )
         node._dynamo_source = dynamo_source
     _carry_module_metadata(plan.module, gm)
-    return plan.module, inputs
+    return inputs
 
 
 def _is_written(placeholder: Any) -> bool:

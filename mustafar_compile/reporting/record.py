@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch.fx import GraphModule, Node
 
 from .. import _compat
 from ..lowering import backends
 from ..lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
-from ..patterns.attention.find import number_and_name
+from ..patterns.attention.find import places
 from ..patterns.cache.conditions import Context
 from ..patterns.match import CacheUpdate, Match, NoMatch
+from ..stages import StageError
 from .explain import asked
 from .notices import notify, open_reports
 from .report import Entry
@@ -54,14 +56,20 @@ def record_decompression(found: Sequence[Match | NoMatch]) -> None:
     notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
 
 
-def record_failure(gm: GraphModule, reason: str) -> None:
-    """Enter a graph that could not be read: each attention in it is missed for ``reason``."""
-    names = ("scaled_dot_product_attention", "flex_attention")
-    nodes = [n for n in gm.graph.nodes if n.op.startswith("call") and any(name in str(n.target) for name in names)]
-    places = [number_and_name(node, i) for i, node in enumerate(nodes)]
-    _record([Entry(layer, name, "unknown", reason=reason) for layer, name in places])
-    if not nodes:  # attention is spelled out
-        notify(f"a graph runs as it is: {reason}")
+def record_failure(gm: GraphModule, error: StageError) -> None:
+    """Enter a graph on which a stage failed: each attention in it is missed, and a warning says so."""
+    nodes = [node for node in gm.graph.nodes if node.op.startswith("call") and _is_attention(node)]
+    _record([Entry(layer, name, "unknown", reason=str(error)) for layer, name in places(nodes)])
+    log.warning("a graph runs as it is: %s", error, exc_info=error)
+    notify(f"a graph runs as it is: {error}")
+
+
+def _is_attention(node: Node) -> bool:
+    """Whether a call of Dynamo's graph is attention, by its looks; a softmax over less (a router's) is none."""
+    name, value = str(node.target), node.meta.get("example_value")
+    return any(whole in name for whole in ("scaled_dot_product_attention", "flex_attention")) or (
+        "softmax" in name and isinstance(value, torch.Tensor) and value.dim() > 2
+    )
 
 
 def record_untouched() -> None:
@@ -76,7 +84,7 @@ def _record(entries: list[Entry]) -> None:
         report._entries += entries
     for e in entries:
         verdict = f"compressed ({e.phases[0]}) by {e.kernels}" if not e.reason else f"not compressed: {e.reason}"
-        log.info("layer %d %s, cache %s: %s", e.layer, e.name, e.form, verdict)
+        log.info("layer %s %s, cache %s: %s", e.layer, e.name, e.form, verdict)
 
 
 def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:

@@ -11,13 +11,13 @@ from .text import bytes_text, table
 class Entry:
     """One attention layer.
 
-    layer: its number. name: its module path. form: how its cache is kept. phases: "prefill", "decode" where matched.
-    reason: why not in some graph, "" where matched in all. kernels: what carries out its decode steps, "" without any.
-    dense_bytes, stored_bytes: of K and V together, when the graph was compiled; 0 where there is no cache or an earlier
-    layer shares it.
+    layer: its number, None where unknown. name: its module path. form: how its cache is kept. phases: "prefill",
+    "decode" where matched. reason: why not in some graph, "" where matched in all. kernels: what carries out its decode
+    steps, "" without any. dense_bytes, stored_bytes: of K and V together, when the graph was compiled; 0 where there is
+    no cache or an earlier layer shares it.
     """
 
-    layer: int
+    layer: int | None
     name: str
     form: str
     phases: tuple[str, ...] = ()
@@ -59,11 +59,14 @@ class Report:
 
     def _layers(self) -> list[Entry]:
         """The entries of all graphs, one per layer."""
-        layers: dict[tuple[int, str], Entry] = {}
+        layers: list[Entry] = []
         for entry in self._entries:
-            key = (entry.layer, entry.name)
-            layers[key] = _merged(layers[key], entry) if key in layers else entry
-        return sorted(layers.values(), key=lambda entry: (entry.layer, entry.name))
+            place = next((i for i, known in enumerate(layers) if _same_layer(known, entry)), None)
+            if place is None:
+                layers.append(entry)
+            else:
+                layers[place] = _merged(layers[place], entry)
+        return sorted(layers, key=lambda entry: (-1 if entry.layer is None else entry.layer, entry.name))
 
     def __str__(self) -> str:
         return "\n".join([self._summary(), *(f"note: {notice}" for notice in self.notices)])
@@ -75,7 +78,7 @@ class Report:
             return f"mustafar: {self.graphs} graph(s) compiled, no attention found"
         rows = [
             (
-                str(e.layer),
+                "?" if e.layer is None else str(e.layer),
                 e.name,
                 e.form,
                 _verdict(e),
@@ -87,6 +90,12 @@ class Report:
         ]
         title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
         return table(title, ("layer", "module", "cache", "compressed", "by", "dense", "stored"), rows)
+
+
+def _same_layer(a: Entry, b: Entry) -> bool:
+    """Whether two sightings are of one layer; one graph may see a shorter path of it than another."""
+    one_ends_other = any(f".{long.name}".endswith(f".{short.name}") for long, short in ((a, b), (b, a)))
+    return a.layer == b.layer and (a.name == b.name or (bool(a.name and b.name) and one_ends_other))
 
 
 def _merged(a: Entry, b: Entry) -> Entry:

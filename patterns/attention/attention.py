@@ -18,8 +18,8 @@ class Attention:
     node: the result as the graph has it; ``restore`` are the ops, with their arguments behind the first, that make it
     from [B, Hq, L, Dv], but for its dtype. query: [B, Hq, L, D]. key_reader: the op that takes the key. mask: boolean
     or additive, broadcastable to [B, Hq, L, S]. softcap: cap(x) is ``softcap * tanh(x / softcap)``, 0 for none. sinks:
-    [Hq], one more score for each head that takes weight and gives no value. layer: its number in the model. name: its
-    module path, "" where unknown. problem: why it can never be matched, or None.
+    [Hq], one more score for each head that takes weight and gives no value. layer: its number in the model,
+    None where unknown. name: its module path, "" where unknown. problem: why it can never be matched, or None.
     """
 
     node: Node
@@ -33,7 +33,7 @@ class Attention:
     softcap: float = 0.0
     sinks: Node | None = None
     restore: tuple[tuple[Any, ...], ...] = ()
-    layer: int = 0
+    layer: int | None = None
     name: str = ""
     problem: str | None = None
 

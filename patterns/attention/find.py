@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.nodes import is_call
+from ..graph.layers import layer_numbers, module_path, own_number
+from ..graph.nodes import is_call, located
 from .attention import Attention
 from .flex import is_flex, read_flex
 from .fused import read_sdpa
@@ -19,36 +19,38 @@ aten = torch.ops.aten
 
 def _find(graph: Graph) -> Iterator[Attention]:
     for node in list(graph.nodes):  # reading may add dead calls
-        if is_call(node, aten.scaled_dot_product_attention.default):
-            yield read_sdpa(node)
-        elif is_call(node, *SOFTMAX):
-            found = read_softmax(node)
-            if found is not None:
-                yield found
-        elif is_flex(node):
-            yield read_flex(node)
+        with located(node):
+            found = _read(node)
+        if found is not None:
+            yield found
 
 
-def _module_path(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
-    names = [part for part in path.split(".") if part.isidentifier() or part.isdigit()]
-    while names and names[0] in ("L", "self", "_modules", "_orig_mod"):
-        names.pop(0)
-    return ".".join(name for name in names if name != "_modules")
+def _read(node: Node) -> Attention | None:
+    if is_call(node, aten.scaled_dot_product_attention.default):
+        return read_sdpa(node)
+    if is_call(node, *SOFTMAX):
+        return read_softmax(node)
+    return read_flex(node) if is_flex(node) else None
 
 
-def number_and_name(node: Node, place: int) -> tuple[int, str]:
-    """The layer that a node of attention belongs to and its module path; ``place``, where the path has no number."""
-    name = _module_path(node)
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return (int(number[1]) if number else place), name
+def places(nodes: Sequence[Node]) -> list[tuple[int | None, str]]:
+    """The layer that each node of attention of a graph belongs to, and its module path.
+
+    Where paths have no numbers, several layers are numbered by their places. The number of a single one is None, as it
+    may be any layer of a model, unless it says itself which it is.
+    """
+    paths = [module_path(node) for node in nodes]
+    numbers = layer_numbers(paths)
+    if len(nodes) == 1 and numbers == [None]:
+        numbers = [own_number(nodes[0])]
+    elif None in numbers:
+        numbers = [place if number is None else number for place, number in enumerate(numbers)]
+    return list(zip(numbers, paths, strict=True))
 
 
 def find_attention(graph: Graph) -> list[Attention]:
-    """Every attention of the graph, in order, numbered by its module path or, without one, by its place."""
+    """Every attention of the graph, in order, with its layer."""
     found = list(_find(graph))
-    for place, attention in enumerate(found):
-        attention.layer, attention.name = number_and_name(attention.node, place)
+    for attention, (layer, name) in zip(found, places([a.node for a in found]), strict=True):
+        attention.layer, attention.name = layer, name
     return found

@@ -31,15 +31,15 @@ class CacheInput:
 class Context:
     """What matching must know beyond the graph.
 
-    caches: the placeholders that hold a compressed cache. format_of: layer, role ("key" or "value"), head_dim and dtype
-    -> the format that a cache is to have, None where it stays dense. parameters: placeholders that hold a parameter.
-    unwatchable: placeholders whose writes from outside could not be noticed (inference tensors). dtypes: what a cache
-    may hold. max_query_tokens: how many query tokens a decode step may have. release_dense: whether buffers of the
-    caller are kept as compressed state alone.
+    caches: the placeholders that hold a compressed cache. format_of: layer (or None), role ("key" or "value"),
+    head_dim and dtype -> the format that a cache is to have, None where it stays dense. parameters: placeholders that
+    hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed (inference tensors).
+    dtypes: what a cache may hold. max_query_tokens: how many query tokens a decode step may have. release_dense:
+    whether buffers of the caller are kept as compressed state alone.
     """
 
     caches: Mapping[Node, CacheInput]
-    format_of: Callable[[int, str, int, torch.dtype], Format | None]
+    format_of: Callable[[int | None, str, int, torch.dtype], Format | None]
     parameters: Set[Node]
     unwatchable: Set[Node]
     dtypes: Collection[torch.dtype]
@@ -85,7 +85,7 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
     )
 
 
-def format_for(update: CacheUpdate, role: str, layer: int, context: Context) -> Format:
+def format_for(update: CacheUpdate, role: str, layer: int | None, context: Context) -> Format:
     """The format of a cache: its own, or the one that it is to have."""
     value = update.node.meta["val"]
     wanted = context.format_of(layer, role, value.shape[-1], value.dtype)

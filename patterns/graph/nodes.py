@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +46,15 @@ def source_line(node: Node) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
     outside = [(file, line) for file, line in lines if not Path(file).is_relative_to(_TORCH)]
     return f"{Path(outside[-1][0]).name}:{outside[-1][1]}" if outside else ""
+
+
+@contextmanager
+def located(node: Node) -> Iterator[None]:
+    """An error within gets a note of the line that ``node`` comes from, "at file.py:12", unless it has one."""
+    try:
+        yield
+    except Exception as error:
+        line = source_line(node)
+        if line and not hasattr(error, "__notes__"):
+            error.add_note(f"at {line}")
+        raise

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from mustafar_compile import _compat
 
-from .nodes import source_line
+from .nodes import located
 from .symbols import same_size
 from .views import slice_bounds
 
@@ -64,13 +64,8 @@ class _Interpreter(torch.fx.Interpreter):
 
     def run_node(self, node: Node) -> Any:
         number = _compat.float_argument(node.meta.get("example_value")) if node.target == "item" else None
-        try:
+        with located(node):
             return super().run_node(node) if number is None else number
-        except Exception as error:
-            line = source_line(node)
-            if line and not hasattr(error, "__notes__"):
-                error.add_note(f"at {line}")
-            raise
 
     def _leave(self) -> None:
         self.regions.pop().__exit__(None, None, None)

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from ...lowering.format import Format
 from ..cache.conditions import CacheInput
 from ..cache.update import CacheUpdate, recognise_shift, recognise_update
+from ..graph.nodes import located
 from ..graph.normalise import Functional
 from ..graph.symbols import same_size
 from ..match import Match
@@ -99,7 +100,8 @@ class Rewriter:
             for match in matches:
                 self._attach_in_place_of_dense(match)
         for match in matches:
-            (self._decode if match.phase == "decode" else self._prefill)(match)
+            with located(match.attention.node):
+                (self._decode if match.phase == "decode" else self._prefill)(match)
         self._keep_escaping_caches_compressed()
         outputs = self._set_output()
         self.graph.eliminate_dead_code()

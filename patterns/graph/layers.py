@@ -1,0 +1,71 @@
+"""Which layer of the model a node belongs to: its module path, and the number that tells the layers apart."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from mustafar_compile import _compat
+
+_SCOPES = ("L", "G", "self", "_orig_mod")
+_COMPILED = "L['self']"  # the module that is compiled, whose forward is no call in the graph
+_OWN_NUMBER = "layer_idx"  # what transformers calls it
+
+
+def module_path(node: Node) -> str:
+    """The path of the module that a node comes from, as the model would name it; "" where unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return clean_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def clean_path(path: str) -> str:
+    """``L['args'][0]._modules['model'].layers[3]`` -> ``model.layers.3``: without what Dynamo puts around it.
+
+    A wrapper of ``forward`` (transformers has some) hands the model on as the first of its arguments.
+    """
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    parts = [part for part in path.split(".") if part.isidentifier() or part.isdigit()]
+    while parts and (parts[0] in _SCOPES or parts[0] == "args"):
+        parts = parts[2 if parts[0] == "args" and parts[1:] and parts[1].isdigit() else 1 :]
+    return ".".join(part for part in parts if part not in ("_modules", "_orig_mod"))
+
+
+def layer_numbers(paths: Sequence[str]) -> list[int | None]:
+    """The number of the layer that each path of a graph leads to, None where it has no number.
+
+    A path may have several: ``decoder.block.3.layer.0`` or ``layers.2.experts.1``. Layers are what there is most of,
+    so it is the number that takes the most values over all the paths; of equals the outermost. Two stacks of layers
+    have the same numbers.
+    """
+    values: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    split = [path.split(".") for path in paths]
+    for parts in split:
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                values[_place(parts, i)].add(part)
+    numbers: list[int | None] = []
+    for parts in split:
+        at = [i for i, part in enumerate(parts) if part.isdigit()]
+        numbers.append(int(parts[max(at, key=lambda i: len(values[_place(parts, i)]))]) if at else None)
+    return numbers
+
+
+def _place(parts: Sequence[str], i: int) -> tuple[str, ...]:
+    """What stands before a number, whatever the numbers before it are."""
+    return tuple("*" if part.isdigit() else part for part in parts[:i])
+
+
+def own_number(node: Node) -> int | None:
+    """The number that a module around ``node`` says it has, where the graph is for that number alone.
+
+    So it is where each layer is compiled by itself and looks its number up, for its cache.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    for path in (*(path for path, _ in reversed(stack.values())), _COMPILED):
+        number = _compat.guarded_attribute(path, _OWN_NUMBER)
+        if isinstance(number, int):
+            return number
+    return None
