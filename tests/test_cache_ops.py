@@ -85,8 +85,8 @@ def test_extreme_values_are_remembered_in_selections():
     dense = randn(2, 3, 11, 16)
     dense[1, 0, 0, 0] = float("inf")
     kv, plain = CompressedKV.from_dense(dense, 0.5, WINDOW), growing()[0]
-    assert kv[[1]].counts[2] == 1
-    assert torch.cat([plain, kv]).counts[2] == 1
+    assert kv[[1]].counts[0, 2] == 1
+    assert torch.cat([plain, kv]).counts[:, 2].tolist() == [0, 0, 0, 1]
 
 
 def test_caches_of_different_rooms_are_joined():
@@ -130,7 +130,7 @@ def test_a_crop_is_a_handle_of_the_same_buffers(crop):
     kv, expected = growing()
     shorter = crop(kv)
     assert type(shorter) is CompressedKV
-    assert shorter.values.data_ptr() == kv.values.data_ptr()
+    assert shorter.buffers[0].data_ptr() == kv.buffers[0].data_ptr()
     dense = randn(2, 3, 11, 16, seed=0)[:, :, :8]
     assert torch.equal(shorter.dense(), pruned_cache(dense, 0.5, WINDOW)), "as if no more had been written"
     assert torch.equal(kv.dense(), expected), "until the crop is extended, the rest is there"
@@ -218,7 +218,7 @@ def test_a_saved_cache_is_compressed_and_goes_on(make, weights_only):
     kv, expected = make()
     loaded = saved_and_loaded(kv, weights_only)
     assert type(loaded) is CompressedKV
-    assert (loaded.shape, loaded.grows, loaded.row_layout) == (kv.shape, kv.grows, kv.row_layout)
+    assert (loaded.shape, loaded.grows, loaded.format) == (kv.shape, kv.grows, kv.format)
     assert torch.equal(loaded.dense(), expected)
     if loaded.grows:
         longer, row = step(loaded, seed=1)
@@ -246,14 +246,14 @@ def test_loading_without_permission_names_what_is_missing():
     file = io.BytesIO()
     torch.save(growing()[0], file)
     file.seek(0)
-    with pytest.raises(Exception, match="restored_cache"):
+    with pytest.raises(Exception, match="restored"):
         torch.load(file)
 
 
 def test_a_shallow_copy_is_the_same_handle():
     kv, _ = growing()
     other = copy.copy(kv)
-    assert other.values is kv.values
+    assert other.buffers[0] is kv.buffers[0]
     step(kv, seed=1)
     with pytest.raises(StaleCacheError):
         other.prepare(1)

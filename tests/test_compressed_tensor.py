@@ -19,7 +19,7 @@ from mustafar_compile import (
     cache_stats,
 )
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import MAX_QUERY_TOKENS, Layout, grown_capacity
+from mustafar_compile.lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
 from mustafar_compile.reporting import notices
 from reference import pruned_cache
 
@@ -54,7 +54,8 @@ def step(kv, seed):
     row = randn(*kv.shape[:2], 1, kv.shape[3], seed=seed, dtype=kv.dtype)
     kv.prepare(1)
     value = [buffer.clone() for buffer in kv.buffers]
-    ops.decode_attention(row, row, row, *kv.buffers, *value, None, None, None, 1.0)
+    text = kv.format.encode()
+    ops.decode_attention(row, row, row, kv.buffers, value, text, text, None, None, None, 1.0)
     return kv.extended(1), row
 
 
@@ -94,7 +95,7 @@ def test_a_part_written_static_cache_reads_zero_behind():
 def test_stored_bytes_are_what_is_allocated(tokens, dtype):
     kv, _ = growing(tokens, dtype)
     capacity = grown_capacity(tokens)
-    assert kv.stored_bytes == Layout.of(16, 0.5, WINDOW).stored_bytes(2, 3, capacity, dtype.itemsize)
+    assert kv.stored_bytes == Format.of(16, 0.5, WINDOW).stored_bytes(2, 3, capacity, dtype.itemsize)
     assert kv.stored_bytes == sum(buffer.numel() * buffer.element_size() for buffer in kv.buffers)
 
 
@@ -102,9 +103,9 @@ def test_stored_bytes_are_what_is_allocated(tokens, dtype):
 def test_a_static_cache_allocates_a_slot_for_each_token_in_whole_blocks(slots, capacity):
     kv, _ = static(slots=slots)
     assert kv.capacity == capacity
-    layout = Layout.of(16, 0.5, WINDOW)
-    assert kv.stored_bytes == layout.stored_bytes(2, 3, slots, 4) == layout.stored_bytes(2, 3, capacity, 4)
-    assert [(tuple(b.shape), b.dtype) for b in kv.buffers] == layout.buffers(2, 3, slots, torch.float32)
+    format = Format.of(16, 0.5, WINDOW)
+    assert kv.stored_bytes == format.stored_bytes(2, 3, slots, 4) == format.stored_bytes(2, 3, capacity, 4)
+    assert [(tuple(b.shape), b.dtype) for b in kv.buffers] == format.shapes(2, 3, slots, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- copies and moves
@@ -116,7 +117,7 @@ def test_a_copy_is_compressed_and_independent(make, duplicate):
     kv, expected = make()
     other = duplicate(kv)
     assert type(other) is CompressedKV
-    assert (other.shape, other.row_layout, other.grows) == (kv.shape, kv.row_layout, kv.grows)
+    assert (other.shape, other.format, other.grows) == (kv.shape, kv.format, kv.grows)
     kv.zero_()
     assert torch.equal(other.dense(), expected)
     for mine, theirs in zip(kv.buffers, other.buffers, strict=True):
@@ -138,7 +139,7 @@ def test_moving_to_where_it_is_copies_nothing():
     assert kv.to("cpu") is kv
     assert kv.to(torch.float32) is kv
     assert torch.equal(kv.detach().dense(), expected)
-    assert kv.detach().values.data_ptr() == kv.values.data_ptr()
+    assert kv.detach().buffers[0].data_ptr() == kv.buffers[0].data_ptr()
 
 
 def test_another_dtype_is_dense():
@@ -273,10 +274,10 @@ def test_zero_empties_a_static_cache():
     dense = randn(2, 3, 12, 16)
     dense[0, 0, 0, 0] = float("inf")
     kv = CompressedKV.from_dense(dense, 0.5, WINDOW, tokens=7)
-    assert kv.counts.tolist() == [7, 0, 1]
+    assert kv.counts.tolist() == [[7, 0, 0], [7, 0, 1]]
     pointers = [buffer.data_ptr() for buffer in kv.buffers]
     assert kv.zero_() is kv
-    assert kv.counts.tolist() == [0, 0, 0]
+    assert kv.counts.tolist() == 2 * [[0, 0, 0]]
     assert kv.dense().count_nonzero() == 0
     assert [buffer.data_ptr() for buffer in kv.buffers] == pointers, "compiled code holds on to the buffers"
 
@@ -286,7 +287,7 @@ def test_a_growing_cache_of_zeros_keeps_its_length():
     dense[0, 0, 0, 0] = float("inf")
     kv = CompressedKV.from_dense(dense, 0.5, WINDOW)
     kv.zero_()
-    assert kv.counts.tolist() == [11, 0, 0]
+    assert kv.counts.tolist() == 2 * [[11, 0, 0]]
     kv, row = step(kv, seed=1)
     assert torch.equal(kv.dense(), torch.cat([torch.zeros(2, 3, 11, 16), row], dim=2))
 
@@ -302,7 +303,7 @@ def test_index_copy_into_a_static_cache(dim, positions):
         assert kv.index_copy_(dim, where, rows) is kv
     written = positions[-1] + 1
     expected = pruned_cache(expected.index_copy(2, where, rows)[:, :, :written], 0.5, WINDOW)
-    assert kv.counts.tolist() == [written, max(written - WINDOW - MAX_QUERY_TOKENS, 0), 0]
+    assert kv.counts.tolist() == 2 * [[written, max(written - WINDOW - MAX_QUERY_TOKENS, 0), 0]]
     assert torch.equal(kv.dense()[:, :, :written], expected)
     assert kv.dense()[:, :, written:].count_nonzero() == 0
     assert [buffer.data_ptr() for buffer in kv.buffers] == pointers
@@ -341,7 +342,7 @@ def test_growth_keeps_the_contents():
         assert kv.capacity >= kv.shape[2] - WINDOW, "the token had no room"
     assert len(capacities) >= 2, "the case never grew"
     assert torch.equal(kv.dense(), pruned_cache(dense, 0.5, WINDOW))
-    assert kv.stored_bytes == kv.row_layout.stored_bytes(2, 3, kv.capacity, 4)
+    assert kv.stored_bytes == kv.row_format.stored_bytes(2, 3, kv.capacity, 4)
     assert kv.capacity <= grown_capacity(kv.shape[2]), "more slack than a new cache has"
 
 
@@ -513,4 +514,4 @@ def test_dynamo_guards_one_buffer(make):
     kv, _ = make()
     names, context = kv.__tensor_flatten__()
     assert names == ["extent"]
-    assert copy.deepcopy(context)[0] is kv.row_layout
+    assert copy.deepcopy(context)[0] is kv.format

@@ -106,8 +106,8 @@ class Caches(RuleBasedStateMachine):
         if position is None:
             past_key.prepare(count)
             past_value.prepare(count)
-        buffers = *past_key.buffers, *past_value.buffers
-        attended = ops.decode_attention(query, key, value, *buffers, position, mask, None, scale)
+        caches = past_key.buffers, past_value.buffers, past_key.format.encode(), past_value.format.encode()
+        attended = ops.decode_attention(query, key, value, *caches, position, mask, None, scale)
         if position is None:
             past_key, past_value = past_key.extended(count), past_value.extended(count)
         return attended, past_key, past_value

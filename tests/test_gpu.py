@@ -20,7 +20,7 @@ from models import BufferModel, hf_model, prompt
 from mustafar_compile import ReleaseError, cache_stats, explain
 from mustafar_compile.cache.release import is_released, release
 from mustafar_compile.lowering import kernels
-from mustafar_compile.lowering.format import Layout, grown_capacity
+from mustafar_compile.lowering.format import Format, grown_capacity
 from reference import pruned_generation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -130,7 +130,7 @@ def test_the_allocator_holds_what_cache_stats_and_the_formula_say(how):
     assert stats.compressed_tensors == 8
     assert stats.ratio < 0.52
     capacity = grown_capacity(4000) if how == {} else 4003
-    formula = 8 * Layout.of(64, 0.7, 32).stored_bytes(2, 2, capacity, 2)
+    formula = 8 * Format.of(64, 0.7, 32).stored_bytes(2, 2, capacity, 2)
     assert stats.stored_bytes == formula
     assert formula <= added <= formula * 1.03
 
@@ -152,7 +152,7 @@ def test_prefill_never_holds_the_dense_cache_of_all_layers(how):
         model.generate(**inputs, **call, **how)
         peaks[layers] = torch.cuda.max_memory_allocated() - before
     tokens = grown_capacity(4000) if how == {} else 4001
-    compressed = 8 * 2 * Layout.of(64, 0.7, 32).stored_bytes(2, 2, tokens, 2)
+    compressed = 8 * 2 * Format.of(64, 0.7, 32).stored_bytes(2, 2, tokens, 2)
     assert peaks[12] - peaks[4] <= compressed * 1.03
 
 
@@ -184,7 +184,7 @@ def test_release_generates_what_the_oracle_does_in_two_turns(cudagraphs):
     options = {"window": WINDOW, "release_dense": True, "triton.cudagraphs": cudagraphs}
     model.compile(backend="mustafar", options=options)
     assert torch.equal(generate(model, cache), expected)
-    assert cache_stats(cache).stored_bytes == 4 * Layout.of(16, 0.5, WINDOW).stored_bytes(2, 2, 64, 4)
+    assert cache_stats(cache).stored_bytes == 4 * Format.of(16, 0.5, WINDOW).stored_bytes(2, 2, 64, 4)
     with pytest.raises(RuntimeError, match="release_dense=True"):
         cache.reset()
 
@@ -205,7 +205,7 @@ def test_release_gives_the_memory_back_to_the_allocator():
     before = torch.cuda.memory_allocated()
     cache = model.generate(**inputs, **call).past_key_values
     torch.cuda.synchronize()
-    added, formula = torch.cuda.memory_allocated() - before, 8 * Layout.of(64, 0.7, 32).stored_bytes(2, 2, 4003, 2)
+    added, formula = torch.cuda.memory_allocated() - before, 8 * Format.of(64, 0.7, 32).stored_bytes(2, 2, 4003, 2)
     assert cache_stats(cache).stored_bytes == formula
     assert formula <= added <= formula * 1.03
 

@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 from compilers import allocations
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import BLOCK_TOKENS, blocks_for
+from mustafar_compile.lowering.format import BLOCK_TOKENS, Format, blocks_for
 
 BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
 
@@ -36,9 +36,12 @@ class Config:
     static: bool
     mask: str | None = None
 
+    def text(self, role: int) -> str:
+        return Format.interned(self.dims[role], self.kept[role], WINDOW).encode()
+
     def buffers(self, role: int, capacity: int, tokens: int) -> list[torch.Tensor]:
         dense = torch.randn(BATCH, HEADS, tokens, self.dims[role], dtype=self.dtype)
-        buffers = list(ops.compress(dense, torch.tensor([tokens]), self.kept[role], WINDOW, capacity))
+        buffers = list(ops.compress(dense, torch.tensor([tokens]), self.text(role), capacity))
         if not self.static:
             torch._dynamo.mark_dynamic(buffers[0], 2)
             torch._dynamo.mark_dynamic(buffers[1], 2)
@@ -71,13 +74,14 @@ def clone(buffers):
     return copies
 
 
-def decode(query, key, value, keys, values, position, mask):
-    return ops.decode_attention(query, key, value, *keys, *values, position, mask, None, 0.1)
+def decode(query, key, value, keys, values, formats, position, mask):
+    return ops.decode_attention(query, key, value, keys, values, *formats, position, mask, None, 0.1)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
     torch.manual_seed(0)
+    formats = config.text(0), config.text(1)
     compiled, code = torch.compile(decode, fullgraph=True), ""
     for capacity in [CAPACITY] if config.static else [CAPACITY, 2 * CAPACITY]:
         tokens = capacity - 2
@@ -86,7 +90,7 @@ def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
         pointers = [buffer.data_ptr() for buffer in (*mine[0], *mine[1])]
         for n in range(STEPS):
             position = torch.tensor([tokens + n]) if config.static else None
-            arguments, rest = config.token(), (position, config.mask_for(2 * CAPACITY + STEPS))
+            arguments, rest = config.token(), (formats, position, config.mask_for(2 * CAPACITY + STEPS))
             if code:
                 out = compiled(*arguments, *mine, *rest)
             else:
@@ -117,7 +121,7 @@ def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either():
     """Inductor stores what takes more operations than a limit, which is lower for a GPU than for a CPU."""
     config = CONFIGS["bfloat16, static, masked"]
     buffers = [config.buffers(role, CAPACITY, CAPACITY - 2) for role in (0, 1)]
-    rest = torch.tensor([CAPACITY - 2]), config.mask_for(CAPACITY)
+    rest = (config.text(0), config.text(1)), torch.tensor([CAPACITY - 2]), config.mask_for(CAPACITY)
     limits = {"realize_opcount_threshold": 30, "realize_acc_reads_threshold": 8}
     with torch._inductor.config.patch(limits):
         _, (code,) = run_and_get_code(torch.compile(decode, fullgraph=True), *config.token(), *buffers, *rest)
@@ -129,10 +133,11 @@ def test_compiled_compression_equals_the_eager():
     dense, tokens = torch.randn(2, 2, 50, 24, dtype=torch.bfloat16), torch.tensor([40])
     dense[0, 0, 3, :7] = float("nan")
     dense[0, 1, 5] = 0
+    text = Format.interned(24, 8, 4).encode()
 
     def both(dense, tokens):
-        buffers = ops.compress(dense, tokens, 8, 4, 70)
-        return *buffers, ops.decompress(*buffers, 60)
+        buffers = ops.compress(dense, tokens, text, 70)
+        return *buffers, ops.decompress(buffers, text, 60)
 
     for actual, expected in zip(torch.compile(both, fullgraph=True)(dense, tokens), both(dense, tokens), strict=True):
         assert torch.equal(actual.nan_to_num(7), expected.nan_to_num(7))
@@ -146,5 +151,5 @@ def test_compiled_steps_set_the_extreme_flag():
     for value, flag in ((1.0, 0), (2.0**97 * (1 - 2**-8), 0), (-(2.0**97), 1), (1.0, 1)):
         query, key, row = config.token()
         key[0, 1, 0, 31] = value
-        compiled(query, key, row, keys, values, None, None)
-        assert (keys[3][2].item(), values[3][2].item()) == (flag, 0)
+        compiled(query, key, row, keys, values, (config.text(0), config.text(1)), None, None)
+        assert (keys[3][0, 2].item(), values[3][0, 2].item()) == (flag, 0)

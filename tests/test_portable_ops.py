@@ -26,10 +26,13 @@ from cases import (
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    attention,
     both_ways,
     cases,
     check_steps,
+    compressed,
     counts_of,
+    decompressed,
     dtypes,
     make_case,
     make_mask,
@@ -46,7 +49,8 @@ from cases import (
     with_length,
 )
 from mustafar_compile.lowering import ops, portable
-from mustafar_compile.lowering.format import CACHE_DTYPES, EXTREME, MAX_QUERY_TOKENS, Layout
+from mustafar_compile.lowering import rows as packing
+from mustafar_compile.lowering.format import CACHE_DTYPES, EXTREME, MAX_QUERY_TOKENS, Format
 from reference import kept_count, kept_mask, prune, pruned_cache
 
 # ----------------------------------------------------------------------------------------------- rows: prune, pack
@@ -85,35 +89,36 @@ def words_of(kept):
 @example(torch.tensor([[65504.0, -65504.0, 6e-8, -6e-8, 0.0, 1.0, -1.0, 2.0] * 2], dtype=torch.float16), 1)
 def test_packing_a_row_is_pruning_it(x, eights):
     kept = min(8 * eights, x.shape[-1])
-    values, words = portable.pack(x, kept)
+    format = Format.interned(x.shape[-1], kept, 1)
+    values, words = packing.pack(x, format)
     mask = kept_mask(x, kept)
     assert words.dtype == torch.int32
     assert words.tolist() == [words_of(row) for row in mask.tolist()]
     assert_same_bits(values.reshape(-1), x[mask])
     assert values.is_contiguous()
-    assert_same_bits(portable.expand(values, words, x.shape[-1]), prune(x, kept))
+    assert_same_bits(packing.expand((values, words), format), prune(x, kept))
 
 
 @given(rows(), st.integers(1, 32))
 def test_every_row_keeps_the_same_number(x, eights):
     kept = min(8 * eights, x.shape[-1])
-    mask = portable.keep_mask(x, kept)
+    mask = packing.keep_mask(x, kept)
     assert mask.sum(-1).tolist() == [kept] * len(x)
-    words = portable.pack(x, kept)[1].tolist()
+    words = packing.pack(x, Format.interned(x.shape[-1], kept, 1))[1].tolist()
     assert [sum((word % 2**32).bit_count() for word in row) for row in words] == [kept] * len(x)
 
 
 def test_ties_keep_the_lower_channels():
     x = torch.tensor([[1.0, 2.0, -1.0, 1.0, -2.0, 1.0, 1.0, -1.0] + [1.0] * 8])
-    assert portable.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert portable.keep_mask(x.flip(-1), 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 11, 14]
+    assert packing.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert packing.keep_mask(x.flip(-1), 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 11, 14]
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_nan_is_kept_before_infinity(dtype):
     x = torch.full((1, 16), INF, dtype=dtype)
     x[:, [3, 15]] = NAN
-    assert portable.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 15]
+    assert packing.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 15]
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
@@ -122,7 +127,7 @@ def test_all_nan_tie(dtype):
     infinity = torch.tensor(INF, dtype=dtype).view(BITS[dtype])
     x = (infinity + torch.arange(1, 17, dtype=BITS[dtype])).view(dtype).unsqueeze(0)
     assert x.isnan().all()
-    assert portable.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert packing.keep_mask(x, 8)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 80, 128, 264])
@@ -130,7 +135,7 @@ def test_the_bit_of_every_channel(head_dim):
     """One channel at a time, at the other end of its word than little-endian order would have it."""
     for channel in range(head_dim):
         x = row_with(head_dim, channel)
-        _, words = portable.pack(torch.cat([x, -x]), 8)
+        _, words = packing.pack(torch.cat([x, -x]), Format.interned(head_dim, 8, 1))
         fillers = [c for c in range(9) if c != channel][:7]  # zeros tie, and the lower channels win
         expected = words_of([c == channel or c in fillers for c in range(head_dim)])
         assert words.tolist() == [expected] * 2
@@ -146,7 +151,7 @@ def test_every_group_of_four_channels_expands(dtype, before):
     for i, form in itertools.product(range(8), range(16)):
         channels = [c for c in range(4 * i) if before] + [4 * i + c for c in range(4) if form >> c & 1]
         words = torch.tensor([words_of([c in channels for c in range(32)])], dtype=torch.int32)
-        dense = portable.expand(values, words, 32)[0].tolist()
+        dense = packing.expand((values, words), Format.interned(32, 32, 1))[0].tolist()
         assert [c for c in range(32) if dense[c]] == channels
         assert [dense[c] for c in channels] == list(range(1, len(channels) + 1))
 
@@ -156,7 +161,8 @@ def test_rows_of_more_than_256_channels():
     for head_dim in (264, 576):
         x = randn(3, head_dim, seed=0)
         for kept in (8, 256, head_dim - 8, head_dim):
-            assert_same_bits(portable.expand(*portable.pack(x, kept), head_dim), prune(x, kept))
+            format = Format.interned(head_dim, kept, 1)
+            assert_same_bits(packing.expand(packing.pack(x, format), format), prune(x, kept))
 
 
 # ------------------------------------------------------------------------------------------- compress and decompress
@@ -180,21 +186,20 @@ def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, sp
     expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
     dense = partly_written(dense, tokens)
     kept = kept_count(8 * eights, sparsity)
-    buffers = ops.compress(strided(dense, how), torch.tensor([tokens]), kept, window, capacity)
-    layout = Layout(8 * eights, kept, window)
-    assert [(tuple(b.shape), b.dtype) for b in buffers] == layout.buffers(batch, heads, capacity, dtype)
+    buffers = compressed(strided(dense, how), tokens, kept, window, capacity)
+    assert [(tuple(b.shape), b.dtype) for b in buffers] == buffers.format.shapes(batch, heads, capacity, dtype)
     assert all(b.is_contiguous() for b in buffers)
-    assert buffers[3].tolist() == counts_of(tokens, window), "NaN that is not written is not extreme"
+    assert buffers.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
     for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(ops.decompress(*buffers, asked), with_length(expected, asked))
+        assert_same_bits(decompressed(buffers, asked), with_length(expected, asked))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 12])
 def test_compressing_a_part_of_a_static_cache(device, tokens):
     dense = randn(2, 2, 12, 16, seed=1, device=device)
-    buffers = ops.compress(dense, torch.tensor([tokens], device=device), 8, 4, 12)
-    assert buffers[3].tolist() == counts_of(tokens, 4)
-    assert_same_bits(ops.decompress(*buffers, 12), with_length(pruned_cache(dense[:, :, :tokens], 0.5, 4), 12))
+    buffers = compressed(dense, tokens, 8, 4, 12)
+    assert buffers.counts.tolist() == counts_of(tokens, 4, batch=2)
+    assert_same_bits(decompressed(buffers, 12), with_length(pruned_cache(dense[:, :, :tokens], 0.5, 4), 12))
 
 
 @pytest.mark.parametrize(("head_dim", "kept"), [(8, 8), (40, 24), (64, 32), (80, 24)])
@@ -204,12 +209,12 @@ def test_where_every_kept_element_stands(head_dim, kept, how):
     tokens, window = 71, 2
     dense = randn(2, 1, tokens, head_dim, seed=4, dtype=torch.bfloat16)
     if how == "compress":
-        values, bitmap, _, _ = ops.compress(dense, torch.tensor([tokens]), kept, window, tokens)
+        buffers = compressed(dense, tokens, kept, window, tokens)
     else:
-        buffers = ops.compress(dense[:, :, :1], torch.tensor([1]), kept, window, tokens)
+        buffers = compressed(dense[:, :, :1], 1, kept, window, tokens)
         for n in range(1, tokens):
-            portable.append(dense[:, :, n : n + 1], *buffers, None)
-        values, bitmap, _, _ = buffers
+            portable.append(dense[:, :, n : n + 1], buffers, buffers.format, None)
+    values, bitmap = buffers.values, buffers.bitmap
     for b in range(2):
         for t in range(tokens - window):
             row = dense[b, 0, t]
@@ -226,7 +231,7 @@ def test_where_every_kept_element_stands(head_dim, kept, how):
 def test_what_is_extreme(dtype, value, flag, device):
     x = torch.tensor([1.0, value], dtype=dtype, device=device)
     assert math.isnan(value) or x[1].item() == value, "the value has to be one of the dtype"
-    assert portable.extreme(x).tolist() == [False, bool(flag)]
+    assert packing.extreme(x).tolist() == [False, bool(flag)]
     assert EXTREME == 2.0**97
 
 
@@ -234,10 +239,10 @@ def test_what_is_extreme(dtype, value, flag, device):
 def test_a_token_with_an_extreme_value_sets_the_flag_of_its_own_cache(dtype, value, flag, device):
     plain, row = row_holding(0, dtype, device), row_holding(value, dtype, device)
     for role in (0, 1):
-        buffers = [ops.compress(plain, torch.tensor([1], device=device), 8, 2, 9) for _ in range(2)]
+        buffers = [compressed(plain, 1, 8, 2, 9) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
-        ops.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
-        assert [b[3][2].item() for b in buffers] == [flag if i == role else 0 for i in range(2)]
+        attention(plain, *new, *buffers, None, None, None, 0.1)
+        assert [b.counts[:, 2].tolist() for b in buffers] == [[0, flag if i == role else 0] for i in range(2)]
 
 
 @pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
@@ -246,28 +251,29 @@ def test_compressing_an_extreme_value_sets_the_flag_where_it_is_written(dtype, v
     for place in range(6):
         dense = torch.cat([row if i == place else plain for i in range(6)], dim=2)
         for tokens in range(7):
-            counts = ops.compress(dense, torch.tensor([tokens], device=device), 8, 2, 6)[3]
-            assert counts.tolist() == counts_of(tokens, 2, flag if place < tokens else 0)
+            counts = compressed(dense, tokens, 8, 2, 6).counts.tolist()
+            assert counts == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
 
 
 @pytest.mark.parametrize("position", [None, "given"])
 def test_the_flag_is_sticky(position, device):
     """Also after the token is overwritten: what was packed from it may still lie somewhere."""
     plain = row_holding(0, torch.float32, device)
-    buffers = ops.compress(row_holding(INF, torch.float32, device), torch.tensor([1], device=device), 8, 2, 9)
-    assert buffers[3].tolist() == [1, 0, 1]
+    buffers = compressed(row_holding(INF, torch.float32, device), 1, 8, 2, 9)
+    assert buffers.counts.tolist() == [[1, 0, 0], [1, 0, 1]]
     for n in range(5):
         at = n if position else n + 1
-        portable.append(plain, *buffers, torch.tensor([at], device=device) if position else None)
-        assert buffers[3].tolist() == counts_of(at + 1, 2, 1)
+        where = torch.tensor([at], device=device) if position else None
+        portable.append(plain, buffers, buffers.format, where)
+        assert buffers.counts.tolist() == counts_of(at + 1, 2) + counts_of(at + 1, 2, 1)
 
 
 def test_what_lies_in_unwritten_slots_sets_no_flag():
     case = make_case(tokens=9, window=4)
     key, value = case.past("key"), case.past("value")
-    assert key[0].isnan().any()
+    assert key.values.isnan().any()
     case.step(key, value)
-    assert key[3].tolist() == value[3].tolist() == counts_of(9, 4)
+    assert key.counts.tolist() == value.counts.tolist() == counts_of(9, 4, batch=2)
 
 
 # ------------------------------------------------------------------------------------------------- decode attention
@@ -370,20 +376,20 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, po
     case = make_case(tokens=tokens, window=window, head_dim=24, value_dim=16, spare=2, device=device)
     capacity = max(tokens - window, 1)
     empty = torch.zeros(1, dtype=torch.int64, device=device)
-    grown = [list(ops.compress(x[:, :, :1], empty, 8, window, capacity)) for x in (case.keys, case.values)]
+    grown = [compressed(x[:, :, :1], empty, 8, window, capacity) for x in (case.keys, case.values)]
     for n in range(tokens):
         step = Case(case.query, case.keys[:, :, : n + 1], case.values[:, :, : n + 1], window=window)
         step.key_sparsity, step.value_sparsity = 0.7, 0.5  # 8 of 24 and 8 of 16 channels
         where = torch.tensor([n], device=device) if position else None
         assert_close(step.step(*grown, where), step)
     for x, buffers in zip((case.keys, case.values), grown, strict=True):
-        at_once = ops.compress(x, torch.tensor([tokens], device=device), 8, window, max(capacity, tokens))
-        assert torch.equal(buffers[3], at_once[3])
+        at_once = compressed(x, tokens, 8, window, max(capacity, tokens))
+        assert torch.equal(buffers.counts, at_once.counts)
         pruned = max(tokens - window, 0)
         for mine, other in zip(rows_of(buffers), rows_of(at_once), strict=True):
             assert torch.equal(mine[:, :, :pruned], other[:, :, :pruned])
-        assert torch.equal(buffers[2], at_once[2])
-        assert_same_bits(ops.decompress(*buffers, tokens), ops.decompress(*at_once, tokens))
+        assert torch.equal(buffers.window, at_once.window)
+        assert_same_bits(decompressed(buffers, tokens), decompressed(at_once, tokens))
 
 
 @given(moves, st.integers(1, 6), seeds)
@@ -433,7 +439,7 @@ def test_speculating_and_rewinding_equals_the_plain_sequence(window, device):
         (start + 2, case.query[:, :, 2:], [x[:, :, 2:] for x in new]),
     ):
         at = torch.tensor([position], device=device)
-        outs.append(ops.decode_attention(query, *tokens, *drafted[0], *drafted[1], at, None, None, case.scale_number))
+        outs.append(attention(query, *tokens, *drafted, at, None, None, case.scale_number))
     out = torch.cat([outs[0][:, :, :2], outs[1]], dim=2)
     assert_close(out, case, rounds_weights=device == "cuda")
     assert_close(expected, case, rounds_weights=device == "cuda")
@@ -460,11 +466,11 @@ def test_a_bad_token_does_no_harm_to_those_before_it(role, window, device):
 def test_numbers_of_tokens_that_an_op_does_not_take(counts, fake):
     with FakeTensorMode() if fake else nullcontext():
         query, key, value = (torch.zeros(1, 2, count, 8) for count in counts)
-        buffers = ops.compress(torch.zeros(1, 2, 20, 8), torch.tensor([20]), 8, 4, 40)
+        buffers = compressed(torch.zeros(1, 2, 20, 8), 20, 8, 4, 40)
         with pytest.raises(
             ValueError, match=re.escape(f"{list(counts)} tokens; accepted are as many of each, 1 to 16")
         ):
-            ops.decode_attention(query, key, value, *buffers, *buffers, None, None, None, 0.1)
+            attention(query, key, value, buffers, buffers, scale=0.1)
 
 
 @pytest.mark.parametrize("queries", [1, 3, MAX_QUERY_TOKENS])
@@ -477,7 +483,7 @@ def test_only_the_written_slots_change(tokens, queries):
         before, after = case.past(role), case.past(role)
         other = case.past("value" if role == "key" else "key")
         case.step(*((after, other) if role == "key" else (other, after)))
-        slots = ((*rows_of(before), before[2]), (*rows_of(after), after[2]), (leaving, leaving, in_ring))
+        slots = ((*rows_of(before), before.window), (*rows_of(after), after.window), (leaving, leaving, in_ring))
         for old, new, changed in zip(*slots, strict=True):
             same = [s for s in range(old.shape[2]) if s not in changed]
             assert torch.equal(old[:, :, same].nan_to_num(7), new[:, :, same].nan_to_num(7))
@@ -492,17 +498,27 @@ def traced_targets(function, *arguments):
     return {str(node.target) for node in graph.nodes if node.op == "call_function"}
 
 
+def list_of(x):
+    """A cache as a plain list, as tracing takes it."""
+    return list(x) if isinstance(x, list) else x
+
+
 HOST_READS = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "unique")
 
 
 def test_nothing_waits_for_the_device():
     """No op reads a tensor's value on the host, so lengths may live on the device and CUDA graphs can be captured."""
     case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool), sinks=make_sinks(4, 0))
-    arguments = case.query, case.keys[:, :, -1:], case.values[:, :, -1:], *case.past("key"), *case.past("value")
+    text = case.past("key").format.encode()
+    arguments = case.query, case.keys[:, :, -1:], case.values[:, :, -1:], case.past("key"), case.past("value")
     how = torch.tensor([10]), case.mask, case.sinks
-    targets = traced_targets(lambda *xs: ops.decode_attention(*xs, 0.3), *arguments, *how)
-    targets |= traced_targets(lambda x, n: ops.compress(x, n, 8, 4, 20), case.keys, torch.tensor([5]))
-    targets |= traced_targets(lambda *xs: ops.decompress(*xs, 12), *case.past("key"))
+
+    def step(query, key, value, keys, values, *rest):
+        return ops.decode_attention(query, key, value, keys, values, text, text, *rest, 0.3, length=11)
+
+    targets = traced_targets(step, *map(list_of, arguments), *how)
+    targets |= traced_targets(lambda x, n: ops.compress(x, n, text, 20), case.keys, torch.tensor([5]))
+    targets |= traced_targets(lambda xs: ops.decompress(xs, text, 12), list(case.past("key")))
     assert len(targets) > 20
     assert not [t for t in targets if any(read in t for read in HOST_READS)]
 
@@ -510,12 +526,13 @@ def test_nothing_waits_for_the_device():
 def test_shapes_are_known_without_data():
     with FakeTensorMode():
         x, q = torch.empty(2, 3, 40, 24, dtype=torch.bfloat16), torch.empty(2, 6, 1, 24, dtype=torch.bfloat16)
-        buffers = [ops.compress(x, torch.empty(1, dtype=torch.int64), 16, 4, 64) for _ in range(2)]
-        out = ops.decode_attention(q, x[:, :, :1], x[:, :, :1], *buffers[0], *buffers[1], None, None, None, 0.2)
+        text = Format.interned(24, 16, 4).encode()
+        buffers = [ops.compress(x, torch.empty(1, dtype=torch.int64), text, 64) for _ in range(2)]
+        out = ops.decode_attention(q, x[:, :, :1], x[:, :, :1], *buffers, text, text, None, None, None, 0.2)
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
-        dense = ops.decompress(*buffers[0], 50)
+        dense = ops.decompress(buffers[0], text, 50)
         assert (dense.shape, dense.dtype) == ((2, 3, 50, 24), x.dtype)
-    assert [(tuple(b.shape), b.dtype) for b in buffers[0]] == Layout(24, 16, 4).buffers(2, 3, 64, x.dtype)
+    assert [(tuple(b.shape), b.dtype) for b in buffers[0]] == Format.interned(24, 16, 4).shapes(2, 3, 64, x.dtype)
 
 
 @pytest.mark.parametrize(
@@ -525,12 +542,13 @@ def test_the_schema_says_what_the_op_does(name, queries):
     case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool), sinks=make_sinks(4, 0), queries=queries)
     key, value = case.past("key"), case.past("value")
     for buffers in (key, value):
-        buffers[0].nan_to_num_(0)  # the check compares, and NaN is unequal to itself
+        buffers.values.nan_to_num_(0)  # the check compares, and NaN is unequal to itself
     new = (x[:, :, case.written :].clone() for x in (case.keys, case.values))
-    step = case.query, *new, *key, *value
+    text = key.format.encode()
+    step = case.query, *new, list(key), list(value), text, text
     arguments = {
-        "compress": (case.keys, torch.tensor([5]), 8, 4, 20),
-        "decompress": (*key, 12),
+        "compress": (case.keys, torch.tensor([5]), text, 20),
+        "decompress": (list(key), text, 12),
         "decode_attention": (*step, torch.tensor([case.written]), case.mask, case.sinks, 0.3),
     }
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
