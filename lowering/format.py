@@ -156,10 +156,9 @@ class Format:
             )
 
     @classmethod
-    @functools.cache
     def interned(cls, head_dim: int, kept: int, window: int, code: str = "none") -> Format:
         """The one object for these values: guards compare formats on every call."""
-        return cls(head_dim, kept, window, code)
+        return _interned(cls(head_dim, kept, window, code))
 
     @classmethod
     def of(cls, head_dim: int, sparsity: float, window: int) -> Format:
@@ -259,6 +258,11 @@ class Format:
                     f"the buffer {buffer.name} of a compressed cache is {_described(given)}; accepted is "
                     f"{list(wanted[0])} {wanted[1]} on {wanted[2]}, as {self} and its bitmap ask for"
                 )
+
+
+@functools.cache
+def _interned(format: Format) -> Format:
+    return format
 
 
 def _sizes(batch: Any, heads: Any, blocks: Any) -> dict[str, Any]:

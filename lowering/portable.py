@@ -144,7 +144,7 @@ def decompress(buffers: Sequence[Tensor], format: Format, length: int) -> Tensor
     tokens, held = cache.counts[:, 0:1], cache.counts[:, 1:2]
     written = torch.where((token < tokens)[:, None, :, None], in_ring, 0)
     first_exact = torch.maximum(held, tokens - format.window)
-    return torch.where((token < first_exact)[:, None, :, None], pruned, written)
+    return torch.where((token < first_exact)[:, None, :, None], pruned, written).contiguous()
 
 
 def append(rows: Tensor, buffers: Sequence[Tensor], format: Format, position: Tensor | None) -> None:

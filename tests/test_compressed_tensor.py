@@ -274,7 +274,7 @@ def test_zero_empties_a_static_cache():
     dense = randn(2, 3, 12, 16)
     dense[0, 0, 0, 0] = float("inf")
     kv = CompressedKV.from_dense(dense, 0.5, WINDOW, tokens=7)
-    assert kv.counts.tolist() == [[7, 0, 0], [7, 0, 1]]
+    assert kv.counts.tolist() == [[7, 0, 1], [7, 0, 0]]
     pointers = [buffer.data_ptr() for buffer in kv.buffers]
     assert kv.zero_() is kv
     assert kv.counts.tolist() == 2 * [[0, 0, 0]]
@@ -342,7 +342,7 @@ def test_growth_keeps_the_contents():
         assert kv.capacity >= kv.shape[2] - WINDOW, "the token had no room"
     assert len(capacities) >= 2, "the case never grew"
     assert torch.equal(kv.dense(), pruned_cache(dense, 0.5, WINDOW))
-    assert kv.stored_bytes == kv.row_format.stored_bytes(2, 3, kv.capacity, 4)
+    assert kv.stored_bytes == kv.format.stored_bytes(2, 3, kv.capacity, 4)
     assert kv.capacity <= grown_capacity(kv.shape[2]), "more slack than a new cache has"
 
 
