@@ -27,7 +27,7 @@ def measure(batch: int, context: int, sparsity: float, layers: int) -> dict[str,
     query = torch.randn(batch, KV_HEADS * GROUP, 1, HEAD_DIM, **how)
     ours = Compressed(query, key, value, sparsity)
     taken = kernel_us(ours.step_in_turn, ["append"], before=ours.rewind, runs=50)["append"]
-    sizes = {"batch": batch, "context": context, "sparsity": sparsity, "kept": ours.layout.kept}
+    sizes = {"batch": batch, "context": context, "sparsity": sparsity, "kept": ours.format.kept}
     return sizes | {"append_us": taken, "layers": layers, "all_layers_ms": layers * taken / 1e3}
 
 

@@ -19,7 +19,7 @@ import torch
 from timing import DEVICE, DTYPES, cold, copy_bandwidth, free, graphed, kernel_us, median_ms, operations, parser, write
 from torch import Tensor
 
-from mustafar_compile.lowering.format import Layout
+from mustafar_compile.lowering.format import Format
 
 WINDOW = 32
 SPARSITIES = (0.5, 0.7)
@@ -76,22 +76,22 @@ class Compressed:
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, sparsity: float) -> None:
         batch, heads, tokens, head_dim = key.shape
-        self.layout = Layout.of(head_dim, sparsity, WINDOW)
+        self.format = Format.of(head_dim, sparsity, WINDOW)
         self.position = torch.tensor([tokens - 1], device=DEVICE)
         self.query, self.scale = query, head_dim**-0.5
         self.new = [x[:, :, -1:].contiguous() for x in (key, value)]
-        self.keys, self.values = (
-            operations().compress(x, self.position, self.layout.kept, WINDOW, tokens) for x in (key, value)
-        )
-        self.start = self.keys[3].clone()
+        self.keys, self.values = (operations().compress(x, self.position, self.format, tokens) for x in (key, value))
+        self.counts = [buffers[self.format.place("counts")] for buffers in (self.keys, self.values)]
+        self.start = [counts.clone() for counts in self.counts]
         itemsize, pruned = key.element_size(), tokens - WINDOW
-        row = pruned * self.layout.token_bytes(itemsize) + WINDOW * head_dim * itemsize
+        row = pruned * self.format.token_bytes(itemsize) + WINDOW * head_dim * itemsize
         self.bytes_read = 2 * batch * heads * row
 
     def step(self, **how: bool) -> Tensor:
         """The last token enters, and is attended to with all others."""
+        caches = self.keys, self.values, self.format, self.format
         return operations().decode_attention(
-            self.query, *self.new, *self.keys, *self.values, self.position, None, None, self.scale, **how
+            self.query, *self.new, *caches, self.position, None, None, self.scale, **how
         )
 
     def step_in_turn(self) -> Tensor:
@@ -103,8 +103,7 @@ class Compressed:
 
         The slot of the ring stays as it is, so the new token is also the one that leaves: the same work.
         """
-        self.keys[3].copy_(self.start)
-        self.values[3].copy_(self.start)
+        torch._foreach_copy_(self.counts, self.start)
         cold()
 
     def error(self) -> float:
@@ -122,9 +121,9 @@ class Compressed:
         difference = result.double().view(expected.shape) - expected
         return difference.norm() / expected.norm()
 
-    def _dense(self, buffers: tuple[Tensor, ...], entry: int) -> Tensor:
-        own, counts = [x[entry : entry + 1] for x in buffers[:3]], buffers[3]
-        return operations().decompress(*own, counts, int(self.position) + 1)[0].double()
+    def _dense(self, buffers: list[Tensor], entry: int) -> Tensor:
+        own = [x[entry : entry + 1] for x in buffers]
+        return operations().decompress(own, self.format, int(self.position) + 1)[0].double()
 
 
 def measure(shape: Shape, sparsities: list[float], flex: bool) -> list[dict[str, Any]]:
@@ -156,7 +155,7 @@ def row(ours: Compressed, peers: dict[str, float], dense_bytes: int) -> dict[str
     attention = (kernels["attend"] + kernels["combine"]) / 1e3
     limit, dense_limit = (1e3 * size / copy_bandwidth() for size in (ours.bytes_read, dense_bytes))
     return {
-        "kept": ours.layout.kept,
+        "kept": ours.format.kept,
         "dense": best,
         "dense_ms": peers[best],
         "ours_ms": whole,

@@ -16,7 +16,7 @@ import torch
 from timing import DEVICE, DTYPES, free, graphed, median_ms, operations, parser, write
 from torch import Tensor
 
-from mustafar_compile.lowering.format import kept_elements
+from mustafar_compile.lowering.format import Format
 
 HEADS = 8
 WINDOW = 32
@@ -75,14 +75,14 @@ def measure(shape: Shape) -> list[dict[str, Any]]:
     copying = median_ms(graphed(lambda: (key.clone(), value.clone())), runs=20)
     rows = []
     for sparsity in SPARSITIES:
-        kept = kept_elements(shape.head_dim, sparsity)
+        form = Format.of(shape.head_dim, sparsity, WINDOW)
 
-        def compress(kept: int = kept) -> Any:
-            return [operations().compress(x, tokens, kept, WINDOW, shape.tokens) for x in (key, value)]
+        def compress(form: Format = form) -> Any:
+            return [operations().compress(x, tokens, form, shape.tokens) for x in (key, value)]
 
         taken = median_ms(graphed(compress), runs=20)
         times = {"ms": taken, "clone_ms": copying, "ratio": taken / copying, "dense_GB/s": dense_bytes / taken / 1e6}
-        rows.append(asdict(shape) | {"sparsity": sparsity, "kept": kept} | times)
+        rows.append(asdict(shape) | {"sparsity": sparsity, "kept": form.kept} | times)
     return rows
 
 

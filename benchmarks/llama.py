@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mustafar_compile import CompressedKV
-from mustafar_compile.lowering.format import kept_elements
+from mustafar_compile.lowering.format import Format
 
 WINDOW = 32
 SHAPE = {
@@ -73,12 +73,12 @@ def dense_cache(model: Any, batch: int, context: int) -> StaticCache:
 
 def compressed_cache(model: Any, batch: int, context: int, sparsity: float) -> StaticCache:
     """The same, compressed as the backend leaves it behind."""
-    kept = kept_elements(model.config.head_dim, sparsity)
+    form = Format.of(model.config.head_dim, sparsity, WINDOW)
     written = torch.tensor([context - 1], device=DEVICE)
 
     def compress(dense: Tensor) -> CompressedKV:
-        buffers = operations().compress(dense, written, kept, WINDOW, context)
-        return CompressedKV.from_buffers(list(buffers), context, grows=False)
+        buffers = operations().compress(dense, written, form, context)
+        return CompressedKV.from_buffers(form, buffers, context, grows=False)
 
     cache = StaticCache(config=model.config, max_cache_len=context)
     fill(cache, model, batch, compress)
@@ -104,7 +104,7 @@ def rewinder(cache: StaticCache) -> Callable[[], None]:
     """A function that makes the last slot the next to be written again, in one or two kernels for all layers."""
     lengths = [layer.cumulative_length for layer in cache.layers]
     tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    counts = [x.counts for x in tensors if isinstance(x, CompressedKV)]
+    counts = [x.buffers[x.format.place("counts")] for x in tensors if isinstance(x, CompressedKV)]
     if not counts:
         return lambda: torch._foreach_sub_(lengths, 1)
     start = [x.clone() for x in counts]
@@ -205,7 +205,7 @@ class CompressedDecoder(Decoder):
     def __init__(self, model: Any, batch: int, context: int, sparsity: float) -> None:
         super().__init__(model, batch, context)
         cache = compressed_cache(model, batch, context, sparsity)
-        self.caches = [(*layer.keys.buffers, *layer.values.buffers) for layer in cache.layers]
+        self.caches = [(layer.keys, layer.values) for layer in cache.layers]
         self.stored_bytes = sum(x.stored_bytes for layer in cache.layers for x in (layer.keys, layer.values))
         config = model.config
         shape = (2, batch, config.num_key_value_heads, 1, config.head_dim)
@@ -218,7 +218,9 @@ class CompressedDecoder(Decoder):
 
     def attend(self, query: Tensor, i: int) -> Tensor:
         how = {"position": self.position, "mask": None, "sinks": None, "scale": self.scale}
-        return operations().decode_attention(query, *self.row, *self.caches[i], **how)
+        key, value = self.caches[i]
+        caches = key.buffers, value.buffers, key.format, value.format
+        return operations().decode_attention(query, *self.row, *caches, **how)
 
 
 def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -66,11 +66,12 @@ def _decode_attention(
             f"{MAX_QUERY_TOKENS}"
         )
     key_form, value_form = Format.decode(key_format), Format.decode(value_format)
-    window, others = key_form.window_of(keys), (query, value_form.window_of(values))
+    window, other = key_form.window_of(keys), value_form.window_of(values)
     work = backends.Work(
         key_form, value_form, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0]
     )
-    if any(x.dtype != window.dtype for x in others) or backends.for_step(work) is backends.PORTABLE:
+    alike = query.dtype == other.dtype == window.dtype and other.shape[1] == window.shape[1]
+    if not alike or backends.for_step(work) is backends.PORTABLE:
         return portable.decode_attention(query, key, value, keys, values, key_form, value_form, *rest, **options)
     attention = torch.ops.mustafar.decode_attention_kernel
     return attention(query, key, value, keys, values, key_format, value_format, *rest, **options)

@@ -5,13 +5,17 @@ bfloat16 is for the GPU: the interpreter's products of it are wrong.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 
 import pytest
 import torch
 import triton
+from guarded import STEPS, check_compress, check_decompress, check_step
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from ragged import POSITIONS, check_ragged, check_ragged_cache
 
 from cases import (
     BORDERS,
@@ -22,10 +26,13 @@ from cases import (
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    attention,
     both_ways,
     cases,
     check_steps,
+    compressed,
     counts_of,
+    decompressed,
     hard_rows,
     make_case,
     make_mask,
@@ -41,6 +48,7 @@ from cases import (
     with_length,
 )
 from mustafar_compile.lowering import kernels, portable
+from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from reference import kept_count, pruned_cache
 
 assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
@@ -67,12 +75,10 @@ def stepped(case, position=None):
 
 
 def check_compressed(dense, tokens, kept, window, capacity):
-    tokens = torch.tensor([tokens])
-    buffers = kernels.compress(dense, tokens, kept, window, capacity)
-    expected = portable.compress(dense, tokens, kept, window, capacity)
-    assert [(b.shape, b.dtype) for b in buffers] == [(b.shape, b.dtype) for b in expected]
-    assert_same_cache(buffers, expected)
-    return buffers
+    cache, expected = (compressed(dense, tokens, kept, window, capacity, by=by) for by in (kernels, portable))
+    assert [(b.shape, b.dtype) for b in cache] == [(b.shape, b.dtype) for b in expected]
+    assert_same_cache(cache, expected)
+    return cache
 
 
 @few
@@ -93,19 +99,19 @@ def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, sp
     expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
     dense = strided(partly_written(dense, tokens), how)
     kept, capacity = kept_count(head_dim, sparsity), max(length + spare, tokens - window, 0)
-    buffers = check_compressed(dense, tokens, kept, window, capacity)
-    assert buffers[3].tolist() == counts_of(tokens, window), "NaN that is not written is not extreme"
+    cache = check_compressed(dense, tokens, kept, window, capacity)
+    assert cache.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
     for asked in {tokens, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(kernels.decompress(*buffers, asked), with_length(expected, asked))
+        assert_same_bits(decompressed(cache, asked, by=kernels), with_length(expected, asked))
 
 
 @few
 @given(rows(dtypes=narrow), st.integers(1, 32))
 def test_rows_of_all_kinds(x, eights):
     kept = min(8 * eights, x.shape[-1])
-    buffers = check_compressed(x[None, None], len(x), kept, 1, len(x))
+    cache = check_compressed(x[None, None], len(x), kept, 1, len(x))
     expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1)
-    assert_same_bits(kernels.decompress(*buffers, len(x)), expected)
+    assert_same_bits(decompressed(cache, len(x), by=kernels), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -114,44 +120,44 @@ def test_rows_that_are_hard_to_rank(head_dim, kept, dtype):
     """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends."""
     dense = hard_rows(head_dim, kept, dtype)[None, None]
     length = dense.shape[2]
-    buffers = check_compressed(dense, length, kept, 1, length)
+    cache = check_compressed(dense, length, kept, 1, length)
     expected = pruned_cache(dense, sparsity_for(head_dim, kept), 1)
-    assert_same_bits(kernels.decompress(*buffers, length), expected)
+    assert_same_bits(decompressed(cache, length, by=kernels), expected)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 40, 64])
 def test_compressing_a_part_of_a_static_cache(tokens):
     dense = randn(1, 2, 64, 24, seed=1)
-    buffers = check_compressed(dense, tokens, 8, 7, 64)
-    assert_same_bits(kernels.decompress(*buffers, 64), with_length(pruned_cache(dense[:, :, :tokens], 0.7, 7), 64))
+    cache = check_compressed(dense, tokens, 8, 7, 64)
+    assert_same_bits(decompressed(cache, 64, by=kernels), with_length(pruned_cache(dense[:, :, :tokens], 0.7, 7), 64))
 
 
 def test_compressing_no_rows():
-    buffers = kernels.compress(torch.zeros(1, 2, 0, 16), torch.tensor([0]), 8, 4, 10)
-    assert buffers[3].tolist() == [0, 0, 0]
-    assert not buffers[2].any()
-    assert kernels.decompress(*buffers, 0).shape == (1, 2, 0, 16)
-    assert not kernels.decompress(*buffers, 3).any()
+    cache = compressed(torch.zeros(1, 2, 0, 16), 0, 8, 4, 10, by=kernels)
+    assert cache.counts.tolist() == [[0, 0, 0]]
+    assert not cache.window.any()
+    assert decompressed(cache, 0, by=kernels).shape == (1, 2, 0, 16)
+    assert not decompressed(cache, 3, by=kernels).any()
 
 
 @pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
 def test_the_flag_of_extreme_values(dtype, value, flag):
-    """Set by compressing where it is written, and by appending to the cache that gets it; and it stays."""
-    plain, row = (row_holding(v, dtype)[1:, 1:] for v in (0, value))
+    """Set by compressing where it is written, and by appending to the cache that gets it; it stays, with its row."""
+    plain, row = (row_holding(v, dtype)[:, 1:] for v in (0, value))
     for place, tokens in ((0, 6), (5, 5), (5, 6)):
         dense = torch.cat([row if i == place else plain for i in range(6)], dim=2)
-        counts = kernels.compress(dense, torch.tensor([tokens]), 8, 2, 6)[3]
-        assert counts.tolist() == counts_of(tokens, 2, flag if place < tokens else 0)
+        counts = compressed(dense, tokens, 8, 2, 6, by=kernels).counts
+        assert counts.tolist() == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
     if dtype == torch.bfloat16:
         return
     for role in (0, 1):
-        buffers = [portable.compress(plain, torch.tensor([1]), 8, 2, 9) for _ in range(2)]
+        caches = [compressed(plain, 1, 8, 2, 9, by=portable) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
-        portable_kernels(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
-        assert [b[3].tolist() for b in buffers] == [[2, 0, flag if i == role else 0] for i in range(2)]
+        attention(plain, *new, *caches, scale=0.1, decode=portable_kernels)
+        assert [c.counts.tolist() for c in caches] == [[[2, 0, 0], [2, 0, flag if i == role else 0]] for i in range(2)]
         if role == 0 and flag:
-            portable_kernels(plain, plain, plain, *buffers[0], *buffers[1], None, None, None, 0.1)
-            assert [b[3].tolist() for b in buffers] == [[3, 0, 1], [3, 0, 0]]
+            attention(plain, plain, plain, *caches, scale=0.1, decode=portable_kernels)
+            assert [c.counts.tolist() for c in caches] == [[[3, 0, 0], [3, 0, 1]], [[3, 0, 0], [3, 0, 0]]]
 
 
 # ------------------------------------------------------------------------------------------------- decode attention
@@ -223,8 +229,8 @@ def test_inputs_of_any_strides():
 def test_caches_of_different_capacity():
     case = make_case(tokens=70, batch=2)
     larger = make_case(tokens=70, batch=2, spare=100)
-    for buffers in ((case.past("key"), larger.past("value")), (larger.past("key"), case.past("value"))):
-        assert_close(case.step(*buffers, decode=portable_kernels), case, rounds_weights=True)
+    for caches in ((case.past("key"), larger.past("value")), (larger.past("key"), case.past("value"))):
+        assert_close(case.step(*caches, decode=portable_kernels), case, rounds_weights=True)
 
 
 @pytest.mark.parametrize("position", [None, "given"])
@@ -232,14 +238,23 @@ def test_caches_of_different_capacity():
 def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, position):
     case = make_case(batch=1, heads=1, tokens=tokens, head_dim=24, value_dim=16)
     start = max(0, tokens - 6)
-    grown = [list(portable.compress(x, torch.tensor([start]), 8, window, tokens)) for x in (case.keys, case.values)]
+    grown = [compressed(x, start, 8, window, tokens, by=portable) for x in (case.keys, case.values)]
     for n in range(start, tokens):
         new = case.keys[:, :, n : n + 1], case.values[:, :, n : n + 1]
-        portable_kernels(
-            case.query, *new, *grown[0], *grown[1], torch.tensor([n]) if position else None, None, None, 0.2
-        )
-    for x, buffers in zip((case.keys, case.values), grown, strict=True):
-        assert_same_cache(buffers, portable.compress(x, torch.tensor([tokens]), 8, window, tokens))
+        at = torch.tensor([n]) if position else None
+        attention(case.query, *new, *grown, at, scale=0.2, decode=portable_kernels)
+    for x, cache in zip((case.keys, case.values), grown, strict=True):
+        assert_same_cache(cache, compressed(x, tokens, 8, window, tokens, by=portable))
+
+
+@pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_rows_of_the_batch_in_step_stand_at_places_of_their_own(position, queries):
+    check_ragged(portable_kernels, position, queries)
+
+
+def test_rows_of_the_batch_hold_tokens_of_their_own():
+    check_ragged_cache(kernels)
 
 
 @pytest.mark.parametrize(("moves", "window", "seed"), REWINDING)
@@ -291,12 +306,11 @@ def exact_for_extremes(monkeypatch):
             self.step = step
 
         def __getitem__(self, grid):
-            def attend(*arguments):
+            def attend(*, sums, states, **arguments):
                 rows, splits = grid
                 shape = (rows // self.step.row_tiles, splits + self.step.window_parts, self.step.query_rows)
-                results = [a for a in arguments if isinstance(a, torch.Tensor) and a.shape[:3] == shape]
-                assert len(results) == 2
-                for x in results:
+                for x in (sums, states):
+                    assert x.shape[:3] == shape
                     x[:, :splits] = NAN
 
             return attend
@@ -325,5 +339,104 @@ def test_a_step_with_extreme_values_is_done_again(role, value, queries, exact_fo
 @given(cases(narrow, (8, 24, 64), (1, 7, 40), few_queries))
 def test_doing_a_step_again_equals_the_oracle(exact_for_extremes, case):
     key, value = case.past("key"), case.past("value")
-    value[3][2] = 1
+    value.counts[:, 2] = 1
     assert_close(case.step(key, value, decode=portable_kernels), case, rounds_weights=True)
+
+
+def test_one_row_of_the_batch_is_done_again_and_the_others_are_not(exact_for_extremes):
+    case = make_case(tokens=75, window=17)
+    case.values[1, 0, 7, 5] = 2.0**98
+    out = case.step(decode=portable_kernels)
+    assert out[0].isnan().all(), "taken from the splits"
+    alone = dataclasses.replace(case, query=case.query[1:], keys=case.keys[1:], values=case.values[1:])
+    assert_close(out[1:], alone, rounds_weights=True)
+
+
+# ---------------------------------------------------------------------------------------------------- what is asserted
+
+
+@pytest.fixture
+def asserting(monkeypatch):
+    """Device assertions hold in the interpreter, too; on a GPU the kernel that has them is compiled for them."""
+    builder = triton.runtime.interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
+    monkeypatch.setattr(builder, "options", options)
+
+
+def assert_fails(message, case, position=None, **how):
+    """A step fails with ``message``."""
+    with pytest.raises(Exception, match=re.escape(message)):
+        case.step(position=position, decode=portable_kernels, **how)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_step_asserts_that_positions_leave_no_gap_and_fit(queries, asserting):
+    case = make_case(heads=1, group=1, tokens=40, queries=queries)
+    for bad in ([-1], [case.written + 1], [case.written, case.written + 1], [0, -1], [2**33]):
+        assert_fails(OUT_OF_PLACE, case, torch.tensor(bad))
+    case.step(position=torch.tensor([0, case.written]), decode=portable_kernels)
+    case.step(decode=portable_kernels, length=40)
+    assert_fails(OUT_OF_PLACE, case, length=39)
+
+
+@pytest.mark.parametrize("position", [None, [36]])
+def test_a_step_asserts_that_a_growing_cache_has_room(position, asserting):
+    for tokens in (36, 37):
+        case = make_case(heads=1, group=1, tokens=tokens)
+        keys, values = (compressed(x, tokens - 1, 8, 4, 32) for x in (case.keys, case.values))
+        how = {"keys": keys, "values": values}
+        if tokens == 36:
+            case.step(decode=portable_kernels, **how)
+        else:
+            assert_fails(OUT_OF_PLACE, case, position and torch.tensor(position), **how)
+
+
+def test_a_step_asserts_that_both_caches_hold_the_tokens(asserting):
+    case = make_case(tokens=40)
+    for role in ("keys", "values"):
+        shorter = {"keys": case.past("key"), "values": case.past("value")}
+        shorter[role].counts[1, 0] = 20
+        assert_fails(OUT_OF_PLACE, case, torch.tensor([case.written]), **shorter)
+
+
+@pytest.mark.parametrize(("queries", "kind"), [(1, "additive"), (3, "bool")])
+def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_never_written(queries, kind, asserting):
+    length, tokens = 4400, 40  # pieces of the mask for several programs
+    for shape in ((length,), (2, 1, 1, length), (1, 2, queries, length)):
+        case = make_case(heads=1, group=2, tokens=tokens, queries=queries)
+        for place in (None, tokens, 127, 4095, 4096, length - 1):
+            allowed = (torch.arange(length) < tokens).repeat(*shape[:-1], 1).view(shape)
+            if place is not None:
+                allowed.view(-1, length)[-1, place] = True
+            case.mask = allowed if kind == "bool" else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+            if place is None:
+                case.step(decode=portable_kernels, length=length)
+            else:
+                assert_fails(UNWRITTEN, case, length=length)
+    case.step(decode=portable_kernels)  # a growing cache has no such places
+    case.step(decode=functools.partial(portable_kernels, checked=False), length=length)
+
+
+# ----------------------------------------------------------------------------------------- what lies beside the buffers
+
+
+@pytest.mark.parametrize(("queries", "group", "mask"), [(1, 2, None), (3, 1, "bool")])
+def test_a_step_keeps_to_its_buffers(queries, group, mask):
+    check_step(portable_kernels, queries, group, mask, steps=STEPS[:: 1 if mask is None else 3])
+
+
+def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
+    def decode(*given, **how):
+        for cache in given[3:5]:
+            cache.counts[:, 2] = 1
+        return portable_kernels(*given, **how)
+
+    check_step(decode, steps=STEPS[::3])
+
+
+def test_compressing_keeps_to_its_buffers():
+    check_compress(kernels)
+
+
+def test_decompressing_keeps_to_its_buffers():
+    check_decompress(kernels)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import functools
 
-from cases import assert_close, make_case, make_mask
+import torch
+from guarded import STEPS, step_at, step_inputs
+
+from cases import assert_close, decompressed, make_case, make_mask
 from mustafar_compile.lowering import kernels, ops, portable
 
 
@@ -15,13 +18,24 @@ def check(variant, head_dim, group, mask):
     if mask:
         case.mask = make_mask(mask, (2, 1, 1, 77), seed=5).cuda()
     keys, values = case.past("key"), case.past("value")
-    out = case.step(keys, values, decode=lambda *a: kernels.decode_attention(*a, variant=variant))
-    assert_close(out, case, rounds_weights=True)
-    assert torch.equal(ops.decompress(*keys, 77), portable.decompress(*keys, 77))
+    decode = functools.partial(kernels.decode_attention, variant=variant)
+    assert_close(case.step(keys, values, decode=decode), case, rounds_weights=True)
+    assert torch.equal(decompressed(keys, 77, by=ops), decompressed(keys, 77, by=portable))
+
+
+def check_outside(variant, queries, mask):
+    """Positions, counts and bitmaps that no cache has: no index leaves a buffer. Each lies in memory of its own."""
+    decode = functools.partial(kernels.decode_attention, variant=variant)
+    inputs = step_inputs(queries, 4, mask, torch.bfloat16, "cuda")
+    for place in STEPS:
+        taken = step_at(decode, *inputs, place, lambda x: x.clone())
+        assert variant == "tuned" or taken[0].isfinite().all()
 
 
 if __name__ == "__main__":
     for variant in ("tuned", "portable"):
         check(variant, 128, 4, "bool")
         check(variant, 64, 8, None)
+        check_outside(variant, 1, "bool")
+        check_outside(variant, 3, None)
     check("portable", 40, 3, "bias")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import re
 import subprocess
 from dataclasses import replace
@@ -18,12 +19,12 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from mustafar_compile.lowering import kernels, render
-from mustafar_compile.lowering.format import Layout
+from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
-from mustafar_compile.lowering.ptx.decode_steps import Rows
+from mustafar_compile.lowering.ptx.decode_steps import OVERREAD, Rows
 from mustafar_compile.lowering.ptx.prune import Prune
-from mustafar_compile.lowering.step import COMBINE_REGISTERS
+from mustafar_compile.lowering.step import COMBINE_REGISTERS, DTYPE_NAMES
 
 DECODES = [
     Decode(Rows(key_words, key_kept), Rows(value_words, value_kept), heads, warps, dtype)
@@ -191,6 +192,11 @@ def test_shared_memory_of_decoding(decode):
         assert max(staged) + rows <= decode.warp_bytes
         # Behind the last kept value one more word is read, of which nothing is used.
         assert rows * (kept + 1) <= decode.warp_bytes
+        # A bitmap with too many bits takes the last warp no further than the values of one word past its row.
+        text, words = blocks[step].text, len(re.findall(r"popc", blocks[step].text)) + 1
+        assert len(re.findall(rf"add.u32 behind, stage, {rows * kept};", text)) == 1
+        assert text.count("behind;") - 1 == text.count("min.u32 a") == words - 1
+        assert (decode.warps - 1) * decode.warp_bytes + rows * kept + OVERREAD <= decode.shared_bytes
     mine = [int(at) for at in re.findall(r"st\.shared\.b32 \[mine\+(\d+)\]", blocks["merge"].text)]
     assert sorted(mine) == list(range(0, rows * decode.accumulators, rows))
     assert max(mine) + rows <= decode.warp_bytes
@@ -222,16 +228,18 @@ def test_a_template_with_an_unknown_constant_fails():
 def test_no_constant_is_left_in_a_template():
     for mask, queries, softcap in itertools.product(("none", "boolean", "additive"), (1, 5), (False, True)):
         step = step_of(mask=mask, queries=queries, softcap=softcap)
-        for template in ("append", "attend_portable"):
-            text = render.source(template, **step.constants(), overlap=False)
+        modules = [step.append(overlap, checked) for overlap in (False, True) for checked in (False, True)]
+        for module in (*modules, step.portable()):
+            text = "".join(linecache.getlines(module.__file__))
+            assert "jit" in text
             assert not re.search("{[{%#]|[}%#]}", text)
-            compile(text, template, "exec")
 
 
 def test_the_same_constants_give_one_module():
     assert step_of().portable() is step_of().portable()
     assert step_of().append(True) is step_of().append(True)
     assert step_of().append(True) is not step_of().append(False)
+    assert step_of().append(True) is not step_of().append(True, checked=False)
     assert step_of().portable() is not step_of(group=2).portable()
     tuned, again = step_of().tuned(), step_of().tuned()
     assert tuned == again
@@ -350,8 +358,8 @@ def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
 @pytest.mark.parametrize(("head_dim", "kept"), [(32, 16), (64, 32), (96, 48), (128, 40), (128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, tmp_path):
-    name = kernels.DTYPE_NAMES[dtype]
-    module, _ = kernels._compressor(Prune(head_dim // 32, kept, 4, name), Layout(head_dim, kept, 32), dtype)
+    name = DTYPE_NAMES[dtype]
+    module, _ = kernels._compressor(Prune(head_dim // 32, kept, 4, name), Format.interned(head_dim, kept, 32), dtype)
     kernel = compiled(module.compress, name, gluon=True, num_warps=4)
     _, stack, local = usage(kernel, tmp_path)
     assert (stack, local) == (0, 0)
@@ -364,7 +372,12 @@ def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, t
 def test_the_plain_kernels_compile(mask, dtype, queries):
     """As Triton compiles them: its interpreter takes more than its compiler."""
     step = step_of(80, 64, 40, 24, group=6, dtype=dtype, mask=mask, queries=queries, softcap=mask == "boolean")
-    assert compiled(step.append(True).append, dtype, mask, num_warps=step.append_warps).asm["cubin"]
+    for checked, how in ((False, {}), (True, {"debug": True, "sanitize_overflow": False})):
+        append = compiled(step.append(True, checked).append, dtype, mask, num_warps=step.append_warps, **how)
+        assert append.asm["cubin"]
+        # A message is a string of bytes in PTX, so its assertions are counted.
+        found = len(re.findall(r"call.uni\s+__assertfail|__assertfail,", append.asm["ptx"]))
+        assert bool(found) == checked
     assert compiled(step.portable().attend, dtype, mask).asm["cubin"]
     for exact, sinks in itertools.product((False, True), repeat=2):
         combine = replace(step, sinks=sinks).combine(9, 1 + exact, 32, exact, exact).combine
@@ -375,8 +388,8 @@ def test_the_plain_kernels_compile(mask, dtype, queries):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_plain_kernels_of_whole_caches_compile(dtype):
-    name = kernels.DTYPE_NAMES[dtype]
-    module, _ = kernels._compressor(None, Layout(80, 40, 32), dtype)
+    name = DTYPE_NAMES[dtype]
+    module, _ = kernels._compressor(None, Format.interned(80, 40, 32), dtype)
     assert compiled(module.compress, name, num_warps=4).asm["cubin"]
-    module = kernels._decompressor(Layout(80, 40, 32))
+    module = kernels._decompressor(Format.interned(80, 40, 32))
     assert compiled(module.decompress, name).asm["cubin"]
