@@ -39,6 +39,16 @@ def hf_model(family: str = "llama", seed: int = 0, attention: str = "sdpa", **ch
     return model.eval()
 
 
+def encoder_decoder():
+    """A tiny random T5 in eval mode."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=100, decoder_start_token_id=0, pad_token_id=0, eos_token_id=None, **sizes)
+    return T5ForConditionalGeneration(config).eval()
+
+
 def full_attention_layers(model) -> int:
     """How many layers of an HF model keep an unbounded cache."""
     types = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers

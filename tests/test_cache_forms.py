@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compilers import without_inductor
-from models import hf_model, prompt
+from models import encoder_decoder, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from reference import pruned_generation
 
@@ -82,15 +82,6 @@ def test_a_static_cache_that_was_compressed_before_it_began_to_roll():
         result = generate(compiled(hf_model("mistral", **sizes), sparsity=0.0), inputs, max_new_tokens=8, **STATIC)
     assert torch.equal(result.sequences, expected)
     assert [entry.reason for entry in report.missed] == ["cache is bounded by a sliding window of 12"]
-
-
-def encoder_decoder():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    config = T5Config(vocab_size=100, decoder_start_token_id=0, pad_token_id=0, eos_token_id=None, **sizes)
-    return T5ForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("how", [{}, STATIC], ids=["dynamic", "static"])
