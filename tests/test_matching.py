@@ -12,6 +12,7 @@ from torch import nn
 from compilers import without_inductor
 from models import hf_model, prompt
 from mustafar_compile import NothingMatchedError, explain
+from mustafar_compile.patterns.attention import scores
 
 
 class Decode(nn.Module):
@@ -619,6 +620,27 @@ def test_attention_spelled_out_matches():
     _, _, report = run(SpelledOut())
     assert len(report.matched) == 1
     assert not report.missed
+
+
+class Nested(Decode):
+    """Scores with themselves on both sides of each sum."""
+
+    levels = 40
+
+    def attend(self, q, k, v):
+        scores = q @ k.mT
+        for _ in range(self.levels):
+            scores = scores + 0.1 * torch.tanh(scores)
+        return scores.softmax(-1) @ v
+
+
+def test_scores_are_read_once_each(monkeypatch):
+    """However often they are used: reading them for each use took 2^levels reads."""
+    reads, read = [], scores.read_product
+    monkeypatch.setattr(scores, "read_product", lambda node: reads.append(node) or read(node))
+    _, _, report = run(Nested())
+    assert report.missed[0].reason.startswith("the scores are more than")
+    assert Nested.levels < len(reads) == len(set(reads)) <= 3 * Nested.levels
 
 
 @pytest.mark.parametrize("counter_example", [Causal, NotReturned])

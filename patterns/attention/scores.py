@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class Scores:
         """c * tanh(s * x) is a cap of c over a scale of c * s, so a factor scales both alike."""
         bias = None if self.bias is None else call_before(place, aten.mul.Tensor, self.bias, factor)
         return replace(self, scale=self.scale * factor, softcap=self.softcap * factor, bias=bias)
+
+
+_Read = Callable[[Any], Scores | None]
+"""Reads the scores inside of a step."""
 
 
 def _frame(scores: Scores, node: Node) -> Frame | None:
@@ -89,8 +94,8 @@ def _size_of(node: Node) -> int:
     return node.meta["val"].dtype.itemsize
 
 
-def _scaled(node: Node) -> Scores | None:
-    factor, inner = factor_of(node), read_scores(node.args[0])
+def _scaled(node: Node, read: _Read) -> Scores | None:
+    factor, inner = factor_of(node), read(node.args[0])
     if inner is None:
         return None
     if factor is not None:
@@ -102,8 +107,8 @@ def _scaled(node: Node) -> Scores | None:
     return replace(inner, query=call_before(node, node.target, inner.query, factor))
 
 
-def _capped(node: Node) -> Scores | None:
-    inner = read_scores(node.args[0])
+def _capped(node: Node, read: _Read) -> Scores | None:
+    inner = read(node.args[0])
     if inner is None or inner.bias is not None or inner.softcap:
         return None
     return replace(inner, softcap=1.0)
@@ -128,20 +133,20 @@ def _plus(scores: Scores, bias: Node, place: Node) -> Scores | None:
     return replace(scores, bias=both)
 
 
-def _biased(node: Node) -> Scores | None:
+def _biased(node: Node, read: _Read) -> Scores | None:
     if node.kwargs or not all(map(is_tensor, node.args)):
         return None
     for inner, bias in (node.args, node.args[::-1]):
-        scores = read_scores(inner)
+        scores = read(inner)
         if scores is not None:
             return _plus(scores, bias, node)
     return None
 
 
-def _lessened(node: Node) -> Scores | None:
+def _lessened(node: Node, read: _Read) -> Scores | None:
     if node.kwargs or not is_tensor(node.args[1]):
         return None
-    scores = read_scores(node.args[0])
+    scores = read(node.args[0])
     return None if scores is None else _plus(scores, call_before(node, aten.neg.default, node.args[1]), node)
 
 
@@ -156,20 +161,20 @@ def _constant(value: Any) -> Any:
     return value
 
 
-def _floored(node: Node) -> Scores | None:
+def _floored(node: Node, read: _Read) -> Scores | None:
     """Scores that are at least the lowest float: that raises what a mask made infinite, and nothing else."""
     lowest = torch.finfo(node.meta["val"].dtype).min
     for inner, floor in (node.args, node.args[::-1]):
-        scores = read_scores(inner)
+        scores = read(inner)
         if scores is not None and _constant(floor) == lowest:
             bias = None if scores.bias is None else call_before(node, aten.clamp_min.default, scores.bias, lowest)
             return replace(scores, bias=bias)
     return None
 
 
-def _masked(node: Node, inner: Node, condition: Node, fill: Any, where_true: bool) -> Scores | None:
+def _masked(node: Node, read: _Read, inner: Node, condition: Node, fill: Any, where_true: bool) -> Scores | None:
     """Scores replaced by a very negative number where ``condition`` is ``where_true``."""
-    scores, fill = read_scores(inner), _constant(fill)
+    scores, fill = read(inner), _constant(fill)
     if scores is None or not isinstance(fill, int | float) or fill > _MASKED:
         return None
     frame = _frame(scores, node)
@@ -185,13 +190,17 @@ def _masked(node: Node, inner: Node, condition: Node, fill: Any, where_true: boo
     return replace(scores, bias=bias)
 
 
-def _where(node: Node) -> Scores | None:
+def _filled(node: Node, read: _Read) -> Scores | None:
+    return _masked(node, read, *node.args, where_true=True)
+
+
+def _where(node: Node, read: _Read) -> Scores | None:
     condition, chosen, other = node.args
-    kept = _masked(node, chosen, condition, other, where_true=False)
-    return kept or _masked(node, other, condition, chosen, where_true=True)
+    kept = _masked(node, read, chosen, condition, other, where_true=False)
+    return kept or _masked(node, read, other, condition, chosen, where_true=True)
 
 
-_STEPS: dict[Any, Callable[[Node], Scores | None]] = {
+_STEPS: dict[Any, Callable[[Node, _Read], Scores | None]] = {
     aten.mul.Tensor: _scaled,
     aten.mul.Scalar: _scaled,
     aten.div.Tensor: _scaled,
@@ -201,8 +210,8 @@ _STEPS: dict[Any, Callable[[Node], Scores | None]] = {
     aten.sub.Tensor: _lessened,
     aten.maximum.default: _floored,
     aten.max.other: _floored,
-    aten.masked_fill.Scalar: lambda node: _masked(node, *node.args, where_true=True),
-    aten.masked_fill.Tensor: lambda node: _masked(node, *node.args, where_true=True),
+    aten.masked_fill.Scalar: _filled,
+    aten.masked_fill.Tensor: _filled,
     aten.where.self: _where,
     aten.where.ScalarOther: _where,
     aten.where.ScalarSelf: _where,
@@ -219,11 +228,18 @@ def keeps_matrices(node: Node) -> bool:
 
 def read_scores(node: Any) -> Scores | None:
     """The scores that ``node`` is, None where it is something else or cannot be brought into this form."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return None
+
+    @cache  # both sides of a sum may come from the same scores: reading each node once keeps the time linear
+    def read(node: Any) -> Scores | None:
+        return _read(node, read) if isinstance(node, Node) and node.op == "call_function" else None
+
+    return read(node)
+
+
+def _read(node: Node, read: _Read) -> Scores | None:
     product = read_product(node)
     if product is not None:
         return _from_product(product)
     if node.target in _STEPS:
-        return _STEPS[node.target](node)
-    return read_scores(node.args[0]) if is_cast(node) or keeps_matrices(node) else None
+        return _STEPS[node.target](node, read)
+    return read(node.args[0]) if is_cast(node) or keeps_matrices(node) else None
