@@ -89,14 +89,6 @@ def _ring_tokens(tokens: Tensor, slots: int) -> Tensor:
     return last - torch.remainder(last - torch.arange(slots, device=tokens.device), slots)
 
 
-def _computed_once(x: Tensor) -> Tensor:
-    """``x``. Inductor stores it and does not repeat its computation for each element that depends on it.
-
-    as_strided is about memory, so Inductor has to have its argument in memory, with the strides that eager gives it.
-    """
-    return x.as_strided(x.shape, x.stride())
-
-
 def _of_each_row(tokens: Tensor, like: Tensor) -> Tensor:
     """One number, or one for each row of the batch of ``like``: int64 [B]."""
     return tokens.reshape(-1).to(torch.int64).expand(like.shape[0])
@@ -255,7 +247,7 @@ def attend(
     ]
     if sinks is not None:
         scores.append(sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, -1))
-    weights = _computed_once(_softmax(torch.cat(scores, dim=-1)))
+    weights = packing.computed_once(_softmax(torch.cat(scores, dim=-1)))
     split, end = key.slots, key.slots + key_format.ring
     # What no token attends to may hold anything, and 0 * NaN is NaN.
     rows = packing.cleared(value.all_rows(), pruned[:, -1].view(batch, 1, -1, BLOCK_TOKENS))

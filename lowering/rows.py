@@ -16,6 +16,14 @@ from .format import EXTREME, WORD_CHANNELS, Format
 _EACH_BYTE = 0x01010101  # a group of four channels, all kept
 
 
+def computed_once(x: Tensor) -> Tensor:
+    """``x``. Inductor stores it and does not repeat its computation for each element that depends on it.
+
+    as_strided is about memory, so Inductor has to have its argument in memory, with the strides that eager gives it.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def _groups(words: Tensor) -> Tensor:
     """Groups of four channels, one channel in each byte, 1 where kept: int32 [..., w] -> int64 [..., w, 8]."""
     return (words.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=words.device)) & _EACH_BYTE
@@ -56,7 +64,7 @@ def expand(packed: Sequence[Tensor], format: Format) -> Tensor:
 def cleared(packed: Sequence[Tensor], stays: Tensor) -> tuple[Tensor, ...]:
     """Packed rows that are all zero but where ``stays`` [...]: cheaper than to clear what they are expanded to."""
     values, words = packed
-    return values, torch.where(stays.unsqueeze(-1), words, 0)
+    return values, computed_once(torch.where(stays.unsqueeze(-1), words, 0))
 
 
 def _ranking_keys(x: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ unsupported version fails with one clear error and not deep inside a compilation
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -140,19 +139,20 @@ def float_argument(value: Any) -> float | None:
     return float(value) if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
 
 
-def guarded_attribute(path: str, name: str) -> Any | None:
-    """The value of attribute ``name`` of the object at ``path`` ("L['self'].attn"), if the graph is for it alone.
+def guarded_attributes(name: str) -> dict[str, Any]:
+    """The values of all attributes ``name`` that the compilation in progress guards on, by the path of their object.
 
-    None where there is no such attribute, or where Dynamo does not guard on it.
+    A path is an expression such as "L['self'].attn".
     """
     translator = _InstructionTranslator.current_tx()
-    guards = TracingContext.get().guards_context.dynamo_guards
-    if f"{path}.{name}" not in {re.sub(r"\._modules\['(\w+)'\]", r".\1", guard.name) for guard in guards}:
-        return None
-    try:
-        return eval(f"{path}.{name}", {"L": translator.f_locals, "G": translator.f_globals})
-    except (AttributeError, KeyError, IndexError, NameError, SyntaxError, TypeError):
-        return None
+    scope = {"L": translator.f_locals, "G": translator.f_globals}
+    found = {}
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        path, _, attribute = guard.name.rpartition(".")
+        if attribute == name and path not in found:
+            with suppress(AttributeError, KeyError, IndexError, NameError, SyntaxError, TypeError):
+                found[path] = eval(guard.name, dict(scope))
+    return found
 
 
 def recompile_limit_hits() -> int:

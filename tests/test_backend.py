@@ -142,7 +142,7 @@ def test_two_settings_for_one_function_do_not_mix():
             past = None
             for x in inputs:
                 _, past = step(x, past)
-            kept.append(8 * past[0].values.shape[3])
+            kept.append(8 * past[0].buffers[0].shape[3])
     assert kept == [8, 16]
 
 
@@ -155,7 +155,7 @@ def test_a_cache_of_other_settings_continues_with_its_own():
         tight = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.5, "window": 2})
         _, past = loose(torch.randn(2, 7, 32), None)
         _, past = tight(torch.randn(2, 1, 32), past)
-    assert past[0].row_layout.kept == 16
+    assert past[0].format.kept == 16
 
 
 def test_an_inference_tensor_cache_is_left_alone_and_reported():
@@ -213,7 +213,7 @@ def test_the_report_prints_and_logs(caplog):
     assert "1 of 2 attention layers compressed" in text
     assert "model.layers.0.self_attn" in text
     assert "layer 1 is listed in skip_layers" in text
-    assert "layer 0 model.layers.0.self_attn, cache dynamic (cat): compressed (prefill)" in caplog.messages
+    assert "layer 0 model.layers.0.self_attn, cache dynamic (cat): compressed (prefill) by PyTorch" in caplog.messages
     assert report.matched[0].phases == ("prefill", "decode")
     assert report.matched[0].dense_bytes == 2 * (2 * 2 * 11 * 16 * 4), "K and V of 11 tokens"
 
@@ -234,5 +234,5 @@ def test_code_may_depend_on_the_number_of_blocks(monkeypatch):
     _, past = step(torch.randn(2, 20, 32), None)
     for _ in range(60):
         _, past = step(torch.randn(2, 1, 32), past)
-    assert past[0].values.shape[2] > 2
+    assert past[0].buffers[0].shape[2] > 2
     assert compiled_for == [True, False]

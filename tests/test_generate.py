@@ -232,5 +232,5 @@ def test_keys_and_values_have_sparsities_of_their_own():
         result = generate(model, inputs)
     layer = result.past_key_values.layers[0]
     assert torch.equal(result.sequences, expected)
-    assert layer.keys.row_layout.kept == 8
-    assert layer.values.row_layout.kept == 16
+    assert layer.keys.format.kept == 8
+    assert layer.values.format.kept == 16

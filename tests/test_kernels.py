@@ -22,11 +22,15 @@ from cases import (
     LAYOUTS,
     NAN,
     REWINDING,
+    Cache,
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    attention,
     check_steps,
+    compressed,
     counts_of,
+    decompressed,
     hard_rows,
     make_case,
     make_mask,
@@ -41,11 +45,12 @@ from cases import (
     strided,
     with_length,
 )
-from mustafar_compile.lowering import ops, portable
+from mustafar_compile.lowering import backends, ops, portable
 from reference import prune, pruned_cache
 
 pytest.importorskip("triton")
 from mustafar_compile.lowering import kernels
+from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.step import Step, Tuned
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -107,17 +112,23 @@ def test_fewer_warps_where_shared_memory_is_short():
     assert (few.warps, many.warps) == (2, 4)
 
 
-def test_which_caches_have_kernels():
-    x = torch.zeros(1, 2, 3, 64)
-    for dtype in (torch.float32, *HALVES):
-        assert kernels.supports(x.to(dtype))
-        assert kernels.supports(x.to(dtype), torch.zeros(1, 2, 3, 80, dtype=dtype))
-        assert kernels.supports(torch.zeros(1, 2, 3, 256, dtype=dtype))
-    assert not kernels.supports(x.double())
-    assert not kernels.supports(x[..., :12])
-    assert not kernels.supports(torch.zeros(1, 2, 3, 264))
-    assert not kernels.supports(x, x.half())
-    assert not kernels.supports(x, x[:, :1])
+def test_which_backend_takes_what(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(backends, "runs_ptx", lambda device: device.type == "cuda")
+    usual = Format.of(128, 0.5, 32)
+    for dtype in (FP32, *HALVES):
+        assert backends.for_cache(usual, dtype, cuda) is not backends.PORTABLE
+        assert backends.for_cache(usual, dtype, cpu) is backends.PORTABLE
+        expected = backends.PLAIN if dtype == FP32 else backends.TUNED
+        assert backends.for_step(backends.Work(usual, usual, dtype, cuda, 4)) is expected
+        assert backends.for_step(backends.Work(usual, usual, dtype, cpu, 4)) is backends.PORTABLE
+    odd, large, other = Format.of(80, 0.5, 32), Format.of(264, 0.5, 32), Format.of(128, 0.5, 31)
+    assert backends.for_step(backends.Work(usual, odd, BF16, cuda, 4)) is backends.PLAIN
+    assert backends.for_step(backends.Work(large, large, BF16, cuda, 4)) is backends.PORTABLE
+    assert backends.for_step(backends.Work(usual, other, BF16, cuda, 4)) is backends.PORTABLE
+    assert backends.for_cache(usual, torch.float64, cuda) is backends.PORTABLE
+    assert "264 channels" in backends.PLAIN.refuses_cache(large, BF16, cuda)
+    assert "on cpu" in backends.PLAIN.refuses_cache(usual, BF16, cpu)
 
 
 class Launch:
@@ -131,8 +142,8 @@ class Launch:
 
         class Kernel:
             def __getitem__(_, grid):
-                def launch(*given, **how):
-                    self.launches.append((name, grid, dict(zip(names, given, strict=True)), how))
+                def launch(**how):
+                    self.launches.append((name, grid, {k: how.pop(k) for k in names}, how))
 
                 return launch
 
@@ -148,16 +159,17 @@ class Launch:
 def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, monkeypatch):
     """With the kernels of a GPU, which need none to be rendered."""
     launches = []
-    monkeypatch.setattr(kernels, "_runs_ptx", lambda device: True)
+    monkeypatch.setattr(kernels, "runs_ptx", lambda device: True)
     monkeypatch.setattr(kernels, "_overlaps", lambda device: True)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
     for cls, name in ((Step, "append"), (Step, "portable"), (Step, "combine"), (Tuned, "kernel")):
         make = getattr(cls, name)
         monkeypatch.setattr(cls, name, lambda *given, make=make: Launch(make(*given), launches))
-    cache = list(portable.compress(torch.randn(2, 4, 300, head_dim).bfloat16(), torch.tensor([300]), 24, 32, 400))
+    cache = compressed(torch.randn(2, 4, 300, head_dim).bfloat16(), 300, 24, 32, 400, by=portable)
     query, row = torch.zeros(2, 4 * group, 1, head_dim).bfloat16(), torch.zeros(2, 4, 1, head_dim).bfloat16()
     sinks = make_sinks(8 * group, 0)[::2] if with_sinks else None
-    out = kernels.decode_attention(query, row, row, *cache, *cache, torch.tensor([300]), mask, sinks, 0.1)
+    how = torch.tensor([300]), mask, sinks, 0.1
+    out = attention(query, row, row, cache, cache, *how, decode=kernels.decode_attention)
     assert out.shape == query.shape
     assert [name for name, *_ in launches] == ["attend", "append", "combine"]
     (_, grid, attend, how), (_, _, append, early), (_, _, combine, late) = launches
@@ -283,20 +295,21 @@ def decode(variant):
 
 def pasts(case):
     """The caches of K and V before the step, made on the CPU."""
-    return [[b.cuda() for b in case.past(role)] for role in ("key", "value")]
+    return [case.past(role).to("cuda") for role in ("key", "value")]
 
 
 def copies(caches):
-    return [[b.clone() for b in buffers] for buffers in caches]
+    return [cache.clone() for cache in caches]
 
 
 def stepped(case, variant, position=None, caches=None):
     """The result of a step of ``case`` (on the CPU) on the GPU; the caches must become what ``portable`` makes."""
     ours = caches or pasts(case)
-    theirs = [[b.cpu() for b in buffers] for buffers in ours]
+    theirs = [cache.to("cpu") for cache in ours]
     out = case.to("cuda").step(*ours, position, decode=decode(variant))
-    for x, buffers in zip((case.keys, case.values), theirs, strict=True):
-        portable.append(x[:, :, case.written :], *buffers, position if position is None else position.cpu())
+    for x, cache in zip((case.keys, case.values), theirs, strict=True):
+        where = position if position is None else position.cpu()
+        portable.append(x[:, :, case.written :], cache, cache.format, where)
     for mine, other in zip(ours, theirs, strict=True):
         assert_same_cache(mine, other)
     return out
@@ -361,7 +374,7 @@ def test_every_token_is_read_exactly(variant, dtype):
     case.values = tame.repeat(3)[: case.values.numel()].view(case.values.shape).clone()
     rows_ = pruned_cache(case.values, 0.5, window)
     caches, query_heads = pasts(case), kv_heads * group
-    assert caches[1][3][2] == 0
+    assert not caches[1].counts[:, 2].any()
     at = torch.tensor([tokens - 1], device="cuda")
     moved = case.to("cuda")
     for first in range(0, tokens, group):
@@ -517,15 +530,15 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
     for place, tokens, unaligned in itertools.product((0, 3, 69), (0, 3, 69, 70), (0, 1)):
         dense = torch.cat([row if i == place else plain for i in range(70)], dim=2)
         dense = torch.nn.functional.pad(dense, (unaligned, 0))[..., unaligned:]
-        counts = kernels.compress(dense, torch.tensor([tokens], device="cuda"), 8, 2, 70)[3]
-        assert counts.tolist() == counts_of(tokens, 2, flag if place < tokens else 0)
+        counts = compressed(dense, tokens, 8, 2, 70, by=kernels).counts.tolist()
+        assert counts == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
     for role in (0, 1):
-        buffers = [kernels.compress(plain, torch.tensor([1], device="cuda"), 8, 2, 9) for _ in range(2)]
+        buffers = [compressed(plain, 1, 8, 2, 9, by=kernels) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
         for n in (2, 3):
-            kernels.decode_attention(plain, *new, *buffers[0], *buffers[1], None, None, None, 0.1)
-            expected = [counts_of(n, 2, flag if i == role else 0) for i in range(2)]
-            assert [b[3].tolist() for b in buffers] == expected
+            attention(plain, *new, *buffers, scale=0.1, decode=kernels.decode_attention)
+            expected = [counts_of(n, 2) + counts_of(n, 2, flag if i == role else 0) for i in range(2)]
+            assert [b.counts.tolist() for b in buffers] == expected
             new = [plain, plain]
 
 
@@ -537,9 +550,8 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
     tokens, capacity = (shape.window + 75) // shape.queries * shape.queries, shape.window + 90
     case = shape.case(2, 2, tokens, seed=11)
-    empty = torch.zeros(1, dtype=torch.int64, device="cuda")
     grown = [
-        list(kernels.compress(x[:, :, :1].cuda(), empty, kept, shape.window, capacity))
+        compressed(x[:, :, :1].cuda(), 0, kept, shape.window, capacity, by=kernels)
         for x, kept in zip((case.keys, case.values), shape.kept, strict=True)
     ]
     for n in range(shape.queries, tokens + 1, shape.queries):
@@ -550,7 +562,7 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
         out = step.to("cuda").step(*grown, shape.position_of(step), decode=decode(variant))
         check(out, step)
     for x, kept, buffers in zip((case.keys, case.values), shape.kept, grown, strict=True):
-        assert_same_cache(buffers, portable.compress(x, torch.tensor([tokens]), kept, shape.window, capacity))
+        assert_same_cache(buffers, compressed(x, tokens, kept, shape.window, capacity, by=portable))
 
 
 @needs_gpu
@@ -576,14 +588,14 @@ def test_a_cuda_graph_replayed_equals_eager_steps(given_position, variant):
     case = make_case(2, 2, 4, 128, 128, start + steps, 12, BF16, window=32).to("cuda")
     tokens = torch.tensor([start], device="cuda")
     both = case.keys[:, :, :start], case.values[:, :, :start]
-    eager = [kernels.compress(x, tokens, 64, 32, start + steps) for x in both]
+    eager = [compressed(x, tokens, 64, 32, start + steps, by=kernels) for x in both]
     replayed = copies(eager)
     position = tokens.clone() if given_position else None
     mask = make_mask("bool", (2, 1, 1, start + steps), 1).cuda()
     query, key, value = case.query.clone(), case.keys[:, :, :1].clone(), case.values[:, :, :1].clone()
 
     def step(caches):
-        return decode(variant)(query, key, value, *caches[0], *caches[1], position, mask, None, 0.1)
+        return attention(query, key, value, *caches, position, mask, scale=0.1, decode=decode(variant))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -602,7 +614,7 @@ def test_a_cuda_graph_replayed_equals_eager_steps(given_position, variant):
         graph.replay()
         assert_same_bits(out, step(eager))
     for mine, other in zip(replayed, eager, strict=True):
-        assert other[3].tolist() == counts_of(start + steps, 32)
+        assert other.counts.tolist() == counts_of(start + steps, 32, batch=2)
         assert_same_cache(mine, other)
 
 
@@ -613,10 +625,9 @@ def test_the_ops_take_the_kernels():
     again = copies(caches)
     out = case.to("cuda").step(*caches, decode=decode("tuned"))
     assert_same_bits(case.to("cuda").step(*again, decode=ops.decode_attention), out)
-    tokens = torch.tensor([300], device="cuda")
-    arguments = case.keys.cuda(), tokens, 64, 32, 300
-    assert_same_cache(ops.compress(*arguments), kernels.compress(*arguments))
-    assert_same_bits(ops.decompress(*again[0], 310), kernels.decompress(*caches[0], 310))
+    arguments = case.keys.cuda(), 300, 64, 32, 300
+    assert_same_cache(compressed(*arguments), compressed(*arguments, by=kernels))
+    assert_same_bits(decompressed(again[0], 310), decompressed(caches[0], 310, by=kernels))
 
 
 # Compressing
@@ -669,11 +680,11 @@ def test_a_compressed_cache_stands_for_the_pruned_one(dtype, sizes, shift, sizes
     expected = pruned_cache(plain[:, :, :tokens], sparsity_for(head_dim, kept), window)
     plain = partly_written(plain, tokens)
     dense = strided(shifted(plain.cuda(), shift), how)
-    buffers = kernels.compress(dense, torch.tensor([tokens], device="cuda"), kept, window, capacity)
-    assert buffers[3].tolist() == counts_of(tokens, window), "NaN that is not written is not extreme"
-    assert_same_cache(buffers, portable.compress(plain, torch.tensor([tokens]), kept, window, capacity))
+    buffers = compressed(dense, tokens, kept, window, capacity, by=kernels)
+    assert buffers.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
+    assert_same_cache(buffers, compressed(plain, tokens, kept, window, capacity, by=portable))
     for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(kernels.decompress(*buffers, asked).cpu(), with_length(expected, asked))
+        assert_same_bits(decompressed(buffers, asked, by=kernels).cpu(), with_length(expected, asked))
 
 
 @needs_gpu
@@ -691,10 +702,10 @@ def test_rows_that_are_hard_to_rank(dtype, sizes, shift):
     dense = torch.cat([dense, few, torch.where(few == 2, NAN, few), few * (few.abs().cumsum(-1) < kept)])[None, None]
     length = dense.shape[2]
     tokens = torch.tensor([length])
-    buffers = kernels.compress(shifted(dense.cuda(), shift), tokens.cuda(), kept, 1, length)
-    assert_same_cache(buffers, portable.compress(dense, tokens, kept, 1, length))
+    buffers = compressed(shifted(dense.cuda(), shift), tokens, kept, 1, length, by=kernels)
+    assert_same_cache(buffers, compressed(dense, tokens, kept, 1, length, by=portable))
     expected = torch.cat([prune(dense[:, :, :-1], kept), dense[:, :, -1:]], dim=2)
-    assert_same_bits(kernels.decompress(*buffers, length).cpu(), expected)
+    assert_same_bits(decompressed(buffers, length, by=kernels).cpu(), expected)
 
 
 @needs_gpu
@@ -704,8 +715,8 @@ def test_rows_of_all_kinds(x, eights):
     kept = min(8 * eights, x.shape[-1])
     dense = x[None, None]
     tokens = torch.tensor([len(x)])
-    buffers = kernels.compress(dense.cuda(), tokens.cuda(), kept, 1, len(x))
-    assert_same_cache(buffers, portable.compress(dense, tokens, kept, 1, len(x)))
+    buffers = compressed(dense.cuda(), tokens, kept, 1, len(x), by=kernels)
+    assert_same_cache(buffers, compressed(dense, tokens, kept, 1, len(x), by=portable))
 
 
 # Past 2^31 elements
@@ -734,15 +745,15 @@ def test_a_step_on_more_values_than_an_int32_counts(variant, much_memory):
         whole = [torch.zeros(shape, dtype=b.dtype, device="cuda") for shape, b in zip(shapes, last, strict=False)]
         for x, b in zip(whole, last, strict=False):
             x[8:, :, : b.shape[2]] = b
-        caches.append([*whole, last[3]])
+        caches.append(Cache([*whole, last.counts.expand(9, 3).clone()], last.format))
     assert caches[0][0][:8].numel() == 2**31
     new = case.query, case.keys[:, :, -1:], case.values[:, :, -1:]
     query, key, value = (x.cuda().expand(9, -1, -1, -1) for x in new)
-    out = decode(variant)(query, key, value, *caches[0], *caches[1], None, None, None, case.scale_number)
+    out = attention(query, key, value, *caches, scale=case.scale_number, decode=decode(variant))
     check(out[8:], case)
     for buffers, x in zip(caches, (case.keys, case.values), strict=True):
-        last = [b[8:] for b in buffers[:3]] + [buffers[3]]
-        assert_same_cache(last, portable.compress(x, torch.tensor([tokens]), kept, window, tokens))
+        last = buffers.changed(lambda b: b[8:])
+        assert_same_cache(last, compressed(x, tokens, kept, window, tokens, by=portable))
 
 
 @needs_gpu
@@ -752,8 +763,8 @@ def test_compressing_more_values_than_an_int32_counts(shift, much_memory):
     dense = torch.zeros(9, heads, length, head_dim + 8 * shift, dtype=BF16, device="cuda")
     dense = dense[..., shift : shift + head_dim]
     dense[8].normal_(generator=torch.Generator("cuda").manual_seed(0))
-    buffers = kernels.compress(dense, torch.tensor([length], device="cuda"), kept, 32, length)
-    again = kernels.decompress(*buffers, length)
+    buffers = compressed(dense, length, kept, 32, length, by=kernels)
+    again = decompressed(buffers, length, by=kernels)
     assert buffers[0].numel() > again[:4].numel() == 2**31
     for head, part in ((0, slice(0, 1000)), (heads - 1, slice(length - 1000, length))):
         expected, where = dense[8, head].cpu()[None, None], (8, head, part)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compilers import without_compiler
-from models import TupleModel, encoder_decoder, hf_model, prompt
+from models import TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.patterns.graph.layers import clean_path, layer_numbers
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.layers import layer_numbers, module_path, own_number
+from ..graph.layers import layer_numbers, module_path, own_numbers
 from ..graph.nodes import is_call, located
 from .attention import Attention
 from .flex import is_flex, read_flex
@@ -36,14 +36,12 @@ def _read(node: Node) -> Attention | None:
 def places(nodes: Sequence[Node]) -> list[tuple[int | None, str]]:
     """The layer that each node of attention of a graph belongs to, and its module path.
 
-    Where paths have no numbers, several layers are numbered by their places. The number of a single one is None, as it
-    may be any layer of a model, unless it says itself which it is.
+    A layer's number is what it says itself, or what its path says. Several layers without one are numbered by their
+    places; that of a single one is None, as it may be any layer of a model.
     """
     paths = [module_path(node) for node in nodes]
-    numbers = layer_numbers(paths)
-    if len(nodes) == 1 and numbers == [None]:
-        numbers = [own_number(nodes[0])]
-    elif None in numbers:
+    numbers = [n if own is None else own for n, own in zip(layer_numbers(paths), own_numbers(nodes), strict=True)]
+    if len(nodes) > 1:
         numbers = [place if number is None else number for place, number in enumerate(numbers)]
     return list(zip(numbers, paths, strict=True))
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.fx import Node
 
 from mustafar_compile import _compat
 
-_SCOPES = ("L", "G", "self", "_orig_mod")
-_COMPILED = "L['self']"  # the module that is compiled, whose forward is no call in the graph
+_SCOPES = {"L": 1, "G": 1, "self": 1, "_orig_mod": 1, "fn": 1, "args": 2, "kwargs": 2}
+"""What paths begin with that is not of the model, and how many parts belong to it."""
+
 _OWN_NUMBER = "layer_idx"  # what transformers calls it
 
 
@@ -28,8 +29,8 @@ def clean_path(path: str) -> str:
     """
     path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
     parts = [part for part in path.split(".") if part.isidentifier() or part.isdigit()]
-    while parts and (parts[0] in _SCOPES or parts[0] == "args"):
-        parts = parts[2 if parts[0] == "args" and parts[1:] and parts[1].isdigit() else 1 :]
+    while parts and parts[0] in _SCOPES:
+        parts = parts[_SCOPES[parts[0]] :]
     return ".".join(part for part in parts if part not in ("_modules", "_orig_mod"))
 
 
@@ -58,14 +59,18 @@ def _place(parts: Sequence[str], i: int) -> tuple[str, ...]:
     return tuple("*" if part.isdigit() else part for part in parts[:i])
 
 
-def own_number(node: Node) -> int | None:
-    """The number that a module around ``node`` says it has, where the graph is for that number alone.
+def own_numbers(nodes: Sequence[Node]) -> list[int | None]:
+    """The number that a module around each node says it has, where the graph is for that number alone.
 
-    So it is where each layer is compiled by itself and looks its number up, for its cache.
+    So it is with caches that look the number up, also where each layer is compiled by itself.
     """
+    guarded = {clean_path(path): value for path, value in _compat.guarded_attributes(_OWN_NUMBER).items()}
+    known = {path: value for path, value in guarded.items() if isinstance(value, int)}
+    return [next((known[path] for path in _paths_around(node) if path in known), None) for node in nodes]
+
+
+def _paths_around(node: Node) -> Iterator[str]:
+    """Those of the modules that a node is in, innermost first; that of the compiled one is no call in the graph."""
     stack = node.meta.get("nn_module_stack") or {}
-    for path in (*(path for path, _ in reversed(stack.values())), _COMPILED):
-        number = _compat.guarded_attribute(path, _OWN_NUMBER)
-        if isinstance(number, int):
-            return number
-    return None
+    yield from (clean_path(path) for path, _ in reversed(stack.values()))
+    yield ""
