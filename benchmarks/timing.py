@@ -120,9 +120,9 @@ def graphed(function: Function) -> Function:
 
 
 def kernel_us(function: Function, names: Sequence[str], before: Function = cold, runs: int = 10) -> dict[str, float]:
-    """Mean microseconds of the kernels with these names, each launched once by ``function``."""
+    """Mean microseconds of the kernels with these names, each launched once by ``function``. NaN without a GPU."""
     if not ON_GPU:
-        return dict.fromkeys(names, 0.0)
+        return dict.fromkeys(names, float("nan"))
     from torch.profiler import ProfilerActivity, profile
 
     before()
