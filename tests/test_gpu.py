@@ -20,6 +20,7 @@ from models import BufferModel, hf_model, prompt
 from mustafar_compile import ReleaseError, cache_stats, explain
 from mustafar_compile.cache.release import is_released, release
 from mustafar_compile.lowering import kernels
+from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from mustafar_compile.lowering.format import Format, grown_capacity
 from reference import pruned_generation
 
@@ -296,6 +297,15 @@ def test_positions_may_be_of_the_host():
     assert len(report.matched) == 1
 
 
+@pytest.mark.parametrize(("what", "message"), [("nothing", ""), ("position", OUT_OF_PLACE), ("mask", UNWRITTEN)])
+def test_a_step_fails_on_the_device_where_something_is_bad(what, message):
+    """In a process of its own, whose CUDA context a failed assertion ends."""
+    script = Path(__file__).with_name("failing_steps.py")
+    run = subprocess.run([sys.executable, script, what], capture_output=True, text=True, check=False)
+    assert (run.returncode != 0) == bool(message), run.stderr[-4000:]
+    assert message in run.stderr
+
+
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 
 
@@ -304,7 +314,7 @@ SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')
 def test_the_sanitizer_finds_nothing(tool):
     """Each tensor is allocated on its own, so that an access past its end is one past its allocation."""
     script = Path(__file__).with_name("sanitized_kernels.py")
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "1", sys.executable, script]
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "1", sys.executable, script, tool]
     variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from guarded import check_compress, check_decompress, check_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ragged import POSITIONS, check_ragged, check_ragged_cache
 
 from cases import (
     BORDERS,
@@ -46,6 +48,7 @@ from cases import (
     with_length,
 )
 from mustafar_compile.lowering import backends, ops, portable
+from mustafar_compile.lowering.format import Format
 from reference import prune, pruned_cache
 
 pytest.importorskip("triton")
@@ -112,23 +115,42 @@ def test_fewer_warps_where_shared_memory_is_short():
     assert (few.warps, many.warps) == (2, 4)
 
 
-def test_which_backend_takes_what(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(backends, "runs_ptx", lambda device: device.type == "cuda")
-    usual = Format.of(128, 0.5, 32)
-    for dtype in (FP32, *HALVES):
-        assert backends.for_cache(usual, dtype, cuda) is not backends.PORTABLE
-        assert backends.for_cache(usual, dtype, cpu) is backends.PORTABLE
-        expected = backends.PLAIN if dtype == FP32 else backends.TUNED
-        assert backends.for_step(backends.Work(usual, usual, dtype, cuda, 4)) is expected
-        assert backends.for_step(backends.Work(usual, usual, dtype, cpu, 4)) is backends.PORTABLE
-    odd, large, other = Format.of(80, 0.5, 32), Format.of(264, 0.5, 32), Format.of(128, 0.5, 31)
-    assert backends.for_step(backends.Work(usual, odd, BF16, cuda, 4)) is backends.PLAIN
-    assert backends.for_step(backends.Work(large, large, BF16, cuda, 4)) is backends.PORTABLE
-    assert backends.for_step(backends.Work(usual, other, BF16, cuda, 4)) is backends.PORTABLE
-    assert backends.for_cache(usual, torch.float64, cuda) is backends.PORTABLE
-    assert "264 channels" in backends.PLAIN.refuses_cache(large, BF16, cuda)
-    assert "on cpu" in backends.PLAIN.refuses_cache(usual, BF16, cpu)
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize("ptx", [True, False])
+def test_which_caches_and_steps_have_kernels(ptx, monkeypatch):
+    monkeypatch.setattr(backends, "runs_ptx", lambda device: ptx)
+    forms = {d: Format.of(d, 0.5, 32) for d in (64, 80, 128, 256, 264)}
+    for dtype in (torch.float32, *HALVES):
+        for key, value in itertools.product((64, 80, 128, 256), repeat=2):
+            served = ptx and dtype in HALVES and 80 not in (key, value)
+            work = backends.Work(forms[key], forms[value], dtype, CUDA, group=4)
+            assert backends.for_step(work) is (backends.TUNED if served else backends.PLAIN)
+            assert backends.for_cache(forms[key], dtype, CUDA) is not backends.PORTABLE
+    for form, dtype, device in [
+        (forms[64], torch.float64, CUDA), (forms[64], torch.float32, CPU), (forms[264], torch.float16, CUDA),
+    ]:  # fmt: skip
+        assert backends.for_cache(form, dtype, device) is backends.PORTABLE
+        for pair in ((form, forms[64]), (forms[64], form)):
+            assert backends.for_step(backends.Work(*pair, dtype, device, group=4)) is backends.PORTABLE
+    other_window = backends.Work(forms[64], Format.of(64, 0.5, 31), torch.float16, CUDA, group=4)
+    assert backends.for_step(other_window) is backends.PORTABLE
+
+
+def test_the_ops_leave_caches_that_differ_to_pytorch(monkeypatch):
+    """Kernels take K and V, and a query, of one dtype, and as many heads of V as of K."""
+    monkeypatch.setattr(backends, "for_step", lambda work: backends.PLAIN)
+    case = make_case()
+    with pytest.raises(NotImplementedError, match="decode_attention_kernel"):  # which a CPU does not have
+        case.step()
+    half, one = (make_case(dtype=torch.float16), make_case(heads=1, group=4))
+    new = case.query, case.keys[:, :, -1:]
+    for values in (half, one):
+        value = values.values[:, :, -1:]
+        out = attention(*new, value, case.past("key"), values.past("value"), scale=0.2)
+        assert out.shape == case.query.shape
+    attention(half.query, new[1], case.values[:, :, -1:], case.past("key"), case.past("value"), scale=0.2)
 
 
 class Launch:
@@ -142,8 +164,10 @@ class Launch:
 
         class Kernel:
             def __getitem__(_, grid):
-                def launch(**how):
-                    self.launches.append((name, grid, {k: how.pop(k) for k in names}, how))
+                def launch(**given):
+                    how = {n: given.pop(n) for n in [*given] if n not in names}
+                    assert sorted(given) == sorted(names)
+                    self.launches.append((name, grid, given, how))
 
                 return launch
 
@@ -156,7 +180,8 @@ class Launch:
 )
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 1, 400, dtype=torch.bool), torch.zeros(400)])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, monkeypatch):
+@pytest.mark.parametrize(("length", "checked"), [(None, True), (400, True), (400, False)])
+def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, length, checked, monkeypatch):
     """With the kernels of a GPU, which need none to be rendered."""
     launches = []
     monkeypatch.setattr(kernels, "runs_ptx", lambda device: True)
@@ -168,11 +193,11 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
     cache = compressed(torch.randn(2, 4, 300, head_dim).bfloat16(), 300, 24, 32, 400, by=portable)
     query, row = torch.zeros(2, 4 * group, 1, head_dim).bfloat16(), torch.zeros(2, 4, 1, head_dim).bfloat16()
     sinks = make_sinks(8 * group, 0)[::2] if with_sinks else None
-    how = torch.tensor([300]), mask, sinks, 0.1
-    out = attention(query, row, row, cache, cache, *how, decode=kernels.decode_attention)
+    how = {"length": length, "checked": checked, "decode": kernels.decode_attention}
+    out = attention(query, row, row, cache, cache, torch.tensor([300]), mask, sinks, 0.1, **how)
     assert out.shape == query.shape
     assert [name for name, *_ in launches] == ["attend", "append", "combine"]
-    (_, grid, attend, how), (_, _, append, early), (_, _, combine, late) = launches
+    (_, grid, attend, how), (_, appending, append, early), (_, _, combine, late) = launches
     assert (sinks is None and combine["sinks"] is None) or torch.equal(combine["sinks"], sinks)
     assert sinks is None or combine["sinks"].is_contiguous()
     assert how.get("maxnreg") == registers
@@ -181,6 +206,9 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
     splits, parts = attend["splits"], combine["parts"]
     assert grid == (8 * (1 if registers is None else -(-group // 8)), splits)
     assert append["splits"] == splits
+    assert append["length"] == (length or 13 * 32 + 32), "the slots of 13 blocks, and the window"
+    checks_mask = checked and mask is not None and length is not None
+    assert appending == (8, 1 + 4 + checks_mask), "of a static cache one more looks at the mask"
     assert parts == splits + 1 + 4, (
         "a part for each split, one for the leaving token, one for eight slots of the window"
     )
@@ -307,9 +335,9 @@ def stepped(case, variant, position=None, caches=None):
     ours = caches or pasts(case)
     theirs = [cache.to("cpu") for cache in ours]
     out = case.to("cuda").step(*ours, position, decode=decode(variant))
+    at = position if position is None else position.cpu()
     for x, cache in zip((case.keys, case.values), theirs, strict=True):
-        where = position if position is None else position.cpu()
-        portable.append(x[:, :, case.written :], cache, cache.format, where)
+        portable.append(x[:, :, case.written :], cache, cache.format, at)
     for mine, other in zip(ours, theirs, strict=True):
         assert_same_cache(mine, other)
     return out
@@ -440,7 +468,7 @@ def test_caches_of_different_capacity(variant):
     case = make_case(2, 2, 4, 64, 64, 300, 5, BF16, window=8)
     larger = make_case(2, 2, 4, 64, 64, 300, 5, BF16, window=8, spare=700)
     for key, value in ((case, larger), (larger, case)):
-        caches = [[b.cuda() for b in key.past("key")], [b.cuda() for b in value.past("value")]]
+        caches = [key.past("key").to("cuda"), value.past("value").to("cuda")]
         check(stepped(case, variant, caches=caches), case)
 
 
@@ -524,21 +552,21 @@ def test_a_bad_key_that_is_masked_out_does_no_harm(dtype, variant):
 @needs_gpu
 @pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
 def test_the_flag_of_extreme_values(dtype, value, flag):
-    """Set by compressing where it is written, and by appending to the cache that gets it; and it stays."""
+    """Set by compressing where it is written, and by appending to the cache that gets it; it stays, with its row."""
     plain, row = (torch.nn.functional.pad(row_holding(v, dtype, "cuda"), (24, 0)) for v in (0, value))
     assert plain.shape[3] == 64
     for place, tokens, unaligned in itertools.product((0, 3, 69), (0, 3, 69, 70), (0, 1)):
         dense = torch.cat([row if i == place else plain for i in range(70)], dim=2)
         dense = torch.nn.functional.pad(dense, (unaligned, 0))[..., unaligned:]
-        counts = compressed(dense, tokens, 8, 2, 70, by=kernels).counts.tolist()
-        assert counts == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
+        counts = compressed(dense, tokens, 8, 2, 70, by=kernels).counts
+        assert counts.tolist() == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
     for role in (0, 1):
-        buffers = [compressed(plain, 1, 8, 2, 9, by=kernels) for _ in range(2)]
+        caches = [compressed(plain, 1, 8, 2, 9, by=kernels) for _ in range(2)]
         new = [row if i == role else plain for i in range(2)]
         for n in (2, 3):
-            attention(plain, *new, *buffers, scale=0.1, decode=kernels.decode_attention)
+            attention(plain, *new, *caches, scale=0.1, decode=kernels.decode_attention)
             expected = [counts_of(n, 2) + counts_of(n, 2, flag if i == role else 0) for i in range(2)]
-            assert [b.counts.tolist() for b in buffers] == expected
+            assert [cache.counts.tolist() for cache in caches] == expected
             new = [plain, plain]
 
 
@@ -561,8 +589,8 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
             step.mask = make_mask(shape.mask, (2, 1, 1, n), n, density=0.9)
         out = step.to("cuda").step(*grown, shape.position_of(step), decode=decode(variant))
         check(out, step)
-    for x, kept, buffers in zip((case.keys, case.values), shape.kept, grown, strict=True):
-        assert_same_cache(buffers, compressed(x, tokens, kept, shape.window, capacity, by=portable))
+    for x, kept, cache in zip((case.keys, case.values), shape.kept, grown, strict=True):
+        assert_same_cache(cache, compressed(x, tokens, kept, shape.window, capacity, by=portable))
 
 
 @needs_gpu
@@ -588,7 +616,7 @@ def test_a_cuda_graph_replayed_equals_eager_steps(given_position, variant):
     case = make_case(2, 2, 4, 128, 128, start + steps, 12, BF16, window=32).to("cuda")
     tokens = torch.tensor([start], device="cuda")
     both = case.keys[:, :, :start], case.values[:, :, :start]
-    eager = [compressed(x, tokens, 64, 32, start + steps, by=kernels) for x in both]
+    eager = [compressed(x, start, 64, 32, start + steps, by=kernels) for x in both]
     replayed = copies(eager)
     position = tokens.clone() if given_position else None
     mask = make_mask("bool", (2, 1, 1, start + steps), 1).cuda()
@@ -628,6 +656,37 @@ def test_the_ops_take_the_kernels():
     arguments = case.keys.cuda(), 300, 64, 32, 300
     assert_same_cache(compressed(*arguments), compressed(*arguments, by=kernels))
     assert_same_bits(decompressed(again[0], 310), decompressed(caches[0], 310, by=kernels))
+
+
+# Rows of the batch, and what lies beside the buffers
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_rows_of_the_batch_stand_at_places_of_their_own(position, queries, variant):
+    check_ragged(decode(variant), position, queries, BF16, "cuda", rtol=2e-2, atol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["tuned", "portable"])
+def test_rows_of_the_batch_hold_tokens_of_their_own(dtype):
+    check_ragged_cache(kernels, dtype, "cuda")
+
+
+@needs_gpu
+@tuned_and_portable
+@pytest.mark.parametrize(("queries", "group", "mask"), [(1, 4, None), (1, 8, "bool"), (3, 1, "bias")])
+def test_a_step_keeps_to_its_buffers(queries, group, mask, variant):
+    check_step(decode(variant), queries, group, mask, BF16, "cuda", comparable=variant == "portable")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["tuned", "portable"])
+def test_compressing_and_decompressing_keep_to_their_buffers(dtype):
+    check_compress(kernels, dtype, "cuda")
+    check_decompress(kernels, dtype, "cuda")
 
 
 # Compressing
@@ -680,11 +739,11 @@ def test_a_compressed_cache_stands_for_the_pruned_one(dtype, sizes, shift, sizes
     expected = pruned_cache(plain[:, :, :tokens], sparsity_for(head_dim, kept), window)
     plain = partly_written(plain, tokens)
     dense = strided(shifted(plain.cuda(), shift), how)
-    buffers = compressed(dense, tokens, kept, window, capacity, by=kernels)
-    assert buffers.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
-    assert_same_cache(buffers, compressed(plain, tokens, kept, window, capacity, by=portable))
+    cache = compressed(dense, tokens, kept, window, capacity, by=kernels)
+    assert cache.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
+    assert_same_cache(cache, compressed(plain, tokens, kept, window, capacity, by=portable))
     for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(decompressed(buffers, asked, by=kernels).cpu(), with_length(expected, asked))
+        assert_same_bits(decompressed(cache, asked, by=kernels).cpu(), with_length(expected, asked))
 
 
 @needs_gpu
@@ -701,11 +760,10 @@ def test_rows_that_are_hard_to_rank(dtype, sizes, shift):
     few = torch.randint(0, 4, (500, head_dim), generator=torch.Generator().manual_seed(1)).to(dtype) - 1
     dense = torch.cat([dense, few, torch.where(few == 2, NAN, few), few * (few.abs().cumsum(-1) < kept)])[None, None]
     length = dense.shape[2]
-    tokens = torch.tensor([length])
-    buffers = compressed(shifted(dense.cuda(), shift), tokens, kept, 1, length, by=kernels)
-    assert_same_cache(buffers, compressed(dense, tokens, kept, 1, length, by=portable))
+    cache = compressed(shifted(dense.cuda(), shift), length, kept, 1, length, by=kernels)
+    assert_same_cache(cache, compressed(dense, length, kept, 1, length, by=portable))
     expected = torch.cat([prune(dense[:, :, :-1], kept), dense[:, :, -1:]], dim=2)
-    assert_same_bits(decompressed(buffers, length, by=kernels).cpu(), expected)
+    assert_same_bits(decompressed(cache, length, by=kernels).cpu(), expected)
 
 
 @needs_gpu
@@ -714,9 +772,8 @@ def test_rows_that_are_hard_to_rank(dtype, sizes, shift):
 def test_rows_of_all_kinds(x, eights):
     kept = min(8 * eights, x.shape[-1])
     dense = x[None, None]
-    tokens = torch.tensor([len(x)])
-    buffers = compressed(dense.cuda(), tokens, kept, 1, len(x), by=kernels)
-    assert_same_cache(buffers, compressed(dense, tokens, kept, 1, len(x), by=portable))
+    caches = (compressed(on, len(x), kept, 1, len(x), by=by) for on, by in ((dense.cuda(), kernels), (dense, portable)))
+    assert_same_cache(*caches)
 
 
 # Past 2^31 elements
@@ -740,19 +797,19 @@ def test_a_step_on_more_values_than_an_int32_counts(variant, much_memory):
     case = make_case(1, heads, 4, head_dim, head_dim, tokens, 14, BF16, window=window)
     caches = []
     for last in pasts(case):
-        shapes = [(9, *b.shape[1:]) for b in last[:3]]
-        shapes[0], shapes[1] = ((9, heads, capacity // 32, *shape[3:]) for shape in shapes[:2])
-        whole = [torch.zeros(shape, dtype=b.dtype, device="cuda") for shape, b in zip(shapes, last, strict=False)]
-        for x, b in zip(whole, last, strict=False):
-            x[8:, :, : b.shape[2]] = b
-        caches.append(Cache([*whole, last.counts.expand(9, 3).clone()], last.format))
-    assert caches[0][0][:8].numel() == 2**31
+        shapes = last.format.shapes(9, heads, capacity, BF16)
+        whole = Cache([torch.zeros(shape, dtype=dtype, device="cuda") for shape, dtype in shapes], last.format)
+        for buffer, x, b in zip(last.format.buffers, whole, last, strict=True):
+            (x[8:, :, : b.shape[2]] if buffer.grows else x[8:]).copy_(b)
+        caches.append(whole)
+    assert caches[0].values[:8].numel() == 2**31
     new = case.query, case.keys[:, :, -1:], case.values[:, :, -1:]
     query, key, value = (x.cuda().expand(9, -1, -1, -1) for x in new)
     out = attention(query, key, value, *caches, scale=case.scale_number, decode=decode(variant))
     check(out[8:], case)
-    for buffers, x in zip(caches, (case.keys, case.values), strict=True):
-        last = buffers.changed(lambda b: b[8:])
+    for cache, x in zip(caches, (case.keys, case.values), strict=True):
+        assert cache.counts[:8].tolist() == counts_of(1, window, batch=8)
+        last = cache.changed(lambda b: b[8:])
         assert_same_cache(last, compressed(x, tokens, kept, window, tokens, by=portable))
 
 
@@ -763,9 +820,9 @@ def test_compressing_more_values_than_an_int32_counts(shift, much_memory):
     dense = torch.zeros(9, heads, length, head_dim + 8 * shift, dtype=BF16, device="cuda")
     dense = dense[..., shift : shift + head_dim]
     dense[8].normal_(generator=torch.Generator("cuda").manual_seed(0))
-    buffers = compressed(dense, length, kept, 32, length, by=kernels)
-    again = decompressed(buffers, length, by=kernels)
-    assert buffers[0].numel() > again[:4].numel() == 2**31
+    cache = compressed(dense, length, kept, 32, length, by=kernels)
+    again = decompressed(cache, length, by=kernels)
+    assert cache.values.numel() > again[:4].numel() == 2**31
     for head, part in ((0, slice(0, 1000)), (heads - 1, slice(length - 1000, length))):
         expected, where = dense[8, head].cpu()[None, None], (8, head, part)
         expected = pruned_cache(expected, 0.5, 32)[0, 0, part]
