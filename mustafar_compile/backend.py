@@ -17,6 +17,7 @@ from .errors import NothingMatchedError
 from .lowering import ops
 from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
 from .patterns.cache.conditions import CacheInput, Context
+from .patterns.graph.nodes import drop_meta
 from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
 from .patterns.rewriting.plan import Compressed, Plan
@@ -51,6 +52,7 @@ def mustafar(
         plan, inputs = rewritten
         with _compat.inductor_options(_for_plan(plan)):
             compiled = _compat.compile_fx(plan.module, inputs)
+        drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
         return CompiledCall(plan, compiled, growing)
 

@@ -327,12 +327,17 @@ def test_a_query_that_was_rounded_stays_so(monkeypatch):
     def rotated(q, k, v, mask):
         return eager((q.float().roll(1, -1) * SCALE).to(q.dtype), k, v, mask)
 
-    graphs = []
+    dtypes = []
+
+    def noting_dtypes(gm, _):
+        (decode,) = gm.graph.find_nodes(op="call_function", target=torch.ops.mustafar.decode_attention.default)
+        dtypes.append(decode.args[0].meta["val"].dtype)
+        return gm
+
     with without_inductor(), monkeypatch.context() as inner:  # undone first, or Inductor would stay replaced
-        inner.setattr(_compat, "compile_fx", lambda gm, _: graphs.append(gm) or gm)
+        inner.setattr(_compat, "compile_fx", noting_dtypes)
         torch.compile(step(rotated), backend="mustafar")(*case(queries=1, past=9, dtype=torch.bfloat16))
-    (decode,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.mustafar.decode_attention.default)
-    assert decode.args[0].meta["val"].dtype == torch.bfloat16
+    assert dtypes == [torch.bfloat16]
 
 
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}

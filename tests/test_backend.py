@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
 
 from compilers import without_inductor
 from models import BufferModel, TupleModel, hf_model, prompt, run_steps
-from mustafar_compile import CompressedWriteError, _compat, explain
+from mustafar_compile import CompressedWriteError, _compat, backend, explain
 
 
 @pytest.fixture(autouse=True)
@@ -202,6 +204,29 @@ def test_a_write_in_a_graph_that_cannot_be_followed_is_refused():
         result = model.generate(**prompt(), cache_implementation="static", **how)
         with pytest.raises(Exception, match="writes into a compressed KV cache in a way that cannot be followed"):
             torch.compile(scale, backend="mustafar")(result.past_key_values.layers[0].keys)
+
+
+@pytest.mark.parametrize("form", [BufferModel, TupleModel])
+def test_traces_are_let_go(form, monkeypatch):
+    """Compiled calls live as long as the model. AOTAutograd keeps the rewritten module, so its nodes forget."""
+    traces, kept, run = [], [], backend.Rewriter.run
+
+    def noted(rewriter, matches):
+        plan = run(rewriter, matches)
+        traces.append(weakref.ref(rewriter.functional.module))
+        kept.extend(weakref.ref(module) for module in (plan.module, *(a.position for a in plan.attached)))
+        return plan
+
+    monkeypatch.setattr(backend.Rewriter, "run", noted)
+    model = form()
+    with torch.no_grad(), without_inductor():
+        step = torch.compile(model.step, backend="mustafar")  # holds the calls
+        run_steps(model, [torch.randn(2, tokens, 32) for tokens in (7, 1, 1)], step)
+        gc.collect()
+        assert traces
+        assert not any(trace() for trace in traces)
+        modules = [module for module in (ref() for ref in kept) if module is not None]
+        assert not any(node.meta for module in modules for node in module.graph.nodes)
 
 
 def test_the_report_prints_and_logs(caplog):

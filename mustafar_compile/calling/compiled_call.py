@@ -15,13 +15,17 @@ from .binding import Binding
 
 
 class CompiledCall:
-    """The function that Dynamo calls in place of the original graph. growing: which arguments are growing caches."""
+    """The function that Dynamo calls in place of the original graph. growing: which arguments are growing caches.
+
+    It lives as long as the model, and so does what it holds, so it keeps of the plan what calls need: not its graph.
+    """
 
     def __init__(self, plan: Plan, compiled: Callable[..., Sequence[Any]], growing: Sequence[int]) -> None:
-        self.plan = plan
+        self.outputs = plan.outputs
+        self.attached = plan.attached
         self.compiled = compiled
         self.growing = growing
-        self.extended = [output for output in plan.outputs if isinstance(output, Extended)]
+        self.extended = [output for output in self.outputs if isinstance(output, Extended)]
         self.bind = Binding(plan.inputs)
 
     def __call__(self, *arguments: Any) -> list[Any]:
@@ -30,7 +34,7 @@ class CompiledCall:
             arguments[output.index].prepare(_count(output, arguments))
         if self.growing:
             _give_equal_room([arguments[index] for index in self.growing])
-        states = {a.index: current_state(a, arguments) for a in self.plan.attached}
+        states = {a.index: current_state(a, arguments) for a in self.attached}
         try:
             results = self.compiled(*self.bind(arguments, states))
         except BaseException:
@@ -39,7 +43,7 @@ class CompiledCall:
             raise
         for index, state in states.items():
             state.version = arguments[index]._version
-        return [_result(output, arguments, results) for output in self.plan.outputs]
+        return [_result(output, arguments, results) for output in self.outputs]
 
 
 def _give_equal_room(caches: list[CompressedKV]) -> None:

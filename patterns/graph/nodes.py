@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .symbols import same_size
 
@@ -39,6 +39,12 @@ def computed_alike(a: Any, b: Any) -> bool:
         return a == b or same_size(a, b)
     random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
     return a is b or (not random and a.kwargs == b.kwargs and computed_alike(a.args, b.args))
+
+
+def drop_meta(graph: Graph) -> None:
+    """Let go of what is noted about nodes: fake tensors and with them all that was traced."""
+    for node in graph.nodes:
+        node.meta.clear()
 
 
 def source_line(node: Node) -> str:

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from ...lowering.format import Format
 from ..cache.conditions import CacheInput
 from ..cache.update import CacheUpdate, recognise_shift, recognise_update
-from ..graph.nodes import located
+from ..graph.nodes import drop_meta, located
 from ..graph.normalise import Functional
 from ..graph.symbols import same_size
 from ..match import Match
@@ -215,7 +215,7 @@ class Rewriter:
         return self.inputs.holding(update.new.meta["val"].shape[update.tokens_dim])
 
     def _extract(self, value: Node) -> GraphModule:
-        """A graph of the original arguments that computes ``value`` alone."""
+        """A graph of the original arguments that computes ``value`` alone, without metadata: it outlives the trace."""
         graph = Graph()
         copies: dict[Node, Node] = {}
         needed, todo = set(), [value]
@@ -228,6 +228,7 @@ class Rewriter:
             if node in self.inputs.index or node in needed:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(copies[value])
+        drop_meta(graph)
         return GraphModule(self.functional.module, graph)
 
     def _prefill(self, match: Match) -> None:
