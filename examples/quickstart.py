@@ -42,6 +42,11 @@ FACTS = {
     'ROUTE_KEYS["lantern"]': "m5q09z",
 }
 SOURCE_CHARACTERS = 3600
+ON_CPU = "On a CPU the compressed cache saves memory and not time: it runs slower than the dense one."
+ON_GPU = (
+    "On a GPU the compressed cache saves memory. It saves time with long contexts and CUDA graphs, which this demo does "
+    "without: see benchmarks/RESULTS.md."
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -265,12 +270,8 @@ def show(console: Console, prompts: Sequence[Prompt], results: Sequence[Result],
     console.print(summary_table(results))
     for result in results:
         console.print(f"{result.label} cache: {result.cache}", highlight=False)
-    where = "On a CPU" if device == "cpu" else "Without GPU kernels, which come later,"
-    console.print(
-        f"\n{where} the compressed cache saves memory and not time: it runs slower than the dense one. "
-        "The first call includes compiling.",
-        highlight=False,
-    )
+    savings = ON_CPU if device == "cpu" else ON_GPU
+    console.print(f"\n{savings} The first call includes compiling.", highlight=False)
 
 
 def first_line(error: BaseException) -> str:
