@@ -3,7 +3,8 @@
 nox -l                                  # the sessions
 nox -s "versions(torch='2.12', transformers='newest')"
 
-To try a torch that is newer, raise the bound in pyproject.toml and add it here.
+To try a newer torch or transformers, raise the bound in pyproject.toml and add the torch here; "newest" is the newest
+transformers that the bound admits.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_SUPPORTED = "torch 2.11 to 2.15 and transformers 5.17 or newer"
+_SUPPORTED = "torch 2.11 to 2.15 and transformers 5.17 to 5.24"
 
 
 def _probe(module: str, name: str) -> Any:
