@@ -44,8 +44,8 @@ FACTS = {
 SOURCE_CHARACTERS = 3600
 ON_CPU = "On a CPU the compressed cache saves memory and not time: it runs slower than the dense one."
 ON_GPU = (
-    "On a GPU the compressed cache saves memory. It saves time with long contexts and CUDA graphs, which this demo does "
-    "without: see benchmarks/RESULTS.md."
+    "On a GPU the compressed cache saves memory. It saves time with long contexts and CUDA graphs, which this demo "
+    "does without: see benchmarks/RESULTS.md."
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

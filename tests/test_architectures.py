@@ -40,7 +40,7 @@ def test_outcome(name, attention, cache, found, compressed):
 @pytest.mark.parametrize(
     ("name", "attention", "cache", "error"),
     [
-        ("gptj", "sdpa", "dynamic", "does not support .*scaled_dot_product_attention"),
+        ("gpt_oss", "sdpa", "dynamic", "does not support .*scaled_dot_product_attention"),
         ("gpt_neo", "eager", "static", "something else with a static cache"),
     ],
 )
