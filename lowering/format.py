@@ -179,7 +179,8 @@ class Format:
         """The inverse of ``encode``. Raises FormatError for any other text."""
         try:
             pairs = dict(pair.split("=") for pair in text.split(","))
-            return cls.interned(**{k: v if k == "code" else int(v) for k, v in pairs.items()})
+            values: dict[str, Any] = {k: v if k == "code" else int(v) for k, v in pairs.items()}
+            return cls.interned(**values)
         except (TypeError, ValueError) as error:
             raise FormatError(f"{text!r} is not a format; accepted is such as {cls(128, 64, 32).encode()!r}") from error
 

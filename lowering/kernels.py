@@ -183,7 +183,7 @@ def decode_attention(
     combined, channels = _to_combine(rows, step.query_rows, value_format.head_dim, _multiprocessors(device))
     combine = step.combine(splits + step.window_parts, combined, channels, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
-    combining = {name: cache[name] for name in ("key_counts", "value_counts")}
+    combining: dict[str, Any] = {name: cache[name] for name in ("key_counts", "value_counts")}
     combining |= {"sinks": sinks if sinks is None else sinks.contiguous(), "moved": scratch["moved"], "result": result}
     combine.combine[rows * step.query_rows // combined, cdiv(value_format.head_dim, channels)](
         **given, **packed, **combining, parts=splits + step.window_parts, **early, **few

@@ -10,7 +10,7 @@ A cache tensor is given as the list of its buffers and the text of its ``Format`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ for _name in _SCHEMAS:
 
 @torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
 def _(dense, tokens, format, capacity):
-    shapes = Format.decode(format).shapes(*dense.shape[:2], capacity, dense.dtype)
+    shapes = Format.decode(format).shapes(dense.shape[0], dense.shape[1], capacity, dense.dtype)
     return [dense.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
@@ -131,7 +131,7 @@ def _(query, key, value, keys, values, key_format, value_format, *rest, **option
     return query.new_empty(*query.shape[:3], Format.decode(value_format).head_dim)
 
 
-compress = torch.ops.mustafar.compress.default
+compress: Callable[..., list[Tensor]] = torch.ops.mustafar.compress.default
 """Prune and pack a dense cache tensor.
 
 dense: [B, H, S, D], float32, float16 or bfloat16, any strides. tokens: int64, [1] or [B], on the device of ``dense``:
@@ -139,10 +139,10 @@ rows written. format: the text of a ``Format``. capacity: tokens that the cache 
 of the format, in its order.
 """
 
-decompress = torch.ops.mustafar.decompress.default
+decompress: Callable[..., Tensor] = torch.ops.mustafar.decompress.default
 """The dense tensor [B, H, length, D] that the buffers stand for: pruned elements and unwritten rows are zero."""
 
-decode_attention = torch.ops.mustafar.decode_attention.default
+decode_attention: Callable[..., Tensor] = torch.ops.mustafar.decode_attention.default
 """One decode step of one layer over a compressed cache, in place.
 
 query: [B, Hq, L, D], of at most ``MAX_QUERY_TOKENS`` tokens. key, value: the same tokens, [B, H, L, D] and

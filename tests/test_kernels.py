@@ -53,7 +53,6 @@ from reference import prune, pruned_cache
 
 pytest.importorskip("triton")
 from mustafar_compile.lowering import kernels
-from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.step import Step, Tuned
 
 HALVES = (torch.bfloat16, torch.float16)

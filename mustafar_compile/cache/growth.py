@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -127,20 +127,20 @@ class Handle(WithoutMemory):
         if needed > self.capacity:
             self.reserve(grown_capacity(needed))
 
-    def extended(self, count: int) -> Handle:
+    def extended(self, count: int) -> Any:
         """The handle after ``count`` more tokens were written into the buffers."""
         longer = self._handle(self.tokens + count)
         self.branch.tokens = longer.tokens
         return longer
 
-    def crop(self, tokens: int) -> Handle:
+    def crop(self, tokens: int) -> Any:
         """A handle of the first ``tokens`` tokens of a growing cache, which may be extended."""
         self._check_standing()
         shorter = self._handle(tokens)
         shorter.cropped = True
         return shorter
 
-    def _handle(self, tokens: int) -> Handle:
+    def _handle(self, tokens: int) -> Any:
         """Another handle of the same buffers."""
         size = list(self.shape)
         size[self.tokens_dim] = tokens

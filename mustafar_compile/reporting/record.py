@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -90,28 +91,30 @@ def _record(entries: list[Entry]) -> None:
 def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:
     """counted: caches whose bytes are in an earlier entry; those of ``m`` are added."""
     attention = m.attention
-    place = {"layer": attention.layer, "name": attention.name, "form": m.form}
+    place: dict[str, Any] = {"layer": attention.layer, "name": attention.name, "form": m.form}
     if isinstance(m, NoMatch):
-        sizes = [_cache_bytes(x, _own_format(x, context), context) for x in (m.key, m.value) if _is_new(x, counted)]
+        known = [update for update in (m.key, m.value) if update is not None and _is_new(update, counted)]
+        sizes = [_cache_bytes(update, _own_format(update, context), context) for update in known]
         return Entry(**place, reason=m.reason, **_summed(sizes))
     sizes = [_cache_bytes(x, format, context) for x, format in m.updates if _is_new(x, counted)]
     return Entry(**place, phases=(m.phase,), kernels=_kernels(m), **_summed(sizes))
 
 
-def _is_new(update: CacheUpdate | None, counted: set[Node]) -> bool:
-    if update is None or update.node in counted:
+def _is_new(update: CacheUpdate, counted: set[Node]) -> bool:
+    if update.node in counted:
         return False
     counted.add(update.node)
     return True
 
 
-def _summed(sizes: Sequence[tuple[int, int]]) -> dict[str, int]:
+def _summed(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     return {name: sum(size[i] for size in sizes) for i, name in enumerate(("dense_bytes", "stored_bytes"))}
 
 
 def _own_format(update: CacheUpdate, context: Context) -> Format | None:
     """The format that a cache has whatever becomes of it, None where it is dense."""
-    return context.caches[update.base].format if update.base in context.caches else None
+    cache = context.caches.get(update.base) if update.base is not None else None
+    return None if cache is None else cache.format
 
 
 def _cache_bytes(update: CacheUpdate, format: Format | None, context: Context) -> tuple[int, int]:
