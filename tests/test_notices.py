@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 
 import pytest
@@ -12,6 +14,8 @@ from compilers import without_inductor
 from models import TupleModel, run_steps
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.reporting import notices
+from mustafar_compile.reporting.explain import record_call
+from mustafar_compile.reporting.report import Report
 from test_own_loops import assert_close, embeddings, options, oracle
 
 
@@ -160,6 +164,27 @@ def test_nested_reports_close_in_any_order():
     with pytest.warns(UserWarning, match="nothing was compiled"):
         inner.__exit__(None, None, None)
     assert notices.open_reports == []
+
+
+class SlowReport(Report):
+    """Another thread gets its turn between reading the number of calls and writing it."""
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name == "calls":
+            time.sleep(1e-3)
+        return value
+
+
+def test_calls_of_all_threads_are_counted(monkeypatch):
+    report = SlowReport()
+    monkeypatch.setattr("mustafar_compile.reporting.explain.open_reports", [report])
+    threads = [threading.Thread(target=lambda: [record_call() for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert report.calls == 80
 
 
 class MappedPrompt(TupleModel):

@@ -14,6 +14,8 @@ from .report import NOTHING_RAN, Report
 asked = threading.Event()
 """Whether Dynamo ever gave the backend a graph."""
 
+_counting = threading.Lock()
+
 
 @contextmanager
 def explain() -> Iterator[Report]:
@@ -42,6 +44,7 @@ def warn_if_nothing_was_compiled() -> None:
 
 
 def record_call() -> None:
-    """Count a call of a rewritten graph."""
+    """Count a call of a rewritten graph, on any thread."""
     for report in open_reports:
-        report.calls += 1
+        with _counting:
+            report.calls += 1
