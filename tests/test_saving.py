@@ -59,11 +59,15 @@ class Crafted:
         return self.call
 
 
-def load(function, *arguments):
+def through_a_file(saved):
     file = io.BytesIO()
-    torch.save(Crafted(function, arguments), file)
+    torch.save(saved, file)
     file.seek(0)
     return loaded(file)
+
+
+def load(function, *arguments):
+    return through_a_file(Crafted(function, arguments))
 
 
 def with_buffer(name, change):
@@ -92,7 +96,7 @@ def changed(**what):
 
 CRAFTED = {
     "all bits set": with_buffer("bitmap", lambda x: torch.full_like(x, -1)),
-    "no bit set": with_buffer("bitmap", torch.zeros_like),
+    "bits too few": with_buffer("bitmap", torch.ones_like),
     "a bit too many": set_bit(0, -1),
     "a bit past the channels": set_bit(1, 1 << 30),
     "counts beyond the tokens": counts(10**9, 10**9, 0),
@@ -150,6 +154,14 @@ def test_crafted_caches_of_version_0_1_are_refused():
     ):
         with pytest.raises(SavedCacheError):
             restored_cache(*crafted)
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_zeroed_caches_load(grows):
+    """Zeroing a cache leaves rows that keep no channel; a decode step over one is found by test_fuzz_cache."""
+    cache = CompressedKV.from_dense(torch.randn(1, 2, 100, 40), 0.5, 8, *(() if grows else (100,)))
+    cache.zero_()
+    assert torch.equal(through_a_file(cache).dense(), torch.zeros(1, 2, 100, 40))
 
 
 def test_rows_that_are_not_read_may_hold_anything():

@@ -45,14 +45,15 @@ def _check_counts(format: Format, buffers: Sequence[Tensor], tokens: int, grows:
 
 
 def _check_bitmap(format: Format, buffers: Sequence[Tensor]) -> None:
-    """Each pruned row keeps as many elements as its format says, and none past its channels."""
+    """Each pruned row keeps as many elements as its format says, or none where it was zeroed, all of them channels."""
     bitmap, counts = (buffers[format.place(name)] for name in ("bitmap", "counts"))
     if bitmap.numel() == 0:
         return
     bits = (bitmap.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=bitmap.device)) & 1
     pruned = torch.maximum(counts[:, 1], counts[:, 0] - format.window)
     token = torch.arange(format.capacity_of(buffers), device=bitmap.device).view(-1, BLOCK_TOKENS)
-    right = (bits.sum((-2, -1)) == format.kept) & ~_past_the_end(format, bits)
+    kept = bits.sum((-2, -1))
+    right = ((kept == format.kept) | (kept == 0)) & ~_past_the_end(format, bits)
     unread = token >= pruned.view(-1, 1, 1, 1)
     _require(bool((right | unread).all()), f"the bitmap of some row does not keep {format.kept} of its channels")
 

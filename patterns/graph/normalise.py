@@ -47,6 +47,7 @@ class _Interpreter(torch.fx.Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # it makes another error of a KeyError; the line is noted by ``located``
         self.regions: list[torch.autocast] = []
 
     def run(self, *args: Any, **options: Any) -> Any:
