@@ -6,7 +6,6 @@ import itertools
 import linecache
 import re
 import subprocess
-from dataclasses import replace
 
 import jinja2
 import pytest
@@ -25,6 +24,7 @@ from mustafar_compile.lowering.ptx.decode import Decode
 from mustafar_compile.lowering.ptx.decode_steps import OVERREAD, Rows
 from mustafar_compile.lowering.ptx.prune import Prune
 from mustafar_compile.lowering.step import COMBINE_REGISTERS, DTYPE_NAMES
+from pairwise import pairwise
 
 DECODES = [
     Decode(Rows(key_words, key_kept), Rows(value_words, value_kept), heads, warps, dtype)
@@ -365,31 +365,46 @@ def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, t
     assert (stack, local) == (0, 0)
 
 
+SIZES = (80, 64, 40, 24), (24, 16, 8, 8)  # head dims and kept channels: whole words and powers of two are easier
+MASKS, DTYPES, QUERIES = ("none", "boolean", "additive"), ("bf16", "fp32"), (1, 16)
+
+
+def plain_step(mask, dtype, queries, sizes=SIZES[0], sinks=False):
+    return step_of(*sizes, group=6, dtype=dtype, mask=mask, queries=queries, sinks=sinks, softcap=mask == "boolean")
+
+
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
-@pytest.mark.parametrize("queries", [1, 16])
-def test_the_plain_kernels_compile(mask, dtype, queries):
+@pytest.mark.parametrize(
+    ("mask", "dtype", "queries", "sizes", "checked"), pairwise(MASKS, DTYPES, QUERIES, SIZES, (False, True))
+)
+def test_the_plain_kernels_compile(mask, dtype, queries, sizes, checked):
     """As Triton compiles them: its interpreter takes more than its compiler."""
-    step = step_of(80, 64, 40, 24, group=6, dtype=dtype, mask=mask, queries=queries, softcap=mask == "boolean")
-    for checked, how in ((False, {}), (True, {"debug": True, "sanitize_overflow": False})):
-        append = compiled(step.append(True, checked).append, dtype, mask, num_warps=step.append_warps, **how)
-        assert append.asm["cubin"]
-        # A message is a string of bytes in PTX, so its assertions are counted.
-        found = len(re.findall(r"call.uni\s+__assertfail|__assertfail,", append.asm["ptx"]))
-        assert bool(found) == checked
+    step, how = plain_step(mask, dtype, queries, sizes), {"debug": True, "sanitize_overflow": False} if checked else {}
+    append = compiled(step.append(True, checked).append, dtype, mask, num_warps=step.append_warps, **how)
+    assert append.asm["cubin"]
+    # A message is a string of bytes in PTX, so its assertions are counted.
+    found = len(re.findall(r"call.uni\s+__assertfail|__assertfail,", append.asm["ptx"]))
+    assert bool(found) == checked
     assert compiled(step.portable().attend, dtype, mask).asm["cubin"]
-    for exact, sinks in itertools.product((False, True), repeat=2):
-        combine = replace(step, sinks=sinks).combine(9, 1 + exact, 32, exact, exact).combine
-        few = {"maxnreg": COMBINE_REGISTERS} if exact else {}
-        assert compiled(combine, dtype, mask, sinks, **few).asm["cubin"]
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_plain_kernels_of_whole_caches_compile(dtype):
+@pytest.mark.parametrize(
+    ("mask", "dtype", "queries", "exact", "sinks"), pairwise(MASKS, DTYPES, QUERIES, (False, True), (False, True))
+)
+def test_the_combine_compiles(mask, dtype, queries, exact, sinks):
+    combine = plain_step(mask, dtype, queries, sinks=sinks).combine(9, 1 + exact, 32, exact, exact).combine
+    few = {"maxnreg": COMBINE_REGISTERS} if exact else {}
+    assert compiled(combine, dtype, mask, sinks, **few).asm["cubin"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [(torch.bfloat16, (80, 40)), (torch.float16, (24, 8)), (torch.float32, (24, 8))]
+)
+def test_the_plain_kernels_of_whole_caches_compile(dtype, sizes):
     name = DTYPE_NAMES[dtype]
-    module, _ = kernels._compressor(None, Format.interned(80, 40, 32), dtype)
+    module, _ = kernels._compressor(None, Format.interned(*sizes, 32), dtype)
     assert compiled(module.compress, name, num_warps=4).asm["cubin"]
-    module = kernels._decompressor(Format.interned(80, 40, 32))
+    module = kernels._decompressor(Format.interned(*sizes, 32))
     assert compiled(module.decompress, name).asm["cubin"]
