@@ -49,6 +49,7 @@ from cases import (
 )
 from mustafar_compile.lowering import kernels, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
+from pairwise import pairwise
 from reference import kept_count, pruned_cache
 
 assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
@@ -265,11 +266,10 @@ def test_writing_at_an_earlier_position_rewinds(moves, window, seed):
 # --------------------------------------------------------------------------------------- values that are not ordinary
 
 SPOILT = [NAN, INF, -INF, 1e38, -3e38, 2.0**96, 2.0**98]
+ROLES = "keys", "values"
 
 
-@pytest.mark.parametrize("token", [2, 39], ids=["compressed", "in the window"])
-@pytest.mark.parametrize("role", ["keys", "values"])
-@pytest.mark.parametrize("value", SPOILT)
+@pytest.mark.parametrize(("value", "role", "token"), pairwise(SPOILT, ROLES, (2, 39)))  # compressed, in the window
 def test_extreme_values_count_as_in_the_oracle(role, token, value):
     case = make_case(tokens=41, batch=1)
     case.query = case.query / 64  # no score overflows
@@ -319,9 +319,7 @@ def exact_for_extremes(monkeypatch):
     monkeypatch.setattr(kernels.Step, "portable", lambda step: type("Module", (), {"attend": Lossy(step)}))
 
 
-@pytest.mark.parametrize("value", SPOILT)
-@pytest.mark.parametrize("role", ["keys", "values"])
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(("value", "role", "queries"), pairwise(SPOILT, ROLES, (1, 3)))
 def test_a_step_with_extreme_values_is_done_again(role, value, queries, exact_for_extremes):
     case = make_case(tokens=75, group=6, batch=1, window=17, queries=queries)
     case.query = case.query / 64
