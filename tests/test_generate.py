@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
-from compilers import without_compiler, without_inductor
+from compilers import without_compiler
 from models import FAMILIES, full_attention_layers, hf_model, prompt
 from mustafar_compile import CompressedKV, cache_stats, explain
+from pairwise import pairwise
 from reference import pruned_generation
 
 WINDOW = 4
@@ -64,10 +63,13 @@ def _no_grad():
         yield
 
 
-CASES = [*itertools.product(FAMILIES, [0.0, 0.5]), ("llama", 0.7)]
+def cases(cache):
+    """Families and sparsities for one kind of cache; over both kinds, any two of the three meet."""
+    chosen = pairwise(FAMILIES, (0.0, 0.5), ("dynamic", "static"))
+    return [*((family, sparsity) for family, sparsity, kind in chosen if kind == cache), ("llama", 0.7)]
 
 
-@pytest.mark.parametrize(("family", "sparsity"), CASES)
+@pytest.mark.parametrize(("family", "sparsity"), cases("dynamic"))
 def test_dynamic_cache(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -76,7 +78,7 @@ def test_dynamic_cache(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize(("family", "sparsity"), CASES)
+@pytest.mark.parametrize(("family", "sparsity"), cases("static"))
 def test_static_cache_with_compiled_prefill(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -86,8 +88,7 @@ def test_static_cache_with_compiled_prefill(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.5), ("gpt_neox", 0.0), ("gemma3_text", 0.7)])
 def test_static_cache_with_eager_prefill_and_compiled_decode(family, sparsity):
     from transformers import CompileConfig
 
@@ -113,7 +114,7 @@ def test_inductor_generates_the_same_tokens(cache):
 def test_compiled_forward_reaches_generate():
     model = hf_model()
     expected = oracle(model, prompt(), 0.5)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         model.forward = torch.compile(model.forward, backend="mustafar", options=options(0.5))
         assert torch.equal(generate(model, prompt()).sequences, expected)
     assert len(report.matched) == 2
@@ -121,7 +122,7 @@ def test_compiled_forward_reaches_generate():
 
 def test_optimized_module_does_not_reach_generate_and_the_report_says_so():
     model = hf_model()
-    with without_inductor(), pytest.warns(UserWarning, match="calls the original module"), explain() as report:
+    with without_compiler(), pytest.warns(UserWarning, match="calls the original module"), explain() as report:
         torch.compile(model, backend="mustafar").generate(**prompt(), max_new_tokens=2, do_sample=False)
     assert report.graphs == 0
     assert "torch.compile(model).generate()" in str(report)
@@ -131,7 +132,7 @@ def test_prompt_of_one_token():
     model = hf_model()
     inputs = prompt(length=1)
     expected = oracle(hf_model(), inputs, 0.5)
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options=options(0.5))
         assert torch.equal(generate(model, inputs).sequences, expected)
 
@@ -139,7 +140,7 @@ def test_prompt_of_one_token():
 def test_a_growing_cache_compiles_once_for_all_lengths():
     model = hf_model()
     expected = oracle(hf_model(), prompt(length=40), 0.5, new_tokens=60)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         model.compile(backend="mustafar", options=options(0.5))
         result = generate(model, prompt(length=40), new_tokens=60)
     assert torch.equal(result.sequences, expected)
@@ -162,7 +163,7 @@ def test_second_turn_on_a_compressed_cache():
     with pruned_generation(0.5, 0.5, WINDOW):
         expected = chat(hf_model()).sequences
     model = hf_model()
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         model.compile(backend="mustafar", options=options(0.5))
         result = chat(model)
     assert torch.equal(result.sequences, expected)
@@ -176,7 +177,7 @@ def test_static_cache_used_again_after_reset():
     model = hf_model()
     expected = [oracle(hf_model(), prompt(seed=seed), 0.5) for seed in (1, 2)]
     cache = StaticCache(config=model.config, max_cache_len=32)
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options=options(0.5))
         for seed, tokens in zip((1, 2), expected, strict=True):
             assert torch.equal(generate(model, prompt(seed=seed), past_key_values=cache).sequences, tokens)
@@ -190,7 +191,7 @@ def test_decode_compiled_over_a_cache_that_eager_code_filled():
 
     cache = DynamicCache(config=model.config)
     model(**inputs, past_key_values=cache)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         model.compile(backend="mustafar", options=options(0.5))
         token, tokens = expected[:, 9:10], [inputs["input_ids"]]
         for _ in range(NEW_TOKENS):
@@ -205,7 +206,7 @@ def test_decode_compiled_over_a_cache_that_eager_code_filled():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_run_compressed(dtype):
     model = hf_model().to(dtype)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         model.compile(backend="mustafar", options=options(0.5))
         result = generate(model, prompt())
     assert len(report.matched) == 2
@@ -214,7 +215,7 @@ def test_half_precision_models_run_compressed(dtype):
 
 def test_skipped_layers_stay_dense():
     model = hf_model()
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         model.compile(backend="mustafar", options=options(0.5) | {"skip_layers": [0]})
         result = generate(model, prompt())
     layers = result.past_key_values.layers
@@ -227,7 +228,7 @@ def test_keys_and_values_have_sparsities_of_their_own():
     model, inputs = hf_model(), prompt()
     with pruned_generation(0.7, 0.0, WINDOW):
         expected = generate(hf_model(), inputs).sequences
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options={"key_sparsity": 0.7, "value_sparsity": 0.0, "window": WINDOW})
         result = generate(model, inputs)
     layer = result.past_key_values.layers[0]
