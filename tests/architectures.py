@@ -207,7 +207,7 @@ def measure(name: str, attention: str, cache: str) -> Outcome:
     how = {"cache_implementation": "static"} if cache == "static" else {}
     try:
         dense = generate(build(name, attention), **how)
-        growing = generate(build(name, attention))
+        growing = generate(build(name, attention)) if how else dense
     except Exception as error:  # whatever transformers cannot do is its row's outcome
         return Outcome(error=_first_sentence(error))
     if not dense.agrees(growing):
