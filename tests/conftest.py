@@ -7,6 +7,7 @@ them on 100 compiled models. FUZZ_SHARDS splits the slow ones into so many tests
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,16 @@ settings.register_profile(
 )
 SHARDS = int(os.environ.get("FUZZ_SHARDS", "1"))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at it again after each compilation."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def sharded(examples: int) -> int:
