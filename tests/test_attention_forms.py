@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from architectures import measure
-from compilers import without_inductor
+from compilers import without_compiler
 from models import TupleModel, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, _compat, explain
 from reference import pruned_cache
@@ -245,7 +245,7 @@ def step(form):
 def compiled(forward, inputs, sparsity=0.5):
     """What ``forward`` returns when compiled, and the report."""
     options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         return *torch.compile(forward, backend="mustafar", options=options)(*inputs), report
 
 
@@ -334,7 +334,7 @@ def test_a_query_that_was_rounded_stays_so(monkeypatch):
         dtypes.append(decode.args[0].meta["val"].dtype)
         return gm
 
-    with without_inductor(), monkeypatch.context() as inner:  # undone first, or Inductor would stay replaced
+    with without_compiler(), monkeypatch.context() as inner:  # undone first, or Inductor would stay replaced
         inner.setattr(_compat, "compile_fx", noting_dtypes)
         torch.compile(step(rotated), backend="mustafar")(*case(queries=1, past=9, dtype=torch.bfloat16))
     assert dtypes == [torch.bfloat16]
@@ -386,7 +386,7 @@ def test_a_model_under_autocast(sparsity):
         k, v = (pruned_cache(x, sparsity, WINDOW) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    with torch.autocast(**AUTOCAST), without_inductor(), explain() as report:
+    with torch.autocast(**AUTOCAST), without_compiler(), explain() as report:
         outputs = run_steps(model, x, torch.compile(model.step, backend="mustafar", options=options))
         expected = pruned_steps(model, x, attention)
     assert [entry.phases for entry in report.matched] == [("prefill", "decode")], str(report)

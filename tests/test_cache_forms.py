@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import encoder_decoder, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from reference import pruned_generation
@@ -16,7 +16,7 @@ STATIC = {"cache_implementation": "static"}
 
 @pytest.fixture(autouse=True)
 def _no_grad():
-    with torch.no_grad(), without_inductor():
+    with torch.no_grad(), without_compiler():
         yield
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, StaleCacheError, explain, safe_globals
 from mustafar_compile.reporting import notices
@@ -22,7 +22,7 @@ from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
 @pytest.fixture(autouse=True)
 def _compiled_as_traced(monkeypatch):
     monkeypatch.setattr(notices, "_given", set())
-    with torch.no_grad(), without_inductor(), warnings.catch_warnings():
+    with torch.no_grad(), without_compiler(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="mustafar")
         yield
 

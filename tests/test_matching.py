@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import hf_model, prompt
 from mustafar_compile import NothingMatchedError, explain
 from mustafar_compile.patterns.attention import scores
@@ -530,7 +530,7 @@ def _no_grad():
 def run(model, **options):
     inputs = model.inputs()
     expected = model(*copy.deepcopy(inputs))
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         actual = torch.compile(model, backend="mustafar", options={"window": 2} | options)(*inputs)
     return actual, expected, report
 
@@ -651,16 +651,16 @@ def test_strict_raises_with_the_reason(counter_example):
 
 
 def test_strict_judges_models_without_attention_but_not_helpers():
-    with pytest.raises(Exception, match="this graph holds no attention"), without_inductor():
+    with pytest.raises(Exception, match="this graph holds no attention"), without_compiler():
         torch.compile(nn.Linear(2, 2), backend="mustafar", options={"strict": True})(torch.zeros(1, 2))
-    with without_inductor():
+    with without_compiler():
         torch.compile(torch.sin, backend="mustafar", options={"strict": True})(torch.zeros(2))
 
 
 def test_gradients_pass_through_and_are_right():
     model = hf_model()
     twin = copy.deepcopy(model)
-    with torch.enable_grad(), without_inductor(), explain() as report:
+    with torch.enable_grad(), without_compiler(), explain() as report:
         compiled = torch.compile(model, backend="mustafar")
         compiled(**prompt(), labels=prompt()["input_ids"]).loss.backward()
         twin(**prompt(), labels=prompt()["input_ids"]).loss.backward()

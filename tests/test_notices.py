@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import TupleModel, run_steps
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.reporting import notices
@@ -22,7 +22,7 @@ from test_own_loops import assert_close, embeddings, options, oracle
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.setattr(notices, "_given", set())
-    with torch.no_grad(), without_inductor():
+    with torch.no_grad(), without_compiler():
         yield
 
 

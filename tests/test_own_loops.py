@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_inductor
+from compilers import without_compiler, without_inductor
 from models import (
     BufferModel,
     OneHotModel,
@@ -60,7 +60,7 @@ def _no_grad():
 def test_outputs_equal_the_oracle(form, sparsity):
     torch.manual_seed(0)
     model = FORMS[form]()
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(sparsity))
         for seed in (0, 1):  # the second sequence writes over the buffers of the first
             inputs = embeddings(seed=seed)
@@ -74,7 +74,7 @@ def test_outputs_equal_the_oracle(form, sparsity):
 def test_a_write_spelled_as_a_choice_over_the_buffer(form):
     torch.manual_seed(0)
     model, inputs = form(), embeddings()
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
     assert [entry.form for entry in report.matched] == ["static (masked write)"]
@@ -94,7 +94,7 @@ def test_inductor_gives_the_same(form):
 def test_head_counts_and_sizes(form, sizes):
     torch.manual_seed(0)
     model, inputs = FORMS[form](**sizes), embeddings(steps=6)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
     assert len(report.matched) == 1
@@ -107,7 +107,7 @@ def test_a_batch_of_one(form, kv_heads):
     torch.manual_seed(0)
     model = form(kv_heads=kv_heads, **({} if form is TupleModel else {"batch": 1}))
     inputs = embeddings(batch=1, steps=6)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
     assert len(report.matched) == 1, str(report)
@@ -116,7 +116,7 @@ def test_a_batch_of_one(form, kv_heads):
 def test_a_batch_smaller_than_the_buffer():
     torch.manual_seed(0)
     model = SliceModel(batch=5)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         for batch in (2, 3, 2):
             inputs = embeddings(batch=batch, seed=batch)
@@ -191,7 +191,7 @@ class PositionsApart(BufferModel):
 def test_positions_computed_for_keys_and_values_apart():
     torch.manual_seed(0)
     model, inputs = PositionsApart(), embeddings(steps=3)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
     assert len(report.matched) == 1, str(report)
@@ -212,7 +212,7 @@ FOREIGN_WRITES = {
 def test_a_foreign_write_into_a_dense_cache_is_noticed(write):
     torch.manual_seed(0)
     model, inputs = BufferModel(), embeddings(steps=6)
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.0))
         run_steps(model, inputs, step)
         write(model.v_cache)
@@ -225,7 +225,7 @@ def test_the_dense_buffer_of_the_caller_stays_right():
     torch.manual_seed(0)
     model, inputs = BufferModel(), embeddings()
     twin = copy.deepcopy(model)
-    with without_inductor():
+    with without_compiler():
         run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
     run_steps(twin, inputs)
     torch.testing.assert_close(model.k_cache, twin.k_cache)
@@ -238,7 +238,7 @@ def test_rewinding_a_static_cache():
     """Going back to an earlier position forgets what came after it, as it does for a dense buffer."""
     torch.manual_seed(0)
     model, inputs = BufferModel(), embeddings(steps=6)
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.0))
         run_steps(model, inputs, step)
         twin = copy.deepcopy(model)
@@ -250,7 +250,7 @@ def test_rewinding_a_static_cache():
 def test_one_past_continued_twice_raises_unless_copied():
     torch.manual_seed(0)
     model, inputs = TupleModel(), embeddings(steps=8)
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         past = None
         for x in inputs[:-1]:
@@ -266,7 +266,7 @@ def test_one_past_continued_twice_raises_unless_copied():
 def test_cache_stats_of_a_tuple():
     torch.manual_seed(0)
     model, inputs = TupleModel(head_dim=32), embeddings(prefill=700, steps=1)
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         past = None
         for x in inputs:
@@ -294,7 +294,7 @@ def test_compile_loop(wrap):
     model, ids = hf_model(), prompt()["input_ids"]
     with pruned_generation(0.5, 0.5, WINDOW):
         expected = greedy(hf_model(), ids, 20)
-    with without_inductor():
+    with without_compiler():
         loop = compile_loop(**options(0.5))(wrap(greedy))
         with explain() as report:
             assert torch.equal(loop(model, ids, 12), expected[:, :21])
@@ -313,7 +313,7 @@ def test_compile_loop_around_hf_generate():
     model, inputs = hf_model(), prompt()
     with pruned_generation(0.5, 0.5, WINDOW):
         expected = hf_model().generate(**inputs, max_new_tokens=8, do_sample=False)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
 
         @compile_loop(**options(0.5))
         def run(model, **how):
@@ -362,7 +362,7 @@ def flipped(model):
 
 @pytest.mark.parametrize(
     ("sparsity", "eager_prompt", "compiler"),
-    [(0.0, False, without_inductor), (0.5, True, without_inductor), (0.5, False, contextlib.nullcontext)],
+    [(0.0, False, without_compiler), (0.5, True, without_compiler), (0.5, False, contextlib.nullcontext)],
     ids=["exact", "dense past", "Inductor"],
 )
 def test_a_cache_that_several_attentions_read(sparsity, eager_prompt, compiler):
@@ -400,7 +400,7 @@ class LastTokensModel(TupleModel):
 def test_a_cache_that_is_read_with_fewer_queries_in_a_prompt():
     torch.manual_seed(0)
     model, inputs = LastTokensModel(), embeddings(steps=6)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         outputs = run_steps(model, inputs, step)
     first, last = (oracle(m, inputs, 0.5) for m in (model, flipped(model)))
@@ -411,7 +411,7 @@ def test_a_cache_that_is_read_with_fewer_queries_in_a_prompt():
 def test_a_nested_past():
     torch.manual_seed(0)
     model, inputs = NestedModel(), embeddings(steps=4)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
     assert len(report.matched) == 1

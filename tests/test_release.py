@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import BufferModel, SliceModel, hf_model, prompt, run_steps
 from mustafar_compile import ReleaseError, backend, cache_stats, explain
 from mustafar_compile.cache import attached, stats
@@ -66,7 +66,7 @@ def caches(model):
 def test_no_graph_touches_a_released_cache(form, poisoned, plans):
     torch.manual_seed(0)
     model = form()
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5) | RELEASE)
         for seed in (0, 1):  # the second sequence begins anew in released caches
             inputs = embeddings(seed=seed)
@@ -89,7 +89,7 @@ def test_a_cache_filled_before_the_first_compiled_step(poisoned):
     torch.manual_seed(0)
     model, inputs = BufferModel(), embeddings()
     expected = oracle(model, inputs, 0.5)
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5) | RELEASE)
         eager, start, outputs = model.step, 0, []
         for i, x in enumerate(inputs):
@@ -103,7 +103,7 @@ def test_a_prompt_in_chunks_goes_on_from_the_pruned_tokens(poisoned):
     torch.manual_seed(0)
     model = BufferModel()
     twin, (first, second) = copy.deepcopy(model), torch.randn(2, 2, 18, 32)
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5) | RELEASE)
         step(first, torch.arange(18))
         outputs = step(second, torch.arange(18, 36))
@@ -121,7 +121,7 @@ def test_a_static_cache_of_transformers(poisoned):
         expected = hf_model().generate(**inputs, max_new_tokens=8, do_sample=False)
     cache = StaticCache(config=model.config, max_cache_len=32)
     cache.early_initialization(batch_size=2, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options=options(0.5) | RELEASE)
         tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, past_key_values=cache)
     assert torch.equal(tokens, expected)
@@ -132,7 +132,7 @@ def test_a_static_cache_of_transformers(poisoned):
 def test_other_settings_cannot_use_a_released_cache(poisoned):
     torch.manual_seed(0)
     model, x, position = BufferModel(), torch.randn(2, 1, 32), torch.tensor([3])
-    with without_inductor():
+    with without_compiler():
         torch.compile(model.step, backend="mustafar", options=options(0.5) | RELEASE)(x, position)
         for other in (options(0.0) | RELEASE, options(0.5) | RELEASE | {"window": 8}, options(0.5)):
             torch._dynamo.reset()
@@ -144,7 +144,7 @@ def test_other_settings_cannot_use_a_released_cache(poisoned):
 def test_a_cache_on_a_cpu_is_refused_before_anything_is_lost():
     torch.manual_seed(0)
     model = BufferModel()
-    with without_inductor():
+    with without_compiler():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5) | RELEASE)
         with pytest.raises(Exception, match="release_dense frees CUDA memory only, and a KV cache is on cpu") as caught:
             step(torch.randn(2, 1, 32), torch.tensor([0]))
@@ -155,7 +155,7 @@ def test_a_cache_on_a_cpu_is_refused_before_anything_is_lost():
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_caches_of_the_backend_itself_need_no_release(how):
     model, inputs = hf_model(num_hidden_layers=1), prompt()
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar", options=options(0.5) | RELEASE)
         model.generate(**inputs, max_new_tokens=3, do_sample=False, **how)
 
@@ -178,7 +178,7 @@ def test_what_cannot_be_kept_compressed_alone_stays_dense_and_says_why(model, re
     torch.manual_seed(0)
     model, inputs = model(), embeddings(steps=0)
     expected = run_steps(copy.deepcopy(model), inputs)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         assert_close(run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=RELEASE)), expected)
     assert [entry.reason for entry in report.missed] == [reason]
     assert not poisoned

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import BufferModel, TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from reference import pruned_cache, pruned_generation, reference_attention
@@ -17,7 +17,7 @@ OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
 
 @pytest.fixture(autouse=True)
 def _no_grad():
-    with torch.no_grad(), without_inductor():
+    with torch.no_grad(), without_compiler():
         yield
 
 
