@@ -81,7 +81,8 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@touch $@
 
 # Without an environment the sources are copied, so any change of them installs anew.
-build/site/.installed: pyproject.toml $(wildcard mustafar_compile/*.py lowering/*.py lowering/ptx/*.py lowering/templates/* patterns/*.py)
+sources := $(shell find mustafar_compile lowering patterns -type f -not -path '*/__pycache__/*')
+build/site/.installed: pyproject.toml $(sources)
 	rm -rf build
 	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --target build/site .
 	@touch $@
