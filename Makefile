@@ -1,4 +1,4 @@
-# make demo | test | fuzz | architectures | lint | clean. `make` alone lists them.
+# make demo | test | fuzz | architectures | nightly | lint | clean. `make` alone lists them.
 #
 # PYTHON       interpreter that makes the environment, 3.11 or newer
 # VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
@@ -30,13 +30,14 @@ else
   lint := $(VENV)/.installed-dev
 endif
 
-.PHONY: help demo test fuzz architectures lint clean
+.PHONY: help demo test fuzz architectures nightly lint clean
 
 help:
 	@echo "make demo    compare dense and compressed generation with a small model"
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
 	@echo "make fuzz    random models, caches and operations, thousands of them"
 	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
+	@echo "make nightly whether that table still holds, and a tenth of \`make fuzz\`"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
 
@@ -54,6 +55,13 @@ fuzz: $(test)
 
 architectures: $(test)
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) --write docs/architectures.md
+
+# What takes too long for every change. The new table is left in build/.
+nightly: $(test)
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) \
+		--write build/architectures.md --compare docs/architectures.md
+	$(MAKE) fuzz EXAMPLES=200
 
 # Types are checked in an installed copy: the folders have other names than the packages, so that in place mypy would not
 # see what a module of one takes from another.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -303,18 +304,44 @@ continued greedily in float32 after `model.compile(backend="mustafar")`.
 """
 
 
+def read_table(page: str) -> dict[tuple[str, ...], tuple[int, int]]:
+    """(layers, compressed) of each architecture, attention and cache that a page says to run."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    everything = ", ".join(f"{attention} {cache}" for attention, cache in product(ATTENTIONS, CACHES))
+    return {
+        (row[0], *run.split()): (int(row[2]), int(row[3]))
+        for row in cells
+        if len(row) == 7 and row[2].isdigit()
+        for run in (everything if row[1] == "all" else row[1]).split(", ")
+    }
+
+
+def changes(page: str, earlier: str, names: Collection[str]) -> list[str]:
+    """Where a page says otherwise than an earlier one which layers of the architectures ``names`` are compressed."""
+    new, old = read_table(page), read_table(earlier)
+    return [
+        f"{' '.join(run)}: (layers, compressed) were {old.get(run, 'not run')}, are {new.get(run, 'not run')}"
+        for run in sorted(new.keys() | old.keys())
+        if run[0] in names and new.get(run) != old.get(run)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="where to write the table")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="a table that must say the same")
     parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, metavar="NAME", default=list(ARCHITECTURES))
     parser.add_argument("--workers", type=int, metavar="N", default=1, help="processes to measure with")
     arguments = parser.parse_args()
     rows = measure_all(arguments.only, arguments.workers)
     if arguments.write:
         arguments.write.write_text(render(rows))
-    wrong = [row[:3] for row in rows if row[3].is_wrong]
-    if wrong:
-        raise SystemExit(f"wrong: {wrong}")
+    problems = [f"wrong: {' '.join(row[:3])}" for row in rows if row[3].is_wrong]
+    if arguments.compare:
+        changed = changes(render(rows), arguments.compare.read_text(), arguments.only)
+        problems += [f"not as in {arguments.compare}: {change}" for change in changed]
+    if problems:
+        raise SystemExit("\n".join(problems))
 
 
 if __name__ == "__main__":

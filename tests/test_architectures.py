@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures import ARCHITECTURES, Generated, build, generate, measure
+from architectures import ARCHITECTURES, Generated, build, changes, generate, measure, read_table
 from reference import pruned_generation
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -69,6 +69,19 @@ def test_tokens_may_part_at_a_tie_only():
     assert one.agrees(tie)
     assert not one.agrees(replace(one, logits=logits + torch.tensor([[[0.0, 0.1], [0.0, 0.0]]])))
     assert not one.agrees(replace(one, logits=logits + torch.tensor([[[0.0, 0.0], [0.0, 0.1]]])))
+
+
+def test_changes_of_the_table():
+    """Of words, rounding and versions there may be others; what is compressed must be the same."""
+    page = TABLE.read_text()
+    assert changes(page.replace("sliding window of 6", "window"), page, ARCHITECTURES) == []
+    assert len(read_table(page)) > 2 * len(ARCHITECTURES)
+    fewer = page.replace("| llama | all | 2 | 2 |", "| llama | sdpa dynamic, eager dynamic | 2 | 1 |")
+    assert [line.split(":")[0] for line in changes(fewer, page, ["llama", "mistral"])] == [
+        "llama eager dynamic", "llama eager static", "llama sdpa dynamic", "llama sdpa static",
+    ]  # fmt: skip
+    assert "are not run" in changes(fewer, page, ["llama"])[1]
+    assert changes(fewer, page, ["mistral"]) == []
 
 
 def test_the_table_holds_every_architecture_and_nothing_wrong():
