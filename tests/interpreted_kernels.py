@@ -56,7 +56,7 @@ assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
 
 # Without shrinking, which takes minutes here.
 phases = Phase.explicit, Phase.generate
-few = settings(max_examples=10, deadline=None, phases=phases, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=5, deadline=None, phases=phases, suppress_health_check=list(HealthCheck))
 few_queries = st.sampled_from([1, 1, 2, 3])  # more take long here
 narrow = st.sampled_from([torch.float32, torch.float16])
 portable_kernels = functools.partial(kernels.decode_attention, variant="portable")
@@ -164,7 +164,7 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 # ------------------------------------------------------------------------------------------------- decode attention
 
 
-@settings(few, max_examples=10)
+@few
 @given(cases(narrow, (8, 24, 64, 80, 128), (1, 7, 32, 40, 100), few_queries), st.booleans())
 @example(make_case(tokens=1), False)
 @example(make_case(tokens=5, window=4), True)  # the first token that is pruned
@@ -260,7 +260,7 @@ def test_rows_of_the_batch_hold_tokens_of_their_own():
 
 @pytest.mark.parametrize(("moves", "window", "seed"), REWINDING)
 def test_writing_at_an_earlier_position_rewinds(moves, window, seed):
-    check_steps(moves[-4:], window, seed, decode=portable_kernels, start=30)
+    check_steps(moves[-3:], window, seed, decode=portable_kernels, start=30)
 
 
 # --------------------------------------------------------------------------------------- values that are not ordinary
@@ -319,7 +319,7 @@ def exact_for_extremes(monkeypatch):
     monkeypatch.setattr(kernels.Step, "portable", lambda step: type("Module", (), {"attend": Lossy(step)}))
 
 
-@pytest.mark.parametrize(("value", "role", "queries"), pairwise(SPOILT, ROLES, (1, 3)))
+@pytest.mark.parametrize(("value", "role", "queries"), pairwise(SPOILT, ROLES, (1, 2)))
 def test_a_step_with_extreme_values_is_done_again(role, value, queries, exact_for_extremes):
     case = make_case(tokens=75, group=6, batch=1, window=17, queries=queries)
     case.query = case.query / 64
@@ -333,7 +333,7 @@ def test_a_step_with_extreme_values_is_done_again(role, value, queries, exact_fo
         assert_close(out, case, rounds_weights=True)
 
 
-@settings(few, max_examples=6)
+@settings(few, max_examples=3)
 @given(cases(narrow, (8, 24, 64), (1, 7, 40), few_queries))
 def test_doing_a_step_again_equals_the_oracle(exact_for_extremes, case):
     key, value = case.past("key"), case.past("value")
@@ -397,12 +397,12 @@ def test_a_step_asserts_that_both_caches_hold_the_tokens(asserting):
         assert_fails(OUT_OF_PLACE, case, torch.tensor([case.written]), **shorter)
 
 
-@pytest.mark.parametrize(("queries", "kind"), [(1, "additive"), (3, "bool")])
+@pytest.mark.parametrize(("queries", "kind"), [(1, "additive"), (2, "bool")])
 def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_never_written(queries, kind, asserting):
-    length, tokens = 4400, 40  # pieces of the mask for several programs
+    length, tokens = 4200, 40  # pieces of the mask for several programs
     for shape in ((length,), (2, 1, 1, length), (1, 2, queries, length)):
         case = make_case(heads=1, group=2, tokens=tokens, queries=queries)
-        for place in (None, tokens, 127, 4095, 4096, length - 1):
+        for place in (None, tokens, 4096, length - 1):
             allowed = (torch.arange(length) < tokens).repeat(*shape[:-1], 1).view(shape)
             if place is not None:
                 allowed.view(-1, length)[-1, place] = True
@@ -418,9 +418,11 @@ def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_neve
 # ----------------------------------------------------------------------------------------- what lies beside the buffers
 
 
-@pytest.mark.parametrize(("queries", "group", "mask"), [(1, 2, None), (3, 1, "bool")])
-def test_a_step_keeps_to_its_buffers(queries, group, mask):
-    check_step(portable_kernels, queries, group, mask, steps=STEPS[:: 1 if mask is None else 3])
+@pytest.mark.parametrize(
+    ("queries", "group", "mask", "steps"), [(1, 2, None, STEPS[::2]), (2, 1, "bool", STEPS[1::2])], ids=["one", "two"]
+)
+def test_a_step_keeps_to_its_buffers(queries, group, mask, steps):
+    check_step(portable_kernels, queries, group, mask, steps=steps)
 
 
 def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
@@ -429,7 +431,7 @@ def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
             cache.counts[:, 2] = 1
         return portable_kernels(*given, **how)
 
-    check_step(decode, steps=STEPS[::3])
+    check_step(decode, steps=STEPS[2::4])
 
 
 def test_compressing_keeps_to_its_buffers():

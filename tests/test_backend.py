@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import BufferModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import CompressedWriteError, _compat, backend, explain
 
@@ -137,7 +137,7 @@ def test_two_settings_for_one_function_do_not_mix():
     model = TupleModel()
     inputs = [torch.randn(2, n, 32) for n in (7, 1, 1)]
     kept = []
-    with without_inductor():
+    with without_compiler():
         for sparsity in (0.5, 0.0):
             options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": 2}
             step = torch.compile(model.step, backend="mustafar", options=options)
@@ -152,7 +152,7 @@ def test_a_cache_of_other_settings_continues_with_its_own():
     """A cache keeps the layout that it was made with; the graph for it is compiled anew."""
     torch.manual_seed(0)
     model = TupleModel()
-    with without_inductor():
+    with without_compiler():
         loose = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.0, "window": 2})
         tight = torch.compile(model.step, backend="mustafar", options={"key_sparsity": 0.5, "window": 2})
         _, past = loose(torch.randn(2, 7, 32), None)
@@ -165,7 +165,7 @@ def test_an_inference_tensor_cache_is_left_alone_and_reported():
     with torch.inference_mode():
         model = BufferModel()
         inputs = [torch.randn(2, n, 32) for n in (7, 1, 1)]
-        with without_inductor(), explain() as report:
+        with without_compiler(), explain() as report:
             run_steps(model, inputs, torch.compile(model.step, backend="mustafar"))
     assert not report.matched
     assert all("inference tensor" in entry.reason for entry in report.missed)
@@ -173,7 +173,7 @@ def test_an_inference_tensor_cache_is_left_alone_and_reported():
 
 def test_inference_mode_generates_compressed():
     model = hf_model()
-    with torch.inference_mode(), without_inductor(), explain() as report:
+    with torch.inference_mode(), without_compiler(), explain() as report:
         model.compile(backend="mustafar")
         model.generate(**prompt(), max_new_tokens=4, do_sample=False)
     assert len(report.matched) == 2
@@ -181,7 +181,7 @@ def test_inference_mode_generates_compressed():
 
 def test_writing_through_a_view_of_a_compressed_cache_is_refused():
     model = hf_model()
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar")
         result = model.generate(**prompt(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     keys = result.past_key_values.layers[0].keys
@@ -198,7 +198,7 @@ def test_a_write_in_a_graph_that_cannot_be_followed_is_refused():
         cache.mul_(2)
         return torch.softmax(cache, -1)
 
-    with without_inductor():
+    with without_compiler():
         model.compile(backend="mustafar")
         how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
         result = model.generate(**prompt(), cache_implementation="static", **how)
@@ -219,7 +219,7 @@ def test_traces_are_let_go(form, monkeypatch):
 
     monkeypatch.setattr(backend.Rewriter, "run", noted)
     model = form()
-    with torch.no_grad(), without_inductor():
+    with torch.no_grad(), without_compiler():
         step = torch.compile(model.step, backend="mustafar")  # holds the calls
         run_steps(model, [torch.randn(2, tokens, 32) for tokens in (7, 1, 1)], step)
         gc.collect()
@@ -231,7 +231,7 @@ def test_traces_are_let_go(form, monkeypatch):
 
 def test_the_report_prints_and_logs(caplog):
     model = hf_model()
-    with without_inductor(), explain() as report, caplog.at_level("INFO", logger="mustafar_compile"):
+    with without_compiler(), explain() as report, caplog.at_level("INFO", logger="mustafar_compile"):
         model.compile(backend="mustafar", options={"skip_layers": [1]})
         model.generate(**prompt(), max_new_tokens=3, do_sample=False)
     text = str(report)

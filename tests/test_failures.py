@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import BufferModel, SliceModel, TupleModel, run_steps
 from mustafar_compile import CompressedKV, CompressedWriteError, ReleaseError, backend, explain
 from mustafar_compile.patterns import match
@@ -27,7 +27,7 @@ STAGES = {
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.setattr(notices, "_given", set())
-    with torch.no_grad(), without_inductor(), warnings.catch_warnings():
+    with torch.no_grad(), without_compiler(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

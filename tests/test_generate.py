@@ -104,7 +104,7 @@ def test_static_cache_with_eager_prefill_and_compiled_decode(family, sparsity):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_inductor_generates_the_same_tokens(cache):
-    model = hf_model()
+    model = hf_model(num_hidden_layers=1)
     torch._dynamo.reset()
     model.compile(backend="mustafar", options=options(0.5))
     how = {"cache_implementation": "static"} if cache == "static" else {}

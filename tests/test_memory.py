@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from compilers import without_inductor
+from compilers import without_compiler
 from models import hf_model, prompt
 from mustafar_compile import cache_stats
 
@@ -22,7 +22,7 @@ def live_bytes() -> int:
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_only_the_compressed_cache_stays(how):
     model, inputs = hf_model(max_position_embeddings=2048), prompt(length=900)
-    with torch.no_grad(), without_inductor():
+    with torch.no_grad(), without_compiler():
         model.compile(backend="mustafar", options={"key_sparsity": 0.7, "value_sparsity": 0.7})
         call = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
         model.generate(**inputs, **call, **how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 
@@ -80,16 +79,7 @@ def test_a_write_spelled_as_a_choice_over_the_buffer(form):
     assert [entry.form for entry in report.matched] == ["static (masked write)"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_inductor_gives_the_same(form):
-    torch.manual_seed(0)
-    model, inputs = FORMS[form](), embeddings()
-    torch._dynamo.reset()
-    step = torch.compile(model.step, backend="mustafar", options=options(0.5))
-    assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
-
-
-@pytest.mark.parametrize("sizes", [{"kv_heads": 1}, {"kv_heads": 4}, {"heads": 6, "kv_heads": 2}, {"head_dim": 24}])
+@pytest.mark.parametrize("sizes", [{"kv_heads": 1}, {"kv_heads": 4, "head_dim": 24}, {"heads": 6, "kv_heads": 2}])
 @pytest.mark.parametrize("form", FORMS)
 def test_head_counts_and_sizes(form, sizes):
     torch.manual_seed(0)
@@ -148,7 +138,7 @@ def test_buffers_of_changing_batch(write, dynamic):
         q, k, v = (t.transpose(1, 2) for t in (q, *caches))
         return model.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
 
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         compiled = torch.compile(step, backend="mustafar", options=options(0.5), dynamic=dynamic)
         for batch in (2, 3, 4):
             inputs, caches = embeddings(batch=batch, steps=3), [torch.zeros(batch, 48, 2, 16) for _ in range(2)]
@@ -174,7 +164,7 @@ def test_a_scale_when_all_is_symbolic():
     """With dynamic=True, Dynamo makes floats symbolic, too."""
     torch.manual_seed(0)
     model, inputs = ScaledModel(), embeddings(steps=3)
-    with without_inductor(), explain() as report:
+    with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.0), dynamic=True)
         for model.scale in (0.5, 0.1):
             assert_close(run_steps(model, inputs, step), run_steps(model, inputs))
@@ -362,8 +352,8 @@ def flipped(model):
 
 @pytest.mark.parametrize(
     ("sparsity", "eager_prompt", "compiler"),
-    [(0.0, False, without_compiler), (0.5, True, without_compiler), (0.5, False, contextlib.nullcontext)],
-    ids=["exact", "dense past", "Inductor"],
+    [(0.0, False, without_compiler), (0.5, True, without_compiler), (0.5, False, without_inductor)],
+    ids=["exact", "dense past", "AOTAutograd"],
 )
 def test_a_cache_that_several_attentions_read(sparsity, eager_prompt, compiler):
     torch.manual_seed(0)
