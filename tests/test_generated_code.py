@@ -1,4 +1,4 @@
-"""What Inductor makes of a model: what it computes is right, and a decode step reads and updates the cache where it is."""
+"""What Inductor makes of a model: the right values, and decode steps that read and update the cache where it lies."""
 
 from __future__ import annotations
 
