@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import render
+from . import ptx, render
 from .backends import runs_ptx
 from .format import BLOCK_TOKENS, Format
 from .masks import with_four_dims
@@ -42,7 +41,8 @@ def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int) -> li
         return buffers
     tokens = tokens.reshape(-1).expand(batch)
     prune = Prune(format.words, format.kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype])
-    module, block_count = _compressor(prune if _prunes_by_lane(dense, prune) else None, format, dense.dtype)
+    by_lane = format.code in ptx.CODES and _prunes_by_lane(dense, prune)
+    module, block_count = _compressor(prune if by_lane else None, format, dense.dtype)
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS * block_count),)
     blocks = format.capacity_of(buffers) // BLOCK_TOKENS
     module.compress[grid](
@@ -62,7 +62,7 @@ def _prunes_by_lane(dense: Tensor, prune: Prune) -> bool:
 @functools.cache
 def _compressor(prune: Prune | None, format: Format, dtype: torch.dtype) -> tuple[ModuleType, int]:
     """The compressing kernel, tuned or portable, and how many blocks of tokens a program takes."""
-    constants = _constants(format) | {"dtype": DTYPE_NAMES[dtype]}
+    constants = {"format": format, "dtype": DTYPE_NAMES[dtype]}
     if prune is None:
         return render.kernels("compress", **constants, padded=padded(format.head_dim)), 1
     return render.kernels("compress_nvidia", **constants, warps=prune.warps, block=prune.block()), prune.warps
@@ -82,11 +82,7 @@ def decompress(buffers: Sequence[Tensor], format: Format, length: int) -> Tensor
 
 @functools.cache
 def _decompressor(format: Format) -> ModuleType:
-    return render.kernels("decompress", **_constants(format), padded=padded(format.head_dim))
-
-
-def _constants(format: Format) -> dict[str, Any]:
-    return asdict(format) | {"words": format.words, "ring": format.ring}
+    return render.kernels("decompress", format=format, padded=padded(format.head_dim))
 
 
 @functools.cache
@@ -205,7 +201,7 @@ def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device
     """
     leading = rows, parts, step.query_rows
     return {
-        "sums": torch.empty(*leading, step.value_dim, dtype=torch.float32, device=device),
+        "sums": torch.empty(*leading, step.value.head_dim, dtype=torch.float32, device=device),
         "states": torch.empty(*leading, 2, dtype=torch.float32, device=device),
         "moved": torch.empty(batch, 3, dtype=torch.int64, device=device),
     }

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import render
+from . import ptx, render
 from .checks import OUT_OF_PLACE, UNWRITTEN
-from .format import MAX_QUERY_TOKENS, Format
+from .format import Format
 from .masks import MASKED, decides_later
 from .ptx.decode import Decode
 from .ptx.decode_steps import Rows
@@ -54,11 +54,8 @@ def padded(head_dim: int) -> int:
 class Step:
     """What the kernels of a decode step are specialised to."""
 
-    key_dim: int
-    value_dim: int
-    key_kept: int
-    value_kept: int
-    window: int
+    key: Format
+    value: Format
     group: int
     queries: int  # tokens
     dtype: str
@@ -81,11 +78,8 @@ class Step:
     ) -> Step:
         """The kernels for a step over caches of these formats, with such a mask and such sinks."""
         return cls(
-            key_dim=key.head_dim,
-            value_dim=value.head_dim,
-            key_kept=key.kept,
-            value_kept=value.kept,
-            window=key.window,
+            key=key,
+            value=value,
             group=group,
             queries=queries,
             dtype=DTYPE_NAMES[dtype],
@@ -94,6 +88,11 @@ class Step:
             sinks=sinks is not None,
             softcap=softcap != 0,
         )
+
+    @property
+    def window(self) -> int:
+        """Of K and V alike."""
+        return self.key.window
 
     @property
     def append_warps(self) -> int:
@@ -127,12 +126,11 @@ class Step:
 
     def constants(self) -> dict[str, Any]:
         """What the templates of a step have in common."""
-        return asdict(self) | {
-            "key_padded": padded(self.key_dim),
-            "value_padded": padded(self.value_dim),
-            "key_words": cdiv(self.key_dim, 32),
-            "value_words": cdiv(self.value_dim, 32),
-            "ring": self.window + MAX_QUERY_TOKENS,
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "key_padded": padded(self.key.head_dim),
+            "value_padded": padded(self.value.head_dim),
+            "window": self.window,
+            "ring": self.key.ring,
             "query_rows": self.query_rows,
             "row_tile": self.row_tile,
             "row_tiles": self.row_tiles,
@@ -177,8 +175,8 @@ def _kernels(step: Step, template: str, **constants: Any) -> ModuleType:
 
 @functools.cache
 def _tuned(step: Step) -> Tuned | None:
-    whole_words = step.key_dim % 32 == 0 and step.value_dim % 32 == 0
-    if step.dtype == "fp32" or not whole_words:
+    formats = step.key, step.value
+    if step.dtype == "fp32" or any(f.head_dim % 32 or f.code not in ptx.CODES for f in formats):
         return None
     return next((t for warps in (4, 2) if (t := Tuned(step, warps)).fits()), None)
 
@@ -194,7 +192,7 @@ class Tuned:
     def decode(self) -> Decode:
         """Its inline assembly."""
         step = self.step
-        keys, values = Rows(step.key_dim // 32, step.key_kept), Rows(step.value_dim // 32, step.value_kept)
+        keys, values = (Rows(f.words, f.kept) for f in (step.key, step.value))
         return Decode(keys, values, min(step.query_rows, _ROWS_A_PROGRAM), self.warps, _MMA_DTYPES[step.dtype])
 
     @property
@@ -205,7 +203,7 @@ class Tuned:
     @functools.cached_property
     def registers(self) -> int:
         """The most registers of a thread: 128 let 16 warps run on a multiprocessor, 168 let 12."""
-        if max(self.step.key_dim, self.step.value_dim) > 128:
+        if max(self.step.key.head_dim, self.step.value.head_dim) > 128:
             return 255
         prefetched = max(rows.words + rows.packed for rows in (self.decode.keys, self.decode.values))
         return 128 if prefetched <= (24 if self.step.softcap else 44) else 168
@@ -236,7 +234,7 @@ class Tuned:
             "MERGE": decode.merge(),
         }
         constants = {"heads": decode.heads, "groups": decode.groups, "accumulators": decode.accumulators}
-        constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key_dim, 128)}
+        constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key.head_dim, 128)}
         return render.kernels("attend_nvidia", blocks=blocks, **constants, **self.step.constants(), overlap=overlap)
 
 

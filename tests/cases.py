@@ -472,3 +472,14 @@ REWINDING = [
     ([(1.0, 16)] * 4 + [(0.5, 3)] + [(1.0, 2)] * 6, 3, 0),  # beyond it
     ([(1.0, 16)] * 3 + [(0.1, 1), (0.5, 1), (1.0, 16), (0.3, 5), (1.0, 1)], 1, 0),
 ]
+
+
+def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
+    """The kernels of a step, of which most is as usual."""
+    from mustafar_compile.lowering.step import Step  # needs Triton
+
+    value_dim = value_dim or key_dim
+    kept = kept or key_dim // 2
+    formats = Format.interned(key_dim, kept, 32), Format.interned(value_dim, value_kept or kept, 32)
+    fixed = {"mask": "none", "queries": 1, "sinks": False, "softcap": False}
+    return Step(*formats, group=group, dtype=dtype, **(fixed | how))

@@ -44,6 +44,7 @@ from cases import (
     rows,
     seeds,
     sparsity_for,
+    step_of,
     strided,
     with_length,
 )
@@ -76,13 +77,6 @@ def test_the_plain_kernels_in_the_interpreter(part):
 
 
 # -------------------------------------------------------------------------------------------------- which kernel runs
-
-
-def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
-    value_dim = value_dim or key_dim
-    kept = kept or key_dim // 2
-    fixed = {"window": 32, "mask": "none", "queries": 1, "sinks": False, "softcap": False}
-    return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

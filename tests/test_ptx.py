@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from cases import step_of
 from mustafar_compile.lowering import kernels, render
 from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.ptx.block import Block, listed, names
@@ -219,10 +220,10 @@ def test_shared_memory_of_pruning(prune):
 
 
 def test_a_template_with_an_unknown_constant_fails():
-    constants = {"head_dim": 64, "padded": 64, "words": 2, "kept": 32, "ring": 20}
+    format = Format.interned(64, 32, 4)
     with pytest.raises(jinja2.UndefinedError):
-        render.source("decompress", **constants)
-    assert "window" in render.source("decompress", **constants, window=4)
+        render.source("decompress", format=format)
+    assert "window" in render.source("decompress", format=format, padded=64)
 
 
 def test_no_constant_is_left_in_a_template():
@@ -244,9 +245,7 @@ def test_the_same_constants_give_one_module():
     tuned, again = step_of().tuned(), step_of().tuned()
     assert tuned == again
     assert tuned.kernel(True) is again.kernel(True)
-    first, second = (
-        render.kernels("decompress", head_dim=64, padded=64, words=2, kept=k, window=4, ring=20) for k in (24, 32)
-    )
+    first, second = (render.kernels("decompress", format=Format.interned(64, kept, 4), padded=64) for kept in (24, 32))
     assert first.__name__ != second.__name__
     assert first.__file__ != second.__file__
 
@@ -257,13 +256,6 @@ def test_results_become_dtypes():
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
-
-
-def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
-    value_dim = value_dim or key_dim
-    kept = kept or key_dim // 2
-    fixed = {"window": 32, "mask": "none", "queries": 1, "sinks": False, "softcap": False}
-    return kernels.Step(key_dim, value_dim, kept, value_kept or kept, group=group, dtype=dtype, **(fixed | how))
 
 
 SM_90 = GPUTarget("cuda", 90, 32)
