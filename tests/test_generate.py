@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compilers import without_compiler
+from compilers import without_compiler, without_inductor
 from models import FAMILIES, full_attention_layers, hf_model, prompt
 from mustafar_compile import CompressedKV, cache_stats, explain
 from pairwise import pairwise
@@ -169,6 +169,19 @@ def test_second_turn_on_a_compressed_cache():
     assert torch.equal(result.sequences, expected)
     assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * 2
     assert cache_stats(result.past_key_values).compressed_tensors == 4
+
+
+def test_static_caches_whose_sizes_all_change():
+    """From the second on, Dynamo has symbols for them; the third must not be taken for the second."""
+    model = hf_model()
+    with without_inductor(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5))
+        for batch, length, new_tokens in ((2, 9, 23), (3, 20, 47), (4, 33, 70)):
+            inputs = prompt(batch, length)
+            result = generate(model, inputs, new_tokens, cache_implementation="static")
+            assert torch.equal(result.sequences, oracle(hf_like(model), inputs, 0.5, new_tokens))
+            assert cache_stats(result.past_key_values).compressed_tensors == 4
+    assert len(report.matched) == 2
 
 
 def test_static_cache_used_again_after_reset():

@@ -120,9 +120,25 @@ WRITES = {
 }
 
 
+SIZES = (2, 7, 48), (3, 20, 80), (4, 41, 113)
+"""Batch, tokens of the prompt, slots: the second of each may become a symbol, the third shows what it is not for."""
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_growing_cache_whose_sizes_all_change(dynamic):
+    torch.manual_seed(0)
+    model = TupleModel()
+    with without_inductor(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5), dynamic=dynamic)
+        for batch, prompt, _ in SIZES:
+            inputs = embeddings(prompt, batch=batch, steps=3)
+            assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1, str(report)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_buffers_of_changing_batch(write, dynamic):
+def test_buffers_whose_sizes_all_change(write, dynamic):
     """Where the batch is a symbol, tracing keeps the ``:`` of ``cache[:, at]`` as an op.
 
     With dynamic=True (of torch 2.11 at least) the number of KV heads is a symbol, too.
@@ -134,15 +150,17 @@ def test_buffers_of_changing_batch(write, dynamic):
         q, *new = model.project(x)
         for cache, rows in zip(caches, new, strict=True):
             write(cache, rows, at)
-        mask = torch.arange(48) <= torch.arange(x.shape[1]).unsqueeze(1) + at
+        mask = torch.arange(caches[0].shape[1]) <= torch.arange(x.shape[1]).unsqueeze(1) + at
         q, k, v = (t.transpose(1, 2) for t in (q, *caches))
         return model.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
 
     with without_compiler(), explain() as report:
         compiled = torch.compile(step, backend="mustafar", options=options(0.5), dynamic=dynamic)
-        for batch in (2, 3, 4):
-            inputs, caches = embeddings(batch=batch, steps=3), [torch.zeros(batch, 48, 2, 16) for _ in range(2)]
-            outputs = [compiled(x, caches, at) for x, at in zip(inputs, (0, 7, 8, 9), strict=True)]
+        for batch, prompt, slots in SIZES:
+            inputs = embeddings(prompt, batch=batch, steps=3)
+            caches = [torch.zeros(batch, slots, 2, 16) for _ in range(2)]
+            places = 0, prompt, prompt + 1, prompt + 2
+            outputs = [compiled(x, caches, at) for x, at in zip(inputs, places, strict=True)]
             assert_close(outputs, oracle(model, inputs, 0.5))
     assert len(report.matched) == 1, str(report)
 

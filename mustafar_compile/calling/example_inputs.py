@@ -85,10 +85,13 @@ class _Examples:
         return self._buffers(index, cache.format, shape[0], heads, self._capacity(index))
 
     def _capacity(self, index: int) -> Any:
-        """The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol."""
+        """That of a static cache follows from its length, which may be a symbol.
+
+        The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol.
+        """
         cache = self.given[index]
         if not cache.grows:
-            return cache.capacity
+            return self.logical[index].shape[cache.tokens_dim]
         if self.growing_capacity is None:
             self.growing_capacity = BLOCK_TOKENS * self.logical[index].extent.shape[0]
         return self.growing_capacity
