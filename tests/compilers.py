@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses import FakeTensor
 
 from mustafar_compile import _compat
 
@@ -27,10 +28,32 @@ def _run_traced(gm, example_inputs):
     return aot_module_simplified(gm, example_inputs, fw_compiler=eager)
 
 
+def _of_sizes_as_said(compile_graph):
+    """Graphs refuse buffers of other sizes than their examples had: Inductor builds on those that are no symbols.
+
+    Examples that the backend makes are fakes, with symbols for what may change; those of Dynamo are the first inputs.
+    """
+
+    def compile_checked(gm, example_inputs):
+        compiled = compile_graph(gm, example_inputs)
+        known = [(i, x.shape) for i, x in enumerate(example_inputs) if isinstance(x, FakeTensor)]
+
+        def run(*args):
+            for i, shape in known:
+                given = args[i].shape
+                fits = all(not isinstance(n, int) or n == m for n, m in zip(shape, given, strict=True))
+                assert fits, f"{list(given)} instead of {list(shape)}"
+            return compiled(*args)
+
+        return run
+
+    return compile_checked
+
+
 @contextmanager
 def _in_place_of_inductor(compile_graph):
     original = _compat.compile_fx
-    _compat.compile_fx = compile_graph
+    _compat.compile_fx = _of_sizes_as_said(compile_graph)
     torch._dynamo.reset()
     try:
         yield

@@ -14,7 +14,7 @@ from ..lowering.format import Format, blocks_for, grown_capacity
 from .lineage import Branch
 from .without_memory import WithoutMemory
 
-_extents: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+_extents: WeakValueDictionary[tuple[int, bool], Tensor] = WeakValueDictionary()
 
 
 class Form(NamedTuple):
@@ -27,18 +27,19 @@ class Form(NamedTuple):
     device: torch.device
 
 
-def extent_of(blocks: int) -> Tensor:
-    """An empty tensor [blocks, 0], one and the same for all caches of so many blocks.
+def extent_of(blocks: int, grows: bool) -> Tensor:
+    """An empty tensor [blocks, 0], one and the same for all caches of so many blocks that grow, or that do not.
 
     It is what Dynamo sees of the buffers, whose sizes follow from it. At each call Dynamo then compares addresses,
     which costs less than to check a buffer of each cache.
     """
-    extent = _extents.get(blocks)
+    extent = _extents.get((blocks, grows))
     if extent is None:
         with torch.inference_mode(False):
             extent = torch.empty(blocks, 0, dtype=torch.uint8, device="cpu")
-        _compat.maybe_mark_dynamic(extent, 0)
-        extent = _extents.setdefault(blocks, extent)
+        if grows:
+            _compat.maybe_mark_dynamic(extent, 0)
+        extent = _extents.setdefault((blocks, grows), extent)
     return extent
 
 
@@ -157,7 +158,7 @@ class Handle(WithoutMemory):
         with torch.inference_mode():  # where alone a cache that was made in it may be changed
             for buffer in self.buffers[: len(self.format.packed)]:
                 torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))
-        self.extent = extent_of(blocks)
+        self.extent = extent_of(blocks, self.grows)
 
     def undo(self) -> None:
         """Take back what a step that failed has counted, so that it may be tried again with this handle."""

@@ -69,8 +69,7 @@ class CompressedKV(Handle):
         batch, heads, _, head_dim = window.shape
         size = (batch, heads, tokens, head_dim) if tokens_dim == 2 else (batch, tokens, heads, head_dim)
         form = Form(format, grows, tokens_dim, window.dtype, window.device)
-        # The blocks of a static cache follow from its size.
-        cache = cls(buffers, form, extent_of(blocks_for(format.capacity_of(buffers)) if grows else 0), size)
+        cache = cls(buffers, form, extent_of(blocks_for(format.capacity_of(buffers)), grows), size)
         cache.branch = Branch(tokens)
         if grows:
             _compat.maybe_mark_dynamic(cache, tokens_dim)

@@ -85,15 +85,15 @@ class _Examples:
         return self._buffers(index, cache.format, shape[0], heads, self._capacity(index))
 
     def _capacity(self, index: int) -> Any:
-        """That of a static cache follows from its length, which may be a symbol.
+        """By the blocks that Dynamo saw: a symbol where they may change.
 
-        The blocks of a growing cache are symbolic and, since the runtime grows all caches alike, one symbol.
+        For growing caches that is one symbol, since the runtime grows all of them alike.
         """
-        cache = self.given[index]
-        if not cache.grows:
-            return self.logical[index].shape[cache.tokens_dim]
+        capacity = BLOCK_TOKENS * self.logical[index].extent.shape[0]
+        if not self.given[index].grows:
+            return capacity
         if self.growing_capacity is None:
-            self.growing_capacity = BLOCK_TOKENS * self.logical[index].extent.shape[0]
+            self.growing_capacity = capacity
         return self.growing_capacity
 
     def _buffers(self, index: int, format: Format, batch: Any, heads: Any, capacity: Any) -> list[torch.Tensor]:
