@@ -34,6 +34,13 @@ LARGEST_BATCH = 6
 lengths = st.one_of(st.integers(1, 8), st.integers(25, 40), st.integers(50, 75))  # around blocks and capacities, too
 rewinds = st.sampled_from([0, 0, 0, 0, 1, 3, 15, 16, 17, 40])
 picks = st.lists(st.integers(0, LARGEST_BATCH - 1), min_size=1, max_size=LARGEST_BATCH)
+MISPLACED = {
+    "before the first": lambda live, count: -1,
+    "far before": lambda live, count: -(2**40),
+    "behind a gap": lambda live, count: live.tokens + 1,
+    "past the end": lambda live, count: live.room - count + 1,
+    "far past": lambda live, count: 2**40,
+}
 mask_kinds = st.sampled_from(["none", "boolean", "by head", "additive"])
 shapes = st.builds(
     Shape,
@@ -164,6 +171,19 @@ class Caches(RuleBasedStateMachine):
             expected = reference_attention(query[:, :, i : i + 1], keys, values, 0, 0, 1, row)
             tolerance = TOLERANCE[query.dtype]
             torch.testing.assert_close(attended[:, :, i : i + 1], expected, rtol=tolerance, atol=tolerance)
+
+    @rule(live=caches, count=query_counts, place=st.sampled_from(list(MISPLACED)), seed=seeds)
+    def write_out_of_place(self, live, count, place, seed):
+        """Refused, and the cache is as it was: the invariant looks."""
+        if live.room is None:  # a growing cache is never given a position
+            return
+        count = min(count, live.room)
+        position = torch.tensor([MISPLACED[place](live, count)])
+        query, *new = self.new_tokens(live.batch, count, seed)
+        key, value = live.latest.tensors
+        caches = key.buffers, value.buffers, key.format.encode(), value.format.encode()
+        with pytest.raises(RuntimeError, match="outside a compressed KV cache, or behind a gap"):
+            ops.decode_attention(query, *new, *caches, position, None, None, 0.1, 0.0, live.room)
 
     @rule(target=caches, live=caches, tokens=st.integers(1, 40), seed=seeds)
     def recompress(self, live, tokens, seed):
