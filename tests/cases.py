@@ -479,7 +479,7 @@ def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dt
     from mustafar_compile.lowering.step import Step  # needs Triton
 
     value_dim = value_dim or key_dim
-    kept = kept or key_dim // 2
+    kept = kept or kept_count(key_dim, 0.5)
     formats = Format.interned(key_dim, kept, 32), Format.interned(value_dim, value_kept or kept, 32)
     fixed = {"mask": "none", "queries": 1, "sinks": False, "softcap": False}
     return Step(*formats, group=group, dtype=dtype, **(fixed | how))
