@@ -402,7 +402,7 @@ def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_neve
     length, tokens = 4200, 40  # pieces of the mask for several programs
     for shape in ((length,), (2, 1, 1, length), (1, 2, queries, length)):
         case = make_case(heads=1, group=2, tokens=tokens, queries=queries)
-        for place in (None, tokens, 4096, length - 1):
+        for place in (None, tokens, 127, 4095, 4096, length - 1):
             allowed = (torch.arange(length) < tokens).repeat(*shape[:-1], 1).view(shape)
             if place is not None:
                 allowed.view(-1, length)[-1, place] = True
