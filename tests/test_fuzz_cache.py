@@ -107,14 +107,14 @@ class Caches(RuleBasedStateMachine):
             CompressedKV.from_dense(value, shape.value_sparsity, shape.window, tokens),
         ]
 
-    def step(self, query, key, value, past_key, past_value, position, mask):
+    def step(self, query, key, value, past_key, past_value, position, mask, length=None):
         """More tokens, at ``position`` where the cache is static: (attention, K, V)."""
         scale, count = query.shape[3] ** -0.5, query.shape[2]
         if position is None:
             past_key.prepare(count)
             past_value.prepare(count)
         caches = past_key.buffers, past_value.buffers, past_key.format.encode(), past_value.format.encode()
-        attended = ops.decode_attention(query, key, value, *caches, position, mask, None, scale)
+        attended = ops.decode_attention(query, key, value, *caches, position, mask, None, scale, 0.0, length)
         if position is None:
             past_key, past_value = past_key.extended(count), past_value.extended(count)
         return attended, past_key, past_value
@@ -180,10 +180,8 @@ class Caches(RuleBasedStateMachine):
         count = min(count, live.room)
         position = torch.tensor([MISPLACED[place](live, count)])
         query, *new = self.new_tokens(live.batch, count, seed)
-        key, value = live.latest.tensors
-        caches = key.buffers, value.buffers, key.format.encode(), value.format.encode()
         with pytest.raises(RuntimeError, match="outside a compressed KV cache, or behind a gap"):
-            ops.decode_attention(query, *new, *caches, position, None, None, 0.1, 0.0, live.room)
+            self.step(query, *new, *live.latest.tensors, position, None, live.room)
 
     @rule(target=caches, live=caches, tokens=st.integers(1, 40), seed=seeds)
     def recompress(self, live, tokens, seed):
