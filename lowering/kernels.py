@@ -133,6 +133,9 @@ def decode_attention(
     result = torch.empty(batch, query_heads, queries, value_format.head_dim, dtype=query.dtype, device=device)
     if result.numel() == 0:
         return result
+    # Copied before the first launch: a kernel that starts early waits only for the one right ahead of it.
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     step = Step.of(key_format, value_format, query_heads // heads, queries, query.dtype, mask, sinks, softcap)
     cache = _by_name("key", key_format, keys) | _by_name("value", value_format, values)
     packed = {name: x for name, x in cache.items() if not name.endswith(("window", "counts"))}
@@ -150,7 +153,7 @@ def decode_attention(
     scratch = _scratch(rows, splits + step.window_parts, step, batch, device)
     at = cache["key_counts"][:, 0] if position is None else position.reshape(-1).expand(batch)
     given: dict[str, Any] = {
-        "query": query.contiguous(),
+        "query": query,
         **blocks,
         "kv_heads": heads,
         "scale": scale,
@@ -170,7 +173,7 @@ def decode_attention(
     early: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     room = blocks["key_blocks"] * BLOCK_TOKENS + key_format.window if length is None else length
     mask_pieces = 0 if length is None or mask is None else cdiv(mask.shape[-1], MASK_PIECE) * checked
-    new = {"key": key.contiguous(), "value": value.contiguous(), "moved": scratch["moved"], "length": room}
+    new = {"key": key, "value": value, "moved": scratch["moved"], "length": room}
     asserting = {"sanitize_overflow": False} if device.type == "cuda" else {}  # of all assertions, only our own
     step.append(overlap, checked).append[rows, step.window_parts + mask_pieces](
         **given, **cache, **placed, **new, num_warps=step.append_warps, **early, **asserting
@@ -180,7 +183,7 @@ def decode_attention(
     combine = step.combine(splits + step.window_parts, combined, channels, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
     combining: dict[str, Any] = {name: cache[name] for name in ("key_counts", "value_counts")}
-    combining |= {"sinks": sinks if sinks is None else sinks.contiguous(), "moved": scratch["moved"], "result": result}
+    combining |= {"sinks": sinks, "moved": scratch["moved"], "result": result}
     combine.combine[rows * step.query_rows // combined, cdiv(value_format.head_dim, channels)](
         **given, **packed, **combining, parts=splits + step.window_parts, **early, **few
     )

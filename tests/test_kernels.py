@@ -17,6 +17,7 @@ from guarded import check_compress, check_decompress, check_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import POSITIONS, check_ragged, check_ragged_cache
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import (
     BORDERS,
@@ -172,6 +173,19 @@ class Launch:
         return Kernel()
 
 
+class Copies(TorchDispatchMode):
+    """Notes what copies a tensor."""
+
+    def __init__(self, noted):
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            self.noted.append((str(func),))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("group", "head_dim", "registers"),  # 80 channels have no tuned kernel
     [(4, 128, 128), (8, 128, 128), (20, 64, 128), (3, 80, None)],
@@ -189,12 +203,17 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
         make = getattr(cls, name)
         monkeypatch.setattr(cls, name, lambda *given, make=make: Launch(make(*given), launches))
     cache = compressed(torch.randn(2, 4, 300, head_dim).bfloat16(), 300, 24, 32, 400, by=portable)
-    query, row = torch.zeros(2, 4 * group, 1, head_dim).bfloat16(), torch.zeros(2, 4, 1, head_dim).bfloat16()
+    query, row = (torch.zeros(2, heads, 1, 2 * head_dim).bfloat16()[..., ::2] for heads in (4 * group, 4))
     sinks = make_sinks(8 * group, 0)[::2] if with_sinks else None
     how = {"length": length, "checked": checked, "decode": kernels.decode_attention}
-    out = attention(query, row, row, cache, cache, torch.tensor([300]), mask, sinks, 0.1, **how)
+    with Copies(launches):
+        out = attention(query, row, row, cache, cache, torch.tensor([300]), mask, sinks, 0.1, **how)
     assert out.shape == query.shape
-    assert [name for name, *_ in launches] == ["attend", "append", "combine"]
+    # A kernel that starts early waits for the one right ahead of it: a copy between two would be read half done.
+    assert [name for name, *_ in launches[-3:]] == ["attend", "append", "combine"]
+    assert len(launches) == 6 + with_sinks, "query, key, value and sinks are copied, as they are not contiguous"
+    launches = launches[-3:]
+    assert all(x.is_contiguous() for x in (launches[0][2]["query"], launches[1][2]["key"], launches[1][2]["value"]))
     (_, grid, attend, how), (_, appending, append, early), (_, _, combine, late) = launches
     assert (sinks is None and combine["sinks"] is None) or torch.equal(combine["sinks"], sinks)
     assert sinks is None or combine["sinks"].is_contiguous()
