@@ -37,7 +37,7 @@ help:
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
 	@echo "make fuzz    random models, caches and operations, thousands of them"
 	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
-	@echo "make nightly whether that table still holds, and a tenth of \`make fuzz\`"
+	@echo "make nightly the tests that \`make test\` leaves out, whether that table still holds, a tenth of \`make fuzz\`"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
 
@@ -50,7 +50,7 @@ test: $(test)
 
 fuzz: $(test)
 	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SHARDS=$(or $(strip $(WORKERS)),1) OMP_NUM_THREADS=1 \
-		$(python) -m pytest tests/test_fuzz_*.py tests/test_portable_ops.py \
+		$(python) -m pytest -m '' tests/test_fuzz_*.py tests/test_portable_ops.py \
 		$(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 architectures: $(test)
@@ -58,6 +58,7 @@ architectures: $(test)
 
 # What takes too long for every change. The new table is left in build/.
 nightly: $(test)
+	$(MAKE) test TEST="-m nightly $(TEST)"
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) \
 		--write build/architectures.md --compare docs/architectures.md

@@ -12,10 +12,8 @@ import re
 import pytest
 import torch
 import triton
-from guarded import STEPS, check_compress, check_decompress, check_step
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from ragged import POSITIONS, check_ragged, check_ragged_cache
 from triton.runtime.interpreter import InterpretedFunction
 
 from cases import (
@@ -48,9 +46,11 @@ from cases import (
     strided,
     with_length,
 )
+from guarded import STEPS, check_compress, check_decompress, check_step
 from mustafar_compile.lowering import kernels, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from pairwise import pairwise
+from ragged import POSITIONS, check_ragged, check_ragged_cache
 from reference import kept_count, pruned_cache
 
 assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"

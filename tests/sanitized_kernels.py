@@ -9,9 +9,9 @@ import functools
 import sys
 
 import torch
-from guarded import STEPS, step_at, step_inputs
 
 from cases import assert_close, decompressed, make_case, make_mask
+from guarded import STEPS, step_at, step_inputs
 from mustafar_compile.lowering import kernels, ops, portable
 
 

@@ -13,6 +13,7 @@ from architectures import measure
 from compilers import without_compiler
 from models import TupleModel, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, _compat, explain
+from nightly import at_night
 from reference import pruned_cache
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WINDOW = 6, 2, 24, 16, 2
@@ -403,11 +404,13 @@ def test_one_row():
 
 @pytest.mark.parametrize(
     ("name", "cache", "found", "compressed"),
-    [
-        ("gemma2", "dynamic", 2, 1),  # softcap; its other layer slides
-        ("gpt_oss", "static", 2, 1),  # sinks
-        ("bloom", "dynamic", 2, 2),  # baddbmm on ALiBi
-    ],
+    at_night(
+        [
+            ("gemma2", "dynamic", 2, 1),  # softcap; its other layer slides
+            ("gpt_oss", "static", 2, 1),  # sinks
+            ("bloom", "dynamic", 2, 2),  # baddbmm on ALiBi
+        ]
+    ),
 )
 def test_models_with_a_form_of_their_own(name, cache, found, compressed):
     outcome = measure(name, "eager", cache)

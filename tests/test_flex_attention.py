@@ -184,6 +184,7 @@ def test_what_is_not_written_out(mask_mod, score_mod, reason):
     torch.testing.assert_close(out, forward(*inputs(), masked(mask_mod))[0])
 
 
+@pytest.mark.nightly
 def test_generation():
     """With a growing cache: transformers itself does not generate over a static one."""
     how = {"max_new_tokens": 4, "do_sample": False}

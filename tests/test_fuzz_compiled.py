@@ -24,6 +24,7 @@ from live_transformers import CACHES, TransformersModel
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.cache.attached import find_state
 from mustafar_compile.lowering import ops
+from nightly import mostly_at_night
 from test_fuzz_cache import TOLERANCE, saved_and_loaded
 
 ARCHITECTURES = max(3, settings().max_examples // 20)
@@ -165,7 +166,7 @@ class LiveModels(RuleBasedStateMachine):
             assert torch.equal(ops.decompress(state.buffers, state.format.encode(), history.tokens), seen)
 
 
-@pytest.mark.parametrize("number", range(ARCHITECTURES))
+@pytest.mark.parametrize("number", mostly_at_night(range(ARCHITECTURES), 1))
 def test_live_caches_of_a_compiled_model(number):
     architecture = Architecture.numbered(number)
     with (

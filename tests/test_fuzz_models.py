@@ -33,6 +33,7 @@ def cases(draw):
     }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("shard", range(SHARDS))
 @settings(
     max_examples=sharded(settings().max_examples // 2),

@@ -8,6 +8,7 @@ import torch
 from compilers import without_compiler, without_inductor
 from models import FAMILIES, full_attention_layers, hf_model, prompt
 from mustafar_compile import CompressedKV, cache_stats, explain
+from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from reference import pruned_generation
 
@@ -69,7 +70,7 @@ def cases(cache):
     return [*((family, sparsity) for family, sparsity, kind in chosen if kind == cache), ("llama", 0.7)]
 
 
-@pytest.mark.parametrize(("family", "sparsity"), cases("dynamic"))
+@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("dynamic")[::-1], 3))
 def test_dynamic_cache(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -78,7 +79,7 @@ def test_dynamic_cache(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize(("family", "sparsity"), cases("static"))
+@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("static")[::-1], 3))
 def test_static_cache_with_compiled_prefill(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -88,7 +89,7 @@ def test_static_cache_with_compiled_prefill(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.5), ("gpt_neox", 0.0), ("gemma3_text", 0.7)])
+@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.5), ("gpt_neox", 0.0), *at_night([("gemma3_text", 0.7)])])
 def test_static_cache_with_eager_prefill_and_compiled_decode(family, sparsity):
     from transformers import CompileConfig
 
@@ -171,6 +172,7 @@ def test_second_turn_on_a_compressed_cache():
     assert cache_stats(result.past_key_values).compressed_tensors == 4
 
 
+@pytest.mark.nightly
 def test_static_caches_whose_sizes_all_change():
     """From the second on, Dynamo has symbols for them; the third must not be taken for the second."""
     model = hf_model()
@@ -216,7 +218,7 @@ def test_decode_compiled_over_a_cache_that_eager_code_filled():
     assert isinstance(cache.layers[0].keys, CompressedKV)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, *at_night([torch.bfloat16])])
 def test_half_precision_models_run_compressed(dtype):
     model = hf_model().to(dtype)
     with without_compiler(), explain() as report:

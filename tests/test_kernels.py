@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from guarded import check_compress, check_decompress, check_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import POSITIONS, check_ragged, check_ragged_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import (
@@ -49,8 +47,10 @@ from cases import (
     strided,
     with_length,
 )
+from guarded import check_compress, check_decompress, check_step
 from mustafar_compile.lowering import backends, ops, portable
 from mustafar_compile.lowering.format import Format
+from ragged import POSITIONS, check_ragged, check_ragged_cache
 from reference import prune, pruned_cache
 
 pytest.importorskip("triton")

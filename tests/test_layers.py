@@ -9,6 +9,7 @@ from compilers import without_compiler
 from models import TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.patterns.graph.layers import clean_path, layer_numbers
+from nightly import at_night
 
 
 @pytest.mark.parametrize(
@@ -67,11 +68,11 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("compile_model", COMPILED.values(), ids=COMPILED)
-def test_skipped_layers_are_those_that_are_listed(compile_model):
+@pytest.mark.parametrize("how", ["module", "each attention", *at_night(["forward", "backbone", "each layer"])])
+def test_skipped_layers_are_those_that_are_listed(how):
     model = hf_model(num_hidden_layers=3)
     with without_compiler(), explain() as report:
-        compile_model(model, backend="mustafar", options={"skip_layers": [1]})
+        COMPILED[how](model, backend="mustafar", options={"skip_layers": [1]})
         assert compressed_layers(model) == [True, False, True]
     assert [entry.layer for entry in report.matched] == [0, 2]
     assert [entry.layer for entry in report.missed] == [1]

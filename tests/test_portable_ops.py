@@ -51,6 +51,7 @@ from cases import (
 from mustafar_compile.lowering import ops, portable
 from mustafar_compile.lowering import rows as packing
 from mustafar_compile.lowering.format import CACHE_DTYPES, EXTREME, MAX_QUERY_TOKENS, Format
+from nightly import at_night
 from reference import kept_count, kept_mask, prune, pruned_cache
 
 # ----------------------------------------------------------------------------------------------- rows: prune, pack
@@ -536,7 +537,8 @@ def test_shapes_are_known_without_data():
 
 
 @pytest.mark.parametrize(
-    ("name", "queries"), [("compress", 1), ("decompress", 1), ("decode_attention", 1), ("decode_attention", 3)]
+    ("name", "queries"),
+    [("compress", 1), ("decompress", 1), ("decode_attention", 3), *at_night([("decode_attention", 1)])],
 )
 def test_the_schema_says_what_the_op_does(name, queries):
     case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool), sinks=make_sinks(4, 0), queries=queries)

@@ -25,6 +25,7 @@ from mustafar_compile.lowering.ptx.decode import Decode
 from mustafar_compile.lowering.ptx.decode_steps import OVERREAD, Rows
 from mustafar_compile.lowering.ptx.prune import Prune
 from mustafar_compile.lowering.step import COMBINE_REGISTERS, DTYPE_NAMES
+from nightly import mostly_at_night
 from pairwise import pairwise
 
 DECODES = [
@@ -367,7 +368,8 @@ def plain_step(mask, dtype, queries, sizes=SIZES[0], sinks=False):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("mask", "dtype", "queries", "sizes", "checked"), pairwise(MASKS, DTYPES, QUERIES, SIZES, (False, True))
+    ("mask", "dtype", "queries", "sizes", "checked"),
+    mostly_at_night(pairwise(MASKS, DTYPES, QUERIES, SIZES, (False, True)), 3),
 )
 def test_the_plain_kernels_compile(mask, dtype, queries, sizes, checked):
     """As Triton compiles them: its interpreter takes more than its compiler."""

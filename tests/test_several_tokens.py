@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from compilers import without_compiler
 from models import BufferModel, TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
+from nightly import at_night
 from reference import pruned_cache, pruned_generation, reference_attention
 
 WINDOW = 4
@@ -118,7 +119,7 @@ def assisted(model, inputs):
     return model.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=hf_model(seed=3))
 
 
-@pytest.mark.parametrize("speculate", [lookup, assisted])
+@pytest.mark.parametrize("speculate", [lookup, *at_night([assisted])])
 def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(speculate):
     inputs = prompt(batch=1)
     with pruned_generation(0.5, 0.5, WINDOW):
