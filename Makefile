@@ -5,6 +5,7 @@
 # TORCH_INDEX  index to take torch from, such as https://download.pytorch.org/whl/cpu (default: as pip is configured)
 # WORKERS      processes of `make test`, `make fuzz` and `make architectures`. Empty: one, without pytest-xdist
 # DEMO, TEST   further arguments of the demo and of pytest
+# RUN          script of `make benchmark` and its arguments, such as "attention.py --quick"
 # EXAMPLES     how far `make fuzz` searches: 2000 is 13,500 examples and 4,000 sequences of operations, half of them on
 #              the caches of 100 compiled models
 
@@ -14,10 +15,11 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 DEMO ?=
 TEST ?=
+RUN ?= generate.py
 EXAMPLES ?= 2000
 
 ifeq ($(strip $(VENV)),)
-  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site:tests $(PYTHON)
+  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site:tests:benchmarks $(PYTHON)
   base := build/site/.installed
   demo := $(base)
   test := $(base)
@@ -30,7 +32,7 @@ else
   lint := $(VENV)/.installed-dev
 endif
 
-.PHONY: help demo test fuzz architectures nightly lint clean
+.PHONY: help demo test fuzz architectures nightly benchmark lint clean
 
 help:
 	@echo "make demo    compare dense and compressed generation with a small model"
@@ -38,6 +40,7 @@ help:
 	@echo "make fuzz    random models, caches and operations, thousands of them"
 	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
 	@echo "make nightly the tests that \`make test\` leaves out, whether that table still holds, a tenth of \`make fuzz\`"
+	@echo "make benchmark RUN=\"attention.py --quick\"  a script of benchmarks/, see its README"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
 
@@ -63,6 +66,9 @@ nightly: $(test)
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) \
 		--write build/architectures.md --compare docs/architectures.md
 	$(MAKE) fuzz EXAMPLES=200
+
+benchmark: $(base)
+	$(python) benchmarks/$(RUN)
 
 # Types are checked in an installed copy: the folders have other names than the packages, so that in place mypy would not
 # see what a module of one takes from another.

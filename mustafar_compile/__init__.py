@@ -1,9 +1,9 @@
 """KV-cache compression as a torch.compile backend: ``torch.compile(model, backend="mustafar")``.
 
-The backend is found by name through its entry point. This package adds what to use beside it: ``explain`` (what was
-compressed and why not), ``cache_stats`` (what a cache takes), ``compile_loop`` (for one's own generate loops),
-``safe_globals`` (for loading a saved cache) and ``Settings``. Importing it changes nothing global and loads no
-compiler.
+The backend is found by name through its entry point. This package adds what to use beside it: ``prepare`` (a Hugging
+Face model in one line), ``compile_loop`` (for one's own generate loops), ``explain`` (what was compressed and why not),
+``cache_stats`` (what a cache takes), ``safe_globals`` (for loading a saved cache) and ``Settings``. Importing it
+changes nothing global and loads no compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StaleCacheError,
         UnknownLayerError,
     )
+    from .hugging_face import prepare
     from .loop import compile_loop
     from .reporting.explain import explain
     from .reporting.report import Report
@@ -48,6 +49,7 @@ _HOMES = {
     "cache_stats": "cache.stats",
     "compile_loop": "loop",
     "explain": "reporting.explain",
+    "prepare": "hugging_face",
     "safe_globals": "cache.saving",
 }
 
@@ -68,6 +70,7 @@ __all__ = [
     "cache_stats",
     "compile_loop",
     "explain",
+    "prepare",
     "safe_globals",
 ]
 

@@ -40,6 +40,7 @@ skip_code: Callable = _probe("torch._dynamo.eval_frame", "skip_code")
 maybe_mark_dynamic: Callable = _probe("torch._dynamo", "maybe_mark_dynamic")
 forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_throw_on_mutable_data_ptr")
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
+foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 WeakTensorKeyDictionary = _probe("torch.utils.weak", "WeakTensorKeyDictionary")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
@@ -106,6 +107,14 @@ def free_storage(storage: torch.UntypedStorage, message: str) -> None:
     forbid = _probe("torch._C", "_set_storage_data_ptr_access_error_msg")
     free(storage._cdata)
     forbid(storage._cdata, message)
+
+
+def takes_static_cache(model: Any) -> bool:
+    """Whether a model of transformers can generate over a static cache."""
+    flag = "_can_compile_fullgraph"
+    if not hasattr(_probe("transformers", "PreTrainedModel"), flag):
+        raise ImportError(f"mustafar_compile needs transformers' PreTrainedModel.{flag}; supported: {_SUPPORTED}")
+    return getattr(model, flag)
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:

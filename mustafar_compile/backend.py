@@ -12,6 +12,7 @@ from . import _compat
 from .cache.release import check_releasable
 from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
+from .calling.cuda_graphs import CudaGraphs, Places, is_step, why_not
 from .calling.example_inputs import add_calling_convention
 from .errors import NothingMatchedError
 from .lowering import ops
@@ -20,10 +21,10 @@ from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.nodes import drop_meta
 from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
-from .patterns.rewriting.plan import Compressed, Plan
+from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
 from .policy import policy
-from .reporting.record import record_decompression, record_failure, record_graph, record_untouched
+from .reporting.record import record_decompression, record_failure, record_graph, record_launching, record_untouched
 from .settings import Settings, read_options
 from .stages import StageError, stage
 
@@ -50,17 +51,25 @@ def mustafar(
         if rewritten is None:
             return _compat.compile_fx(gm, example_inputs)
         plan, inputs = rewritten
-        with _compat.inductor_options(_for_plan(plan)):
+        wrap = _launching(plan, inputs) if inductor.get("triton.cudagraphs", True) else None
+        with _compat.inductor_options({"triton.cudagraphs": False}):
             compiled = _compat.compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
-        return CompiledCall(plan, compiled, growing)
+        return CompiledCall(plan, compiled if wrap is None else wrap(compiled), growing)
 
 
-def _for_plan(plan: Plan) -> dict[str, Any]:
-    """A graph that creates a cache must not run as a CUDA graph: its next replay would overwrite that cache."""
-    creates_cache = any(isinstance(output, Compressed) for output in plan.outputs)
-    return {"triton.cudagraphs": False} if creates_cache else {}
+def _launching(plan: Plan, inputs: Sequence[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """What makes CUDA graphs of the calls of a plan, None where it runs as it is. The report says which."""
+    device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
+    if device.type != "cuda" or not is_step(plan):
+        return None
+    reason = why_not(plan, inputs)
+    record_launching(reason)
+    if reason:
+        return None
+    places = Places.of(plan, inputs)
+    return lambda compiled: CudaGraphs(compiled, places, device)
 
 
 def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> tuple[Plan, list[Any]] | None:

@@ -11,7 +11,7 @@ import torch
 
 from . import _compat
 from .backend import mustafar
-from .settings import read_options, setting_names
+from .settings import merged_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,14 +39,7 @@ def compile_loop(
     """
     if function is None:
         return functools.partial(compile_loop, mode=mode, options=options, **settings)
-    unknown = settings.keys() - set(setting_names())
-    if unknown:
-        raise ValueError(
-            f"compile_loop: unknown setting {', '.join(sorted(unknown))}; accepted are {', '.join(setting_names())}, "
-            "mode and options"
-        )
-    merged = {**(options or {}), **settings}
-    read_options(mode, merged)
+    merged = merged_options("compile_loop", mode, options, settings)
 
     @functools.wraps(function)
     def loop(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +47,7 @@ def compile_loop(
 
     for code in _frames_of(loop):
         _compat.skip_code(code)
-    return torch.compile(loop, backend=functools.partial(mustafar, mode=mode, options=merged))
+    return torch.compile(loop, backend=functools.partial(mustafar, options=merged))
 
 
 def _frames_of(function: Callable[..., Any]) -> Iterator[CodeType]:

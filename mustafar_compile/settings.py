@@ -71,17 +71,25 @@ def setting_names() -> list[str]:
 def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
     """Split torch.compile's ``mode`` and ``options`` into our settings and patches of Inductor's config.
 
-    Raises ValueError for an unknown mode or option, naming what is accepted.
+    torch.compile takes one or the other, so a mode may also stand among the options. Raises ValueError for an unknown
+    mode or option, naming what is accepted, and for two modes.
     """
     from . import _compat
 
+    options = dict(options or {})
+    inner = options.pop("mode", None)
+    if mode is not None and inner is not None and mode != inner:
+        raise ValueError(f"mustafar: two modes are given, {mode!r} and, as an option, {inner!r}; accepted is one")
+    mode = mode if inner is None else inner
     modes = _compat.list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mustafar: mode {mode!r} is unknown; accepted are {', '.join(map(repr, modes))}")
     inductor = dict(modes[mode]) if mode is not None else {}
+    if mode == "max-autotune-no-cudagraphs":
+        inductor["triton.cudagraphs"] = False  # which Inductor has by default, and we have not
     ours: dict[str, Any] = {}
     known = _compat.inductor_config.get_config_copy()
-    for key, value in (options or {}).items():
+    for key, value in options.items():
         name = key.replace("-", "_")
         if name in setting_names():
             ours[name] = value
@@ -93,3 +101,21 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
                 "torch._inductor.config (torch._inductor.list_options() lists them)"
             )
     return Settings(**ours), inductor
+
+
+def merged_options(
+    function: str, mode: str | None, options: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``function`` was given, as options of the backend. settings: its keywords.
+
+    Raises ValueError as ``read_options`` does, and for a keyword that is no setting.
+    """
+    unknown = settings.keys() - set(setting_names())
+    if unknown:
+        raise ValueError(
+            f"{function}: unknown setting {', '.join(sorted(unknown))}; accepted are {', '.join(setting_names())}, "
+            "mode and options"
+        )
+    merged = {**(options or {}), **settings}
+    read_options(mode, merged)
+    return merged if mode is None else merged | {"mode": mode}

@@ -105,7 +105,16 @@ def test_hyphens_are_read_as_torch_compile_reads_them():
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_modes_are_those_of_torch(mode):
-    assert read_options(mode, None) == (Settings(), torch._inductor.list_mode_options(mode))
+    settings, inductor = read_options(mode, None)
+    off = {"triton.cudagraphs": False} if mode == "max-autotune-no-cudagraphs" else {}
+    assert (settings, inductor) == (Settings(), torch._inductor.list_mode_options(mode) | off)
+    assert read_options(None, {"mode": mode}) == (settings, inductor), "torch.compile takes a mode or options"
+
+
+def test_two_modes_are_refused():
+    assert read_options("default", {"mode": "default"}) == (Settings(), {})
+    with pytest.raises(ValueError, match="two modes are given, 'default' and, as an option, 'max-autotune'; accepted"):
+        read_options("default", {"mode": "max-autotune"})
 
 
 def test_an_option_goes_before_the_mode():

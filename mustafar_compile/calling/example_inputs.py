@@ -28,7 +28,7 @@ def add_calling_convention(plan: Plan, gm: GraphModule, example_inputs: Sequence
         dynamo_source = getattr(original, "_dynamo_source", None)
         if isinstance(source, Argument):
             node.meta.update({k: original.meta[k] for k in _CARRIED_META if k in original.meta})
-            if _is_written(node):  # as the length of HF's static cache, which is marked only if made outside a graph
+            if is_written(node):  # as the length of HF's static cache, which is marked only if made outside a graph
                 node.meta["tensor_dict"] = node.meta.get("tensor_dict", {}) | _STATIC_INPUT
         elif not isinstance(source, Size):
             node.meta["tensor_dict"] = dict(_STATIC_INPUT)
@@ -40,7 +40,8 @@ def add_calling_convention(plan: Plan, gm: GraphModule, example_inputs: Sequence
     return inputs
 
 
-def _is_written(placeholder: Any) -> bool:
+def is_written(placeholder: Any) -> bool:
+    """Whether a graph writes what its placeholder holds."""
     return any(
         user.target is torch.ops.aten.copy_.default and user.args[0] is placeholder for user in placeholder.users
     )

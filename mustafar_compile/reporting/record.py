@@ -78,6 +78,15 @@ def record_untouched() -> None:
     _record([])
 
 
+def record_launching(reason: str) -> None:
+    """Enter whether decode steps run as CUDA graphs. reason: why not, "" where they do."""
+    text = f"decode steps run without CUDA graphs: {reason}" if reason else "decode steps run as CUDA graphs"
+    log.info(text)
+    for report in open_reports:
+        if text not in report.launching:
+            report.launching.append(text)
+
+
 def _record(entries: list[Entry]) -> None:
     asked.set()
     for report in open_reports:

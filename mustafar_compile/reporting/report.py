@@ -39,12 +39,14 @@ class Report:
     """What the backend did while the report was open. ``str(report)`` is a table.
 
     graphs: graphs compiled. calls: calls of graphs with a compressed cache, also of those compiled before.
-    notices: what was lost or cost more than it should.
+    notices: what was lost or cost more than it should. launching: on a GPU, whether decode steps run as CUDA graphs,
+    and why not.
     """
 
     graphs: int = 0
     calls: int = 0
     notices: list[str] = field(default_factory=list)
+    launching: list[str] = field(default_factory=list)
     _entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -69,7 +71,7 @@ class Report:
         return sorted(layers, key=lambda entry: (-1 if entry.layer is None else entry.layer, entry.name))
 
     def __str__(self) -> str:
-        return "\n".join([self._summary(), *(f"note: {notice}" for notice in self.notices)])
+        return "\n".join([self._summary(), *self.launching, *(f"note: {notice}" for notice in self.notices)])
 
     def _summary(self) -> str:
         if not self.graphs:

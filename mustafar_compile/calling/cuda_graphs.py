@@ -1,0 +1,231 @@
+"""Decode steps as CUDA graphs: recorded at the second call with the same addresses, replayed from then on.
+
+Torch's own CUDA graph trees keep a recording for each set of addresses that they ever saw, and search all of them at
+each call. A cache that every prompt makes anew would add one a prompt. Here few recordings are kept, found by their
+addresses; none keeps a cache alive; and what a call returns is its own, so no later replay overwrites it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from ..lowering import ops
+from ..patterns.rewriting.plan import Argument, Compressed, Extended, Plan
+from ..reporting.notices import notify
+from .example_inputs import is_written
+
+Function = Callable[..., Sequence[Any]]
+
+KEPT = 4
+"""Recordings of a step, so that a few caches can take turns."""
+
+_MOST_COPIED = 2**16
+"""Bytes of an input that a call copies. What is larger is bound."""
+
+
+def why_not(plan: Plan, examples: Sequence[Any]) -> str:
+    """Why the decode step of a plan cannot run as a CUDA graph, "" where it can."""
+    if any(isinstance(output, Compressed) for output in plan.outputs):
+        return "it makes a cache, which its next replay would overwrite"
+    if any(isinstance(output, Extended) for output in plan.outputs) and _numbers(examples):
+        return "its caches grow, and their length is a number in the graph"
+    devices = {x.device.type for x in examples if isinstance(x, Tensor)}
+    return "" if devices == {"cuda"} else f"its inputs are on {' and '.join(sorted(devices))}"
+
+
+def is_step(plan: Plan) -> bool:
+    """Whether a plan is of decode steps alone. Prompts are of many lengths, each of which would be recorded."""
+    targets = {node.target for node in plan.module.graph.nodes}
+    return ops.decode_attention in targets and not {ops.compress, ops.decompress} & targets
+
+
+def _numbers(examples: Sequence[Any]) -> list[int]:
+    return [i for i, x in enumerate(examples) if not isinstance(x, Tensor)]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of the inputs of a step, by place.
+
+    bound: tensors that a recording is bound to where they are, such as weights and caches. copied: small tensors whose
+    values each call brings. written: those of the copied that the step writes. numbers: what is no tensor. varying:
+    tensors of which a size may change.
+    """
+
+    bound: Sequence[int] = ()
+    copied: Sequence[int] = ()
+    written: Sequence[int] = ()
+    numbers: Sequence[int] = ()
+    varying: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, examples: Sequence[Any]) -> Places:
+        """Those of the inputs of ``plan``."""
+        tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
+        nodes = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
+        copied = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and _is_small(x)]
+        return cls(
+            bound=[i for i in tensors if i not in copied],
+            copied=copied,
+            written=[i for i in copied if is_written(nodes[i])],
+            numbers=_numbers(examples),
+            varying=[i for i, x in tensors.items() if not all(isinstance(size, int) for size in x.shape)],
+        )
+
+    def key(self, inputs: Sequence[Any]) -> Hashable:
+        """What two calls must have in common to share a recording."""
+        return (
+            *[inputs[i].data_ptr() for i in self.bound],
+            *[inputs[i] for i in self.numbers],
+            *[inputs[i].shape for i in self.varying],
+        )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A step at fixed addresses.
+
+    inputs: those that are copied. results: of each replay; an input that the step returns is its place among all.
+    """
+
+    inputs: list[Tensor]
+    results: list[Any]
+    replay: Callable[[], None]
+
+
+@dataclass
+class _Device:
+    """What all steps on a device share. recording: a stream; cuBLAS keeps 32 MiB for each that it ever saw."""
+
+    recording: torch.cuda.Stream
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@functools.cache
+def _device(index: int) -> _Device:
+    return _Device(torch.cuda.Stream(index))
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether an input is to be copied. Weights are not, which are many."""
+    size = x.dtype.itemsize * math.prod(map(_compat.hint, x.shape))
+    return not isinstance(x, torch.nn.Parameter) and size <= _MOST_COPIED
+
+
+class NotRecordableError(RuntimeError):
+    """A step cannot be a CUDA graph."""
+
+
+class CudaGraphs:
+    """``function``, whose inputs are laid out as ``places`` says, with its calls replayed where that is possible."""
+
+    def __init__(self, function: Function, places: Places, device: torch.device) -> None:
+        self.function = function
+        self.places = places
+        self.index = device.index if device.index is not None else torch.cuda.current_device()
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.latest: Hashable = None
+        self.refused = False
+        self.pool: Any = None  # of all recordings, which run one after the other
+        self.stream: torch.cuda.Stream | None = None  # on which the last one ran
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        if self.refused or torch.cuda.is_current_stream_capturing():  # into a graph of the caller
+            return self.function(*inputs)
+        device, key = _device(self.index), self.places.key(inputs)
+        with device.lock, torch.cuda.device(self.index):
+            recording = self._recording(key, inputs)
+            if recording is not None:
+                stream, before = torch.cuda.current_stream(), self.stream
+                if before is not None and before != stream:
+                    stream.wait_stream(before)
+                self.stream = stream
+                return self._replayed(recording, inputs)
+        return self.function(*inputs)
+
+    def _recording(self, key: Hashable, inputs: Sequence[Any]) -> Recording | None:
+        """The recording of a call, made where the call before had the same key: the kernels are compiled by then."""
+        recording = self.recordings.get(key)
+        if recording is None and key == self.latest:
+            try:
+                recording = self.recordings[key] = self._record(inputs)
+            except Exception as error:  # nothing has run yet
+                self.refused = True
+                notify(f"a decode step runs without a CUDA graph, which could not be recorded: {error}")
+                return None
+            if len(self.recordings) > KEPT:
+                self.recordings.popitem(last=False)
+        if recording is not None:
+            self.recordings.move_to_end(key)
+        self.latest = key
+        return recording
+
+    def _record(self, given: Sequence[Any]) -> Recording:
+        inputs = list(given)
+        for i in self.places.copied:
+            inputs[i] = torch.empty_strided(
+                given[i].shape, given[i].stride(), dtype=given[i].dtype, device=given[i].device
+            )
+        if not self.recordings:  # a pool ends with the last recording in it
+            self.pool = torch.cuda.graph_pool_handle()
+        results, replay = capture(functools.partial(self.function, *inputs), self.pool, _device(self.index).recording)
+        return Recording([inputs[i] for i in self.places.copied], _without_inputs(results, inputs), replay)
+
+    def _replayed(self, recording: Recording, inputs: Sequence[Any]) -> list[Any]:
+        if recording.inputs:
+            _compat.foreach_copy(recording.inputs, [inputs[i] for i in self.places.copied])
+        recording.replay()
+        if self.places.written:
+            held = dict(zip(self.places.copied, recording.inputs, strict=True))
+            _compat.foreach_copy([inputs[i] for i in self.places.written], [held[i] for i in self.places.written])
+        return [
+            inputs[result.place] if isinstance(result, _Input) else result.clone() if _is_tensor(result) else result
+            for result in recording.results
+        ]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A result that is the input at ``place``."""
+
+    place: int
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _without_inputs(results: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """``results`` with the inputs among them named. Raises NotRecordableError for a view of one."""
+    places = {id(x): i for i, x in enumerate(inputs) if _is_tensor(x)}
+    storages = {x.untyped_storage().data_ptr() for x in inputs if _is_tensor(x)}
+    named = [_Input(places[id(x)]) if id(x) in places else x for x in results]
+    if any(_is_tensor(x) and x.untyped_storage().data_ptr() in storages for x in named):
+        raise NotRecordableError("it returns a view of an input")
+    return named
+
+
+def capture(
+    function: Callable[[], Sequence[Any]], pool: Any, stream: torch.cuda.Stream
+) -> tuple[Sequence[Any], Callable[[], None]]:
+    """What ``function`` returns and a replay that fills it. Nothing has run until the first replay."""
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            results = function()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return results, graph.replay

@@ -1,0 +1,229 @@
+"""Decode steps as CUDA graphs: right, their own results, few recordings, nothing kept alive. Most need a GPU."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from compilers import without_compiler
+from models import BufferModel, hf_model, prompt
+from mustafar_compile import cache_stats, explain, prepare
+from mustafar_compile.calling import cuda_graphs
+from mustafar_compile.calling.cuda_graphs import KEPT, Places
+from reference import pruned_generation
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+WINDOW = 4
+HOW = {"max_new_tokens": 14, "do_sample": False}
+AS_GRAPHS = "decode steps run as CUDA graphs"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """A list with an item for each recording."""
+    made, capture = [], cuda_graphs.capture
+
+    def noted(*given):
+        made.append(1)
+        return capture(*given)
+
+    monkeypatch.setattr(cuda_graphs, "capture", noted)
+    return made
+
+
+def on_gpu(seed=1, **how):
+    return {name: x.cuda() for name, x in prompt(seed=seed, **how).items()}
+
+
+def expected_tokens(inputs, **how):
+    with pruned_generation(0.5, 0.5, WINDOW):
+        return hf_model().cuda().generate(**inputs, **HOW | how)
+
+
+# ---------------------------------------------------------------------------------------------------------- any machine
+
+
+def test_a_call_is_known_by_addresses_numbers_and_sizes():
+    weight, small, cache = nn.Parameter(torch.ones(2)), torch.ones(3), torch.ones(2, 5)
+    places = Places(bound=[0, 2], copied=[1], numbers=[3], varying=[2])
+    key = places.key([weight, small, cache, 7])
+    assert places.key([weight, small.clone(), cache, 7]) == key
+    for changed in ([weight, small, cache, 8], [weight, small, cache.clone(), 7], [weight, small, cache[:, :4], 7]):
+        assert places.key(changed) != key
+
+
+def test_preparing_a_model_on_a_cpu_compiles_it():
+    model, inputs = hf_model(), prompt(padded=True)
+    with pruned_generation(0.7, 0.5, WINDOW):
+        expected = hf_model().generate(**inputs, **HOW)
+    with without_compiler(), explain() as report:
+        assert prepare(model, key_sparsity=0.7, window=WINDOW, mode="default") is model
+        assert torch.equal(model.generate(**inputs, **HOW), expected)
+    assert len(report.matched) == 2
+    assert report.launching == [], "there is nothing to say on a CPU"
+
+
+@pytest.mark.parametrize("what", [nn.Linear(2, 2), torch.compile(nn.Linear(2, 2)), BufferModel()])
+def test_only_models_that_generate_can_be_prepared(what):
+    with pytest.raises(TypeError, match="prepare takes a model of transformers that generates; given is "):
+        prepare(what)
+
+
+def test_settings_are_checked_when_a_model_is_prepared():
+    with pytest.raises(ValueError, match="prepare: unknown setting sparsity; accepted are key_sparsity"):
+        prepare(hf_model(), sparsity=0.5)
+    with pytest.raises(ValueError, match="window=0 is not accepted"):
+        prepare(hf_model(), window=0)
+    with pytest.raises(ValueError, match="two modes are given"):
+        prepare(hf_model(), mode="default", options={"mode": "max-autotune"})
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@needs_gpu
+def test_a_prepared_model_generates_what_the_oracle_does(captured):
+    model = prepare(hf_model().cuda(), window=WINDOW)
+    with explain() as report:
+        for seed in range(5):
+            inputs = on_gpu(seed, padded=True)
+            assert torch.equal(model.generate(**inputs, **HOW), expected_tokens(inputs))
+    assert len(report.matched) == 2
+    assert report.launching == [AS_GRAPHS]
+    assert not report.notices
+    assert 1 <= len(captured) <= 5
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_every_way_of_generating_is_right(how):
+    model = hf_model().cuda()
+    model.compile(backend="mustafar", options={"window": WINDOW})
+    with explain() as report:
+        for seed in range(3):
+            inputs = on_gpu(seed)
+            assert torch.equal(model.generate(**inputs, **HOW, **how), expected_tokens(inputs))
+    assert len(report.matched) == 2
+    growing = "decode steps run without CUDA graphs: its caches grow, and their length is a number in the graph"
+    assert report.launching == [AS_GRAPHS if how else growing]
+
+
+def steps_of(model, step, inputs):
+    return [step(x.cuda(), torch.arange(at, at + x.shape[1], device="cuda")) for at, x in inputs]
+
+
+def embedded(seed=0, steps=8):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (7, *[1] * steps)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [(at, torch.randn(2, n, 32, generator=generator)) for at, n in zip(starts, lengths, strict=True)]
+
+
+@needs_gpu
+def test_results_are_not_overwritten_by_later_steps(captured):
+    inputs, eager = embedded(), BufferModel().cuda()
+    torch.manual_seed(0)
+    eager, model = BufferModel().cuda(), BufferModel().cuda()
+    model.load_state_dict(eager.state_dict())
+    options = {"key_sparsity": 0.0, "value_sparsity": 0.0}
+    kept = steps_of(model, torch.compile(model.step, backend="mustafar", options=options), inputs)
+    assert len(captured) == 1
+    for mine, other in zip(kept, steps_of(eager, eager.step, inputs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_they_can_be_switched_off(captured):
+    model, inputs = hf_model().cuda(), on_gpu()
+    prepare(model, window=WINDOW, options={"triton.cudagraphs": False})
+    with explain() as report:
+        assert torch.equal(model.generate(**inputs, **HOW), expected_tokens(inputs))
+    assert not captured
+    assert report.launching == []
+
+
+@needs_gpu
+def test_a_step_that_cannot_be_recorded_runs_without(monkeypatch):
+    def capture(*_):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    model, inputs = prepare(hf_model().cuda(), window=WINDOW), on_gpu()
+    with explain() as report, pytest.warns(UserWarning, match="could not be recorded: no such luck"):
+        assert torch.equal(model.generate(**inputs, **HOW), expected_tokens(inputs))
+    assert len(report.matched) == 2
+
+
+@needs_gpu
+def test_recordings_are_few_and_keep_no_cache_alive():
+    model, alive = BufferModel().cuda(), []
+    step = torch.compile(model.step, backend="mustafar")
+    held = []
+    for call in range(2 * KEPT):
+        model.k_cache, model.v_cache = (torch.zeros_like(x) for x in (model.k_cache, model.v_cache))
+        alive.append(weakref.ref(model.k_cache))
+        steps_of(model, step, embedded(call))
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert [ref() is not None for ref in alive] == [False] * (2 * KEPT - 1) + [True]
+    assert held[-1] == held[KEPT]
+
+
+@needs_gpu
+def test_weights_that_move_are_followed(captured):
+    inputs, model = embedded(), BufferModel().cuda()
+    options = {"key_sparsity": 0.0, "value_sparsity": 0.0}
+    step = torch.compile(model.step, backend="mustafar", options=options)
+    steps_of(model, step, inputs)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+    mine = steps_of(model, step, inputs)
+    for x, other in zip(mine, steps_of(model, model.step, inputs), strict=True):
+        torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_threads_and_streams_take_turns():
+    model = prepare(hf_model().cuda(), window=WINDOW)
+    prompts = [on_gpu(seed) for seed in range(4)]
+    expected = [expected_tokens(inputs) for inputs in prompts]
+    results = {}
+    model.generate(**prompts[0], **HOW)  # compiles
+
+    def work(i):
+        stream = torch.cuda.Stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            results[i] = model.generate(**prompts[i], **HOW)
+            stream.synchronize()
+
+    torch.cuda.synchronize()
+    for i in range(4):
+        thread = threading.Thread(target=work, args=(i,))
+        thread.start()
+        thread.join()
+    assert all(torch.equal(results[i], expected[i]) for i in range(4))
+
+
+@needs_gpu
+def test_the_memory_of_a_prepared_model_does_not_grow():
+    model, held = prepare(hf_model().cuda(), window=WINDOW), []
+    for seed in range(8):
+        out = model.generate(**on_gpu(seed), **HOW, return_dict_in_generate=True)
+        stats = cache_stats(out.past_key_values)
+        assert stats.compressed_tensors == 4
+        del out
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] == held[KEPT + 1]
