@@ -9,6 +9,7 @@ Where ``release_dense`` asks for it, the dense memory is given back and the atta
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,29 @@ _states: Any = _compat.WeakTensorKeyDictionary()
 def find_state(dense: Tensor) -> AttachedState | None:
     """The state attached to ``dense``, if any."""
     return _states.get(dense)
+
+
+class StateFinder:
+    """Finds the state of one attached cache at each call. A step after a step has the same, and there are many."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+        self.latest: tuple[weakref.ref[Tensor], weakref.ref[AttachedState]] | None = None
+
+    def __call__(self, arguments: Sequence[Any]) -> AttachedState:
+        """As ``current_state``."""
+        dense = arguments[self.attached.index]
+        if self.latest is not None and self.latest[0]() is dense:
+            state = self.latest[1]()
+            if state is not None and self._holds(state, dense):
+                return state
+        state = current_state(self.attached, arguments)
+        if isinstance(self.attached.batch, int):
+            self.latest = weakref.ref(dense), weakref.ref(state)
+        return state
+
+    def _holds(self, state: AttachedState, dense: Tensor) -> bool:
+        return is_released(dense) if self.attached.releases else state.version == dense._version
 
 
 def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState:

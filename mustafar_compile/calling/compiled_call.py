@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cache.attached import current_state
+from ..cache.attached import StateFinder
 from ..cache.tensor import CompressedKV
 from ..patterns.rewriting.plan import Argument, Compressed, Extended, Plan, Result
 from ..reporting.explain import record_call
@@ -22,7 +22,7 @@ class CompiledCall:
 
     def __init__(self, plan: Plan, compiled: Callable[..., Sequence[Any]], growing: Sequence[int]) -> None:
         self.outputs = plan.outputs
-        self.attached = plan.attached
+        self.attached = {a.index: StateFinder(a) for a in plan.attached}
         self.compiled = compiled
         self.growing = growing
         self.extended = [output for output in self.outputs if isinstance(output, Extended)]
@@ -34,7 +34,7 @@ class CompiledCall:
             arguments[output.index].prepare(_count(output, arguments))
         if self.growing:
             _give_equal_room([arguments[index] for index in self.growing])
-        states = {a.index: current_state(a, arguments) for a in self.attached}
+        states = {index: find(arguments) for index, find in self.attached.items()}
         try:
             results = self.compiled(*self.bind(arguments, states))
         except BaseException:
