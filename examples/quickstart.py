@@ -43,10 +43,7 @@ FACTS = {
 }
 SOURCE_CHARACTERS = 3600
 ON_CPU = "On a CPU the compressed cache saves memory and not time: it runs slower than the dense one."
-ON_GPU = (
-    "On a GPU the compressed cache saves memory. It saves time with long contexts and CUDA graphs, which this demo "
-    "does without: see benchmarks/RESULTS.md."
-)
+ON_GPU = "On a GPU the compressed cache saves memory, and with long contexts time: see benchmarks/RESULTS.md."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -194,8 +191,7 @@ def compare(console: Console, args: argparse.Namespace, model: Any, tokenizer: A
         label = f"sparsity {share:g}"
         console.print(f"[bold]{label}[/]: compiling first; on a CPU that takes a minute or more")
         torch._dynamo.reset()
-        options = {"key_sparsity": share, "value_sparsity": share, "window": args.window}
-        model.compile(backend="mustafar", options=options)
+        mustafar_compile.prepare(model, key_sparsity=share, value_sparsity=share, window=args.window)
         with mustafar_compile.explain() as report:
             results.append(generate(console, label, model, tokenizer, inputs, args.new_tokens))
         console.print(Text(str(report)))

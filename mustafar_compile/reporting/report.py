@@ -29,7 +29,7 @@ class Entry:
 
 NOTHING_RAN = (
     "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
-    "original module. For generate() use model.compile(backend='mustafar') or "
+    "original module. For generate() use mustafar_compile.prepare(model), model.compile(backend='mustafar') or "
     "model.forward = torch.compile(model.forward, backend='mustafar')"
 )
 
