@@ -8,6 +8,7 @@ import torch
 from compilers import without_compiler
 from models import encoder_decoder, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
+from nightly import at_night
 from reference import pruned_generation
 
 WINDOW = 4
@@ -41,7 +42,7 @@ def static_cache(model):
     return {"past_key_values": StaticCache(config=model.config, max_cache_len=64)}
 
 
-@pytest.mark.parametrize("cache", [lambda _: {}, static_cache], ids=["dynamic", "static"])
+@pytest.mark.parametrize("cache", [static_cache, *at_night([lambda _: {}])], ids=["static", "dynamic"])
 def test_a_prompt_in_chunks_attends_to_what_was_kept_of_the_earlier_ones(cache):
     inputs, chunks = prompt(length=40, padded=True), {"prefill_chunk_size": 20}
     expected = oracle(hf_model(), inputs, **chunks)
@@ -62,7 +63,7 @@ def test_a_prompt_in_chunks_over_a_dense_static_cache_is_compressed_when_decodin
     assert [entry.phases for entry in report.matched] == [("prefill", "decode")] * 2
 
 
-@pytest.mark.parametrize("how", [{}, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("how", [STATIC, *at_night([{}])], ids=["static", "dynamic"])
 def test_sliding_layers_of_a_hybrid_stay_dense_before_and_after_they_are_full(how):
     inputs, sizes = prompt(), {"sliding_window": 12}
     expected = oracle(hf_model("gemma3_text", **sizes), inputs, max_new_tokens=7)
@@ -84,7 +85,7 @@ def test_a_static_cache_that_was_compressed_before_it_began_to_roll():
     assert [entry.reason for entry in report.missed] == ["cache is bounded by a sliding window of 12"]
 
 
-@pytest.mark.parametrize("how", [{}, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("how", [{}, *at_night([STATIC])], ids=["dynamic", "static"])
 def test_of_an_encoder_decoder_only_the_self_attention_of_the_decoder_is_compressed(how):
     inputs = prompt()
     expected = generate(encoder_decoder(), inputs).sequences

@@ -65,16 +65,24 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 PARTS = ("equals_the_oracle", "extreme", "one_by_one or rewinds or rows", "compress", "")
 
 
-@pytest.mark.parametrize("part", range(len(PARTS)), ids=lambda part: PARTS[part] or "the rest")
-def test_the_plain_kernels_in_the_interpreter(part):
+def interpret(*chosen):
     """Whether Triton interprets is decided when it is imported, so not in this process but in one of its own."""
     file = Path(__file__).with_name("interpreted_kernels.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
-    chosen = [f"({PARTS[part]})"] if PARTS[part] else []
-    words = " and ".join([*chosen, *(f"not ({earlier})" for earlier in PARTS[:part])])
     how = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run([*command, "-k", words], text=True, check=False, **how)
+    done = subprocess.run([*command, *chosen], text=True, check=False, **how)
     assert done.returncode == 0, done.stdout[-8000:]
+
+
+@pytest.mark.parametrize("part", range(len(PARTS)), ids=lambda part: PARTS[part] or "the rest")
+def test_the_plain_kernels_in_the_interpreter(part):
+    chosen = [f"({PARTS[part]})"] if PARTS[part] else []
+    interpret("-k", " and ".join([*chosen, *(f"not ({earlier})" for earlier in PARTS[:part])]))
+
+
+@pytest.mark.nightly
+def test_more_of_the_plain_kernels_in_the_interpreter():
+    interpret("-m", "nightly")
 
 
 # -------------------------------------------------------------------------------------------------- which kernel runs

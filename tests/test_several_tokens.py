@@ -112,18 +112,18 @@ def test_positions_that_may_stand_anywhere_are_attended_densely():
 
 
 def lookup(model, inputs):
-    return model.generate(**inputs, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
+    return model.generate(**inputs, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=3)
 
 
 def assisted(model, inputs):
-    return model.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=hf_model(seed=3))
+    return model.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=hf_model(seed=3))
 
 
 @pytest.mark.parametrize("speculate", [lookup, *at_night([assisted])])
 def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(speculate):
     inputs = prompt(batch=1)
     with pruned_generation(0.5, 0.5, WINDOW):
-        expected = hf_model().generate(**inputs, max_new_tokens=24, do_sample=False)
+        expected = hf_model().generate(**inputs, max_new_tokens=16, do_sample=False)
     model = hf_model()
     model.compile(backend="mustafar", options=OPTIONS)
     with explain() as report:
