@@ -29,7 +29,6 @@ def _probe(module: str, name: str) -> Any:
 
 compile_fx: Callable = _probe("torch._inductor.compile_fx", "compile_fx")
 inductor_config = _probe("torch._inductor", "config")
-functorch_config = _probe("torch._functorch", "config")
 list_mode_options: Callable[..., dict] = _probe("torch._inductor", "list_mode_options")
 TracingContext = _probe("torch._guards", "TracingContext")
 FakeTensor = _probe("torch._subclasses", "FakeTensor")
@@ -123,13 +122,14 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def inductor_options(options: dict[str, Any]) -> Iterator[None]:
-    """Inductor's config with ``options`` set.
+def inductor_options(options: dict[str, Any], digest: str) -> Iterator[None]:
+    """Inductor's config with ``options`` set, and ``digest`` in the keys of its caches on disk.
 
-    The cache of AOTAutograd is off: its key names our ops but not their code, so an upgrade would run stale kernels.
-    Inductor's own cache is keyed on what the ops decompose to and stays on.
+    The key of AOTAutograd's cache names our ops but not their code, so after an upgrade stale code would run. This
+    table is part of the key, and made for such digests.
     """
-    with inductor_config.patch(options), functorch_config.patch(enable_autograd_cache=False):
+    known = "unsafe_marked_cacheable_functions"
+    with inductor_config.patch({**options, known: getattr(inductor_config, known) | {"mustafar_compile": digest}}):
         yield
 
 

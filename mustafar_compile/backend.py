@@ -14,6 +14,7 @@ from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs, Places, is_step, why_not
 from .calling.example_inputs import add_calling_convention
+from .digest import code_digest
 from .errors import NothingMatchedError
 from .lowering import ops
 from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
@@ -45,14 +46,14 @@ def mustafar(
     """
     settings, inductor = read_options(mode, options)
     rewritten = _rewritten(gm, example_inputs, settings)
-    with _compat.inductor_options(inductor):
+    with _compat.inductor_options(inductor, code_digest()):
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
             return gm  # op by op, which decompresses: Inductor would need plain tensors
         if rewritten is None:
             return _compat.compile_fx(gm, example_inputs)
         plan, inputs = rewritten
         wrap = _launching(plan, inputs) if inductor.get("triton.cudagraphs", True) else None
-        with _compat.inductor_options({"triton.cudagraphs": False}):
+        with _compat.inductor_config.patch({"triton.cudagraphs": False}):
             compiled = _compat.compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
