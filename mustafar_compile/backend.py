@@ -12,8 +12,9 @@ from . import _compat
 from .cache.release import check_releasable
 from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
-from .calling.cuda_graphs import CudaGraphs, Places, is_step, why_not
+from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
+from .calling.recordable import Places, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
 from .lowering import ops

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from compilers import without_compiler
 from models import BufferModel, hf_model, prompt
 from mustafar_compile import cache_stats, explain, prepare
 from mustafar_compile.calling import cuda_graphs
-from mustafar_compile.calling.cuda_graphs import KEPT, Places
+from mustafar_compile.calling.cuda_graphs import KEPT, CudaGraphs
+from mustafar_compile.calling.recordable import Places
+from mustafar_compile.reporting.explain import record_call
 from reference import pruned_generation
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -62,6 +66,100 @@ def test_a_call_is_known_by_addresses_numbers_and_sizes():
     assert places.key([weight, small.clone(), cache, 7]) == key
     for changed in ([weight, small, cache, 8], [weight, small, cache.clone(), 7], [weight, small, cache[:, :4], 7]):
         assert places.key(changed) != key
+
+
+class Step:
+    """A step that adds its token to a cache and counts, and ``CudaGraphs`` of it on a CPU: a replay runs it again."""
+
+    def __init__(self, monkeypatch, function=None):
+        self.captured, self.ran, self.restored = 0, 0, []
+        self.graphs = CudaGraphs(function or self.step, Places([0], [1, 2], [2], [3]), torch.device("cuda", 0))
+        device = SimpleNamespace(lock=threading.Lock(), recording=None)
+        monkeypatch.setattr(cuda_graphs, "_device", lambda index: device)
+        monkeypatch.setattr(cuda_graphs, "capture", self.capture)
+        for name, what in {
+            "is_current_stream_capturing": lambda: False,
+            "device": lambda index: nullcontext(),
+            "current_stream": lambda: "the stream",
+            "graph_pool_handle": lambda: "the pool",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, what)
+
+    def step(self, cache, token, length, factor):
+        self.ran += 1
+        cache.add_(token * factor)
+        length.add_(1)
+        return cache.sum() + length, cache, length, factor, None
+
+    def capture(self, function, pool, stream):
+        """As of a CUDA graph: what the function did is undone, and a replay does it."""
+        self.captured += 1
+        before = [(x, x.clone()) for x in function.args if isinstance(x, torch.Tensor)]
+        results = function()
+        for x, value in before:
+            x.copy_(value)
+
+        def replay():
+            for kept, new in zip(results, function(), strict=True):
+                if isinstance(kept, torch.Tensor) and kept is not new:
+                    kept.copy_(new)
+
+        return results, replay
+
+
+def test_calls_replayed_equal_calls_that_are_not(monkeypatch):
+    plain, step = Step(monkeypatch), Step(monkeypatch)  # the later one captures
+    mine, other, kept = [torch.zeros(3), torch.tensor(0.0)], [torch.zeros(3), torch.tensor(0.0)], []
+    for i in range(6):
+        token = torch.full((3,), float(i))
+        out, expected = step.graphs(mine[0], token, mine[1], 2), plain.step(other[0], token, other[1], 2)
+        assert out[1] is mine[0], "an input that is returned stays what it is"
+        assert out[2] is mine[1]
+        assert list(out[3:]) == [2, None]
+        kept.append((out[0], expected[0].clone()))
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    assert all(torch.equal(a, b) for a, b in kept), "no result was overwritten"
+    assert step.captured == 1
+
+
+def test_a_new_cache_or_number_is_recorded_at_its_second_call(monkeypatch):
+    step, length = Step(monkeypatch), torch.tensor(0.0)
+    caches = [torch.zeros(3) for _ in range(KEPT + 2)]
+    for i, cache in enumerate(caches):
+        for _ in range(3):
+            step.graphs(cache, torch.ones(3), length, 2)
+        assert step.captured == i + 1
+        assert len(step.graphs.recordings) == min(i + 1, KEPT)
+    step.graphs(caches[-1], torch.ones(3), length, 3)
+    assert step.captured == len(caches), "a number that is used once"
+    step.graphs(caches[-2], torch.ones(3), length, 2)
+    assert step.captured == len(caches), "one of the latest"
+    assert length == 3 * len(caches) + 2
+
+
+def test_recordings_hold_nothing_that_they_are_bound_to(monkeypatch):
+    step, cache = Step(monkeypatch), torch.zeros(3)
+    monkeypatch.setattr(cuda_graphs, "capture", lambda function, *_: (function()[:1], lambda: None))
+    for _ in range(3):
+        step.graphs(cache, torch.ones(3), torch.tensor(0.0), 2)
+    assert len(step.graphs.recordings) == 1
+    alive = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("of", ["cache", "token"])
+def test_a_step_that_returns_a_view_of_an_input_is_not_recorded(of, monkeypatch):
+    step = Step(monkeypatch, lambda cache, token, length, factor: [{"cache": cache, "token": token}[of][:2]])
+    cache, token = torch.zeros(3), torch.ones(3)
+    with explain() as report:
+        for _ in range(4):
+            (out,) = step.graphs(cache, token, torch.tensor(0.0), 2)
+            assert out.data_ptr() == {"cache": cache, "token": token}[of].data_ptr()
+        record_call()  # the report warns of a block in which nothing ran
+    assert step.captured == 1
+    assert [notice.split(": ")[1] for notice in report.notices] == ["it returns a view of an input"]
 
 
 def test_preparing_a_model_on_a_cpu_compiles_it():
@@ -133,7 +231,7 @@ def embedded(seed=0, steps=8):
 
 @needs_gpu
 def test_results_are_not_overwritten_by_later_steps(captured):
-    inputs, eager = embedded(), BufferModel().cuda()
+    inputs = embedded()
     torch.manual_seed(0)
     eager, model = BufferModel().cuda(), BufferModel().cuda()
     model.load_state_dict(eager.state_dict())
@@ -142,6 +240,17 @@ def test_results_are_not_overwritten_by_later_steps(captured):
     assert len(captured) == 1
     for mine, other in zip(kept, steps_of(eager, eager.step, inputs), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_a_recording_of_inference_mode_serves_others(captured):
+    inputs, model = embedded(), BufferModel().cuda()
+    step = torch.compile(model.step, backend="mustafar")
+    expected = steps_of(model, step, inputs)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            mine = steps_of(model, step, inputs)
+        assert all(torch.equal(x, other) for x, other in zip(mine, expected, strict=True))
 
 
 @needs_gpu

@@ -8,7 +8,6 @@ addresses; none keeps a cache alive; and what a call returns is its own, so no l
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -19,76 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from ..lowering import ops
-from ..patterns.rewriting.plan import Argument, Compressed, Extended, Plan
 from ..reporting.notices import notify
-from .example_inputs import is_written
+from .recordable import Places
 
 Function = Callable[..., Sequence[Any]]
 
 KEPT = 4
 """Recordings of a step, so that a few caches can take turns."""
-
-_MOST_COPIED = 2**16
-"""Bytes of an input that a call copies. What is larger is bound."""
-
-
-def why_not(plan: Plan, examples: Sequence[Any]) -> str:
-    """Why the decode step of a plan cannot run as a CUDA graph, "" where it can."""
-    if any(isinstance(output, Compressed) for output in plan.outputs):
-        return "it makes a cache, which its next replay would overwrite"
-    if any(isinstance(output, Extended) for output in plan.outputs) and _numbers(examples):
-        return "its caches grow, and their length is a number in the graph"
-    devices = {x.device.type for x in examples if isinstance(x, Tensor)}
-    return "" if devices == {"cuda"} else f"its inputs are on {' and '.join(sorted(devices))}"
-
-
-def is_step(plan: Plan) -> bool:
-    """Whether a plan is of decode steps alone. Prompts are of many lengths, each of which would be recorded."""
-    targets = {node.target for node in plan.module.graph.nodes}
-    return ops.decode_attention in targets and not {ops.compress, ops.decompress} & targets
-
-
-def _numbers(examples: Sequence[Any]) -> list[int]:
-    return [i for i, x in enumerate(examples) if not isinstance(x, Tensor)]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Of the inputs of a step, by place.
-
-    bound: tensors that a recording is bound to where they are, such as weights and caches. copied: small tensors whose
-    values each call brings. written: those of the copied that the step writes. numbers: what is no tensor. varying:
-    tensors of which a size may change.
-    """
-
-    bound: Sequence[int] = ()
-    copied: Sequence[int] = ()
-    written: Sequence[int] = ()
-    numbers: Sequence[int] = ()
-    varying: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, plan: Plan, examples: Sequence[Any]) -> Places:
-        """Those of the inputs of ``plan``."""
-        tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
-        nodes = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
-        copied = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and _is_small(x)]
-        return cls(
-            bound=[i for i in tensors if i not in copied],
-            copied=copied,
-            written=[i for i in copied if is_written(nodes[i])],
-            numbers=_numbers(examples),
-            varying=[i for i, x in tensors.items() if not all(isinstance(size, int) for size in x.shape)],
-        )
-
-    def key(self, inputs: Sequence[Any]) -> Hashable:
-        """What two calls must have in common to share a recording."""
-        return (
-            *[inputs[i].data_ptr() for i in self.bound],
-            *[inputs[i] for i in self.numbers],
-            *[inputs[i].shape for i in self.varying],
-        )
 
 
 @dataclass(frozen=True)
@@ -114,12 +50,6 @@ class _Device:
 @functools.cache
 def _device(index: int) -> _Device:
     return _Device(torch.cuda.Stream(index))
-
-
-def _is_small(x: Tensor) -> bool:
-    """Whether an input is to be copied. Weights are not, which are many."""
-    size = x.dtype.itemsize * math.prod(map(_compat.hint, x.shape))
-    return not isinstance(x, torch.nn.Parameter) and size <= _MOST_COPIED
 
 
 class NotRecordableError(RuntimeError):
@@ -172,10 +102,10 @@ class CudaGraphs:
 
     def _record(self, given: Sequence[Any]) -> Recording:
         inputs = list(given)
-        for i in self.places.copied:
-            inputs[i] = torch.empty_strided(
-                given[i].shape, given[i].stride(), dtype=given[i].dtype, device=given[i].device
-            )
+        with torch.inference_mode(False):  # to be copied into in either mode
+            for i in self.places.copied:
+                x = given[i]
+                inputs[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         if not self.recordings:  # a pool ends with the last recording in it
             self.pool = torch.cuda.graph_pool_handle()
         results, replay = capture(functools.partial(self.function, *inputs), self.pool, _device(self.index).recording)
