@@ -41,7 +41,6 @@ forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_t
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
 foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
-WeakTensorKeyDictionary = _probe("torch.utils.weak", "WeakTensorKeyDictionary")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
 exit_autocast: Callable = _probe("torch.amp.autocast_mode", "_exit_autocast")
 

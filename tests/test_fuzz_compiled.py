@@ -22,7 +22,8 @@ from live_caches import Shape
 from live_models import OwnModel
 from live_transformers import CACHES, TransformersModel
 from mustafar_compile import CompressedKV, explain
-from mustafar_compile.cache.attached import find_state
+from mustafar_compile.cache.attached import States, find_state
+from mustafar_compile.cache.memory import place_of
 from mustafar_compile.lowering import ops
 from nightly import mostly_at_night
 from test_fuzz_cache import TOLERANCE, saved_and_loaded
@@ -162,7 +163,8 @@ class LiveModels(RuleBasedStateMachine):
         assert torch.equal(held[:, :, : history.tokens], seen if compressed else exact)
         if history.of_caller and history.held is not None:
             state = find_state(tensor)
-            assert state.version == tensor._version
+            assert state is States.beside(tensor).by_place[place_of(tensor)]
+            assert state.valid
             assert torch.equal(ops.decompress(state.buffers, state.format.encode(), history.tokens), seen)
 
 

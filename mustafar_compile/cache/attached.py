@@ -4,6 +4,9 @@ A cache that the caller allocates densely (HF's static cache with an eager prefi
 is and is kept up to date, so whoever else reads it reads right values. Decode attention reads the compressed state
 attached to it. The dense tensor's version counter tells when somebody else wrote, and the state is made anew.
 
+States are tied to the memory, not to the tensor that views it: one tensor may hold the caches of all layers, and a view
+of it be made anew at each step. All views of a tensor count versions together.
+
 Where ``release_dense`` asks for it, the dense memory is given back and the attached state is all that there is.
 """
 
@@ -11,35 +14,66 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _compat
 from ..errors import ReleaseError
 from ..lowering import ops
 from ..lowering.format import Format
 from ..patterns.rewriting.plan import Attached
+from .memory import Place, overlap, place_of
 from .release import is_released, release
+
+_NAME = "_mustafar_states"  # of an attribute of a storage
 
 
 @dataclass
 class AttachedState:
-    """Buffers of a format, compressed from a dense cache and valid while the cache is at ``version``."""
+    """Buffers of a format, compressed from a dense cache. valid: whether they hold what the cache holds."""
 
     format: Format
     buffers: list[Tensor]
-    version: int = -1
+    valid: bool = True
 
 
-_states: Any = _compat.WeakTensorKeyDictionary()
+@dataclass
+class States:
+    """The states of all dense caches in one storage, which do not overlap.
+
+    version: of the tensors there, at which those that are valid are so.
+    """
+
+    version: int
+    by_place: dict[Place, AttachedState] = field(default_factory=dict)
+
+    @classmethod
+    def beside(cls, dense: Tensor) -> States:
+        """Those in the storage of ``dense``; none is valid any more where somebody else wrote."""
+        storage, version = dense.untyped_storage(), dense._version
+        states: States | None = getattr(storage, _NAME, None)
+        if states is None:
+            states = cls(version)
+            setattr(storage, _NAME, states)
+        elif states.version != version:
+            states.version = version
+            for state in states.by_place.values():
+                state.valid = False
+        return states
+
+    def add(self, place: Place, state: AttachedState) -> AttachedState:
+        """Put ``state`` where it takes the place of all that overlap it."""
+        self.by_place = {other: kept for other, kept in self.by_place.items() if not overlap(place, other)}
+        self.by_place[place] = state
+        return state
 
 
 def find_state(dense: Tensor) -> AttachedState | None:
-    """The state attached to ``dense``, if any."""
-    return _states.get(dense)
+    """The state attached to the memory of ``dense``, if any."""
+    states: States | None = getattr(dense.untyped_storage(), _NAME, None)
+    return None if states is None else states.by_place.get(place_of(dense))
 
 
 class StateFinder:
@@ -47,22 +81,30 @@ class StateFinder:
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
-        self.latest: tuple[weakref.ref[Tensor], weakref.ref[AttachedState]] | None = None
+        self.latest: tuple[weakref.ref, ...] | None = None  # dense tensor, states of its storage, its state
 
     def __call__(self, arguments: Sequence[Any]) -> AttachedState:
         """As ``current_state``."""
         dense = arguments[self.attached.index]
-        if self.latest is not None and self.latest[0]() is dense:
-            state = self.latest[1]()
-            if state is not None and self._holds(state, dense):
+        if self.latest is not None:
+            known, states, state = (ref() for ref in self.latest)
+            if known is dense and states is not None and state is not None and self._holds(dense, states, state):
                 return state
         state = current_state(self.attached, arguments)
         if isinstance(self.attached.batch, int):
-            self.latest = weakref.ref(dense), weakref.ref(state)
+            self.latest = weakref.ref(dense), weakref.ref(States.beside(dense)), weakref.ref(state)
         return state
 
-    def _holds(self, state: AttachedState, dense: Tensor) -> bool:
-        return is_released(dense) if self.attached.releases else state.version == dense._version
+    def _holds(self, dense: Tensor, states: States, state: AttachedState) -> bool:
+        if self.attached.releases:
+            return is_released(dense)
+        return state.valid and states.version == dense._version
+
+    def keep(self, arguments: Sequence[Any]) -> None:
+        """What a step wrote is in the state, too."""
+        dense = arguments[self.attached.index]
+        states = self.latest[1]() if self.latest is not None and self.latest[0]() is dense else None
+        (states or getattr(dense.untyped_storage(), _NAME)).version = dense._version
 
 
 def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState:
@@ -72,7 +114,8 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
     """
     dense = arguments[attached.index]
     batch = attached.batch if isinstance(attached.batch, int) else arguments[attached.batch.index]
-    state = _states.get(dense)
+    states, place = States.beside(dense), place_of(dense)
+    state = states.by_place.get(place)
     fits = state is not None and _fits(state, attached, batch)
     if is_released(dense):
         if not (fits and attached.releases):
@@ -82,9 +125,12 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
                 "with which it was compressed. Take a new cache"
             )
         return state
-    if not fits or attached.releases or state.version != dense._version:
+    if not fits or attached.releases or not state.valid:
         buffers = _compress(dense[:batch], attached, arguments)
-        state = _states[dense] = _renewed(state, buffers) if fits else AttachedState(attached.format, buffers)
+        if fits:
+            _renew(state, buffers)
+        else:
+            state = states.add(place, AttachedState(attached.format, buffers))
     if attached.releases:
         release(dense)
     return state
@@ -97,11 +143,11 @@ def _compress(dense: Tensor, attached: Attached, arguments: Sequence[Any]) -> li
     return ops.compress(rows, tokens, attached.format.encode(), rows.shape[2])
 
 
-def _renewed(state: AttachedState, buffers: Sequence[Tensor]) -> AttachedState:
-    """``state`` with other contents at the same addresses, to which CUDA graphs are bound."""
+def _renew(state: AttachedState, buffers: Sequence[Tensor]) -> None:
+    """Give ``state`` other contents at the same addresses, to which CUDA graphs are bound."""
     for mine, new in zip(state.buffers, buffers, strict=True):
         mine.copy_(new)
-    return state
+    state.valid = True
 
 
 def _fits(state: AttachedState, attached: Attached, batch: int) -> bool:

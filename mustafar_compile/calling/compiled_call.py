@@ -41,8 +41,8 @@ class CompiledCall:
             for output in self.extended:  # others are told where their tokens go, so they can take them in again
                 arguments[output.index].undo()
             raise
-        for index, state in states.items():
-            state.version = arguments[index]._version
+        for find in self.attached.values():
+            find.keep(arguments)
         return [_result(output, arguments, results) for output in self.outputs]
 
 

@@ -1,0 +1,40 @@
+"""Where tensors lie in their storages."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+Place = tuple[int, tuple[int, ...], tuple[int, ...], int]
+"""Of a tensor in its storage: offset, shape and strides, in elements, and bytes of an element."""
+
+_MOST_WORK = 10_000  # of a search that could take exponentially long
+
+
+def place_of(tensor: Tensor) -> Place:
+    """The place of ``tensor``. Two tensors of one storage and place are views of the same elements."""
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.element_size()
+
+
+class _Elements:
+    """A place as an array of numpy, which looks at addresses and not at what is there."""
+
+    def __init__(self, place: Place) -> None:
+        offset, shape, strides, size = place
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (size * (offset + 1), True),  # of no address 0
+            "shape": shape,
+            "strides": tuple(size * stride for stride in strides),
+            "typestr": f"|V{size}",
+        }
+
+
+def overlap(a: Place, b: Place) -> bool:
+    """Whether two places of one storage, of elements of one size, share any. True where that is too hard to tell."""
+    if a[3] != b[3]:
+        return True
+    try:
+        return np.shares_memory(np.asarray(_Elements(a)), np.asarray(_Elements(b)), max_work=_MOST_WORK)
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,118 @@
+"""State attached to the memory of dense caches: found through any view of it, and only while it holds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compilers import without_compiler
+from mustafar_compile import cache_stats
+from mustafar_compile.cache import attached
+from mustafar_compile.cache.memory import overlap, place_of
+
+LAYERS, BATCH, HEADS, SLOTS, DIM = 2, 2, 2, 24, 16
+
+
+def step(query, key, value, keys, values, positions):
+    keys[:, :, positions] = key
+    values[:, :, positions] = value
+    mask = torch.arange(keys.shape[2]) <= positions[:, None]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+def rows(tokens, seed, batch=BATCH):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, HEADS, tokens, DIM, generator=generator) for _ in range(3)]
+
+
+STACKED = {  # how to view K or V of a layer
+    "layers first": ((2, LAYERS, BATCH, HEADS, SLOTS, DIM), lambda x, role, layer: x[role][layer]),
+    "batch first": ((2, BATCH, LAYERS, HEADS, SLOTS, DIM), lambda x, role, layer: x[role][:, layer]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    torch._dynamo.reset()
+    with torch.no_grad(), without_compiler():
+        yield
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A list with an item for each dense cache that is compressed."""
+    items, compress = [], attached._compress
+    monkeypatch.setattr(attached, "_compress", lambda *given: items.append(1) or compress(*given))
+    return items
+
+
+def compiled(**how):
+    options = {"key_sparsity": 0.0, "value_sparsity": 0.0, "window": 4, "strict": True}
+    return torch.compile(step, backend="mustafar", options=options, **how)
+
+
+@pytest.mark.parametrize(("shape", "view"), STACKED.values(), ids=STACKED)
+def test_views_of_one_tensor_that_are_made_anew_at_each_step_keep_their_state(shape, view, made):
+    stacked, twin, fast = torch.zeros(shape), torch.zeros(shape), compiled()
+    for at, tokens in [(0, 7), *((i, 1) for i in range(7, 14))]:
+        positions = torch.arange(at, at + tokens)
+        for layer in range(LAYERS):
+            given = rows(tokens, 100 * at + layer)
+            out, expected = (
+                run(*given, *(view(x, role, layer) for role in range(2)), positions)
+                for run, x in ((fast if tokens == 1 else step, stacked), (step, twin))
+            )
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(stacked, twin)
+    assert len(made) == 2 * LAYERS, "K and V of each layer are compressed once"
+    assert cache_stats([view(stacked, role, 0) for role in range(2)]).compressed_tensors == 2
+
+
+def test_a_foreign_write_into_one_view_is_noticed_through_another(made):
+    (shape, view), fast = STACKED["layers first"], compiled()
+    stacked = torch.zeros(shape)
+    step(*rows(7, 0), *(view(stacked, role, 0) for role in range(2)), torch.arange(7))
+    for at in range(7, 10):
+        if at == 9:
+            stacked[0, 0, :, :, 3] = 5.0
+        twin, given, position = stacked.clone(), rows(1, at), torch.tensor([at])
+        out = fast(*given, *(view(stacked, role, 0) for role in range(2)), position)
+        expected = step(*given, *(view(twin, role, 0) for role in range(2)), position)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert len(made) == 2 + 2
+
+
+def test_states_of_views_that_overlap_do_not_gather():
+    keys, values = (torch.zeros(4, HEADS, SLOTS, DIM) for _ in range(2))
+    step(*rows(7, 0, batch=4), keys, values, torch.arange(7))
+    fast = compiled(dynamic=False)
+    for at, batch in zip(range(7, 13), (2, 3, 4, 2, 3, 4), strict=True):
+        twins, given, position = [keys.clone(), values.clone()], rows(1, at, batch), torch.tensor([at])
+        out = fast(*given, keys[:batch], values[:batch], position)
+        expected = step(*given, *(x[:batch] for x in twins), position)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    for cache in (keys, values):
+        assert list(attached.States.beside(cache).by_place) == [place_of(cache)], "the latest"
+
+
+def elements(x):
+    """Where the elements of a small tensor lie in its storage."""
+    indices = itertools.product(*map(range, x.shape))
+    return {x.storage_offset() + sum(i * s for i, s in zip(index, x.stride(), strict=True)) for index in indices}
+
+
+@st.composite
+def views(draw):
+    sizes = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+    strides = draw(st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes)))
+    return torch.zeros(100).as_strided(sizes, strides, draw(st.integers(0, 30)))
+
+
+@given(views(), views())
+def test_overlap_is_that_of_elements(a, b):
+    assert overlap(place_of(a), place_of(b)) == bool(elements(a) & elements(b))
