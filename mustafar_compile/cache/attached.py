@@ -81,14 +81,14 @@ class StateFinder:
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
-        self.latest: tuple[weakref.ref, ...] | None = None  # dense tensor, states of its storage, its state
+        self.latest: tuple[weakref.ref[Tensor], weakref.ref[States], weakref.ref[AttachedState]] | None = None
 
     def __call__(self, arguments: Sequence[Any]) -> AttachedState:
         """As ``current_state``."""
-        dense = arguments[self.attached.index]
-        if self.latest is not None:
-            known, states, state = (ref() for ref in self.latest)
-            if known is dense and states is not None and state is not None and self._holds(dense, states, state):
+        dense: Tensor = arguments[self.attached.index]
+        if self.latest is not None and self.latest[0]() is dense:
+            states, state = self.latest[1](), self.latest[2]()
+            if states is not None and state is not None and self._holds(dense, states, state):
                 return state
         state = current_state(self.attached, arguments)
         if isinstance(self.attached.batch, int):
@@ -116,21 +116,22 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
     batch = attached.batch if isinstance(attached.batch, int) else arguments[attached.batch.index]
     states, place = States.beside(dense), place_of(dense)
     state = states.by_place.get(place)
-    fits = state is not None and _fits(state, attached, batch)
+    if state is not None and not _fits(state, attached, batch):
+        state = None
     if is_released(dense):
-        if not (fits and attached.releases):
+        if state is None or not attached.releases:
             raise ReleaseError(
                 "a KV cache whose dense memory was given back is used through another tensor, or by a step compiled "
                 "without release_dense or with another sparsity or window; accepted are the tensor and the settings "
                 "with which it was compressed. Take a new cache"
             )
         return state
-    if not fits or attached.releases or not state.valid:
+    if state is None or attached.releases or not state.valid:
         buffers = _compress(dense[:batch], attached, arguments)
-        if fits:
-            _renew(state, buffers)
-        else:
+        if state is None:
             state = states.add(place, AttachedState(attached.format, buffers))
+        else:
+            _renew(state, buffers)
     if attached.releases:
         release(dense)
     return state

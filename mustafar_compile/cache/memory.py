@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], int]
 """Of a tensor in its storage: offset, shape and strides, in elements, and bytes of an element."""
 
-_MOST_WORK = 10_000  # of a search that could take exponentially long
+_MOST_WORK: Any = 10_000  # of a search that could take exponentially long; numpy's stubs admit two values only
 
 
 def place_of(tensor: Tensor) -> Place:
     """The place of ``tensor``. Two tensors of one storage and place are views of the same elements."""
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.element_size()
 
 
 class _Elements:

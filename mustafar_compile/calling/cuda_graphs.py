@@ -139,7 +139,7 @@ def _without_inputs(results: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     """``results`` with the inputs among them named. Raises NotRecordableError for a view of one."""
     places = {id(x): i for i, x in enumerate(inputs) if _is_tensor(x)}
     storages = {x.untyped_storage().data_ptr() for x in inputs if _is_tensor(x)}
-    named = [_Input(places[id(x)]) if id(x) in places else x for x in results]
+    named: list[Any] = [_Input(places[id(x)]) if id(x) in places else x for x in results]
     if any(_is_tensor(x) and x.untyped_storage().data_ptr() in storages for x in named):
         raise NotRecordableError("it returns a view of an input")
     return named
