@@ -63,8 +63,8 @@ def mustafar(
 
 def _launching(plan: Plan, inputs: Sequence[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """What makes CUDA graphs of the calls of a plan, None where it runs as it is. The report says which."""
-    device = next(x.device for x in inputs if isinstance(x, torch.Tensor))
-    if device.type != "cuda" or not is_step(plan):
+    device = next((x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
+    if device is None or not is_step(plan):
         return None
     reason = why_not(plan, inputs)
     record_launching(reason)

@@ -295,6 +295,7 @@ def test_positions_may_be_of_the_host():
         for x, at, out in zip(inputs, starts, expected, strict=True):
             torch.testing.assert_close(step(x, at), out, rtol=1e-4, atol=1e-4)
     assert len(report.matched) == 1
+    assert report.launching == ["decode steps run without CUDA graphs: its inputs are on cpu and cuda:0"]
 
 
 @pytest.mark.parametrize(("what", "message"), [("nothing", ""), ("position", OUT_OF_PLACE), ("mask", UNWRITTEN)])
