@@ -49,14 +49,18 @@ class States:
     version: int
     by_place: dict[Place, AttachedState] = field(default_factory=dict)
 
+    @staticmethod
+    def known(dense: Tensor) -> States | None:
+        """Those in the storage of ``dense`` as they are, None where there were never any."""
+        return getattr(dense.untyped_storage(), _NAME, None)
+
     @classmethod
     def beside(cls, dense: Tensor) -> States:
         """Those in the storage of ``dense``; none is valid any more where somebody else wrote."""
-        storage, version = dense.untyped_storage(), dense._version
-        states: States | None = getattr(storage, _NAME, None)
+        states, version = cls.known(dense), dense._version
         if states is None:
             states = cls(version)
-            setattr(storage, _NAME, states)
+            setattr(dense.untyped_storage(), _NAME, states)
         elif states.version != version:
             states.version = version
             for state in states.by_place.values():
@@ -72,7 +76,7 @@ class States:
 
 def find_state(dense: Tensor) -> AttachedState | None:
     """The state attached to the memory of ``dense``, if any."""
-    states: States | None = getattr(dense.untyped_storage(), _NAME, None)
+    states = States.known(dense)
     return None if states is None else states.by_place.get(place_of(dense))
 
 
@@ -103,8 +107,9 @@ class StateFinder:
     def keep(self, arguments: Sequence[Any]) -> None:
         """What a step wrote is in the state, too."""
         dense = arguments[self.attached.index]
-        states = self.latest[1]() if self.latest is not None and self.latest[0]() is dense else None
-        (states or getattr(dense.untyped_storage(), _NAME)).version = dense._version
+        states = States.known(dense)
+        assert states is not None, "the step took one of them"
+        states.version = dense._version
 
 
 def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..lowering import ops
-from ..patterns.rewriting.plan import Argument, Compressed, Extended, Plan
+from ..patterns.rewriting.plan import Argument, Extended, Plan
 from .example_inputs import is_written
 
 _MOST_COPIED = 2**16
@@ -20,15 +20,17 @@ _MOST_COPIED = 2**16
 
 
 def is_step(plan: Plan) -> bool:
-    """Whether a plan is of decode steps alone. Prompts are of many lengths, each of which would be recorded."""
+    """Whether a plan is of decode steps alone.
+
+    Prompts are of many lengths, each of which would be recorded. A cache that a graph makes, which takes a compress,
+    would be overwritten by the next replay.
+    """
     targets = {node.target for node in plan.module.graph.nodes}
     return ops.decode_attention in targets and not {ops.compress, ops.decompress} & targets
 
 
 def why_not(plan: Plan, examples: Sequence[Any]) -> str:
     """Why the decode step of a plan cannot run as a CUDA graph, "" where it can. examples: its example inputs."""
-    if any(isinstance(output, Compressed) for output in plan.outputs):
-        return "it makes a cache, which its next replay would overwrite"
     if any(isinstance(output, Extended) for output in plan.outputs) and _numbers(examples):
         return "its caches grow, and their length is a number in the graph"
     devices = sorted({str(x.device) for x in examples if isinstance(x, Tensor)})
