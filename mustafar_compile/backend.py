@@ -14,7 +14,7 @@ from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
-from .calling.recordable import Places, is_step, why_not
+from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
 from .lowering import ops
@@ -23,6 +23,8 @@ from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.nodes import drop_meta
 from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
+from .patterns.rewriting.free_of_lengths import LengthError
+from .patterns.rewriting.lengths import free_of_lengths, lengths_of
 from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
 from .policy import policy
@@ -61,17 +63,23 @@ def mustafar(
         return CompiledCall(plan, compiled if wrap is None else wrap(compiled), growing)
 
 
-def _launching(plan: Plan, inputs: Sequence[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-    """What makes CUDA graphs of the calls of a plan, None where it runs as it is. The report says which."""
-    device = next((x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
+def _launching(plan: Plan, inputs: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """What makes CUDA graphs of the calls of a plan, None where it runs as it is. The report says which.
+
+    inputs: its example inputs, which get one more where the step has lengths.
+    """
+    device = graph_device(inputs)
     if device is None or not is_step(plan):
         return None
-    reason = why_not(plan, inputs)
+    lengths, reason = lengths_of(plan, inputs), why_not(inputs)
+    places = Places.of(plan, inputs, lengths)
+    if lengths and not reason:
+        try:
+            inputs.append(free_of_lengths(plan, lengths, device))
+        except LengthError as error:
+            reason = str(error)
     record_launching(reason)
-    if reason:
-        return None
-    places = Places.of(plan, inputs)
-    return lambda compiled: CudaGraphs(compiled, places, device)
+    return None if reason else lambda compiled: CudaGraphs(compiled, places, device)
 
 
 def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> tuple[Plan, list[Any]] | None:

@@ -31,10 +31,12 @@ KEPT = 4
 class Recording:
     """A step at fixed addresses.
 
-    inputs: those that are copied. results: of each replay; an input that the step returns is its place among all.
+    inputs: those that are copied. lengths: true ones, tensors []. results: of each replay; an input that the step
+    returns is its place among all.
     """
 
     inputs: list[Tensor]
+    lengths: list[Tensor]
     results: list[Any]
     replay: Callable[[], None]
 
@@ -57,22 +59,27 @@ class NotRecordableError(RuntimeError):
 
 
 class CudaGraphs:
-    """``function``, whose inputs are laid out as ``places`` says, with its calls replayed where that is possible."""
+    """``function``, whose inputs are laid out as ``places`` says, with its calls replayed where that is possible.
+
+    Where there are lengths the function has one more input, their true values, int64 on ``device``.
+    """
 
     def __init__(self, function: Function, places: Places, device: torch.device) -> None:
         self.function = function
         self.places = places
         self.index = device.index if device.index is not None else torch.cuda.current_device()
+        self.device = torch.device(device.type, self.index)
         self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self.latest: Hashable = None
+        self.latest: tuple[Hashable, Hashable] | None = None  # key of the last call
+        self.served = 0  # replays since something was recorded
         self.refused = False
         self.pool: Any = None  # of all recordings, which run one after the other
         self.stream: torch.cuda.Stream | None = None  # on which the last one ran
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self.refused or torch.cuda.is_current_stream_capturing():  # into a graph of the caller
-            return self.function(*inputs)
-        device, key = _device(self.index), self.places.key(inputs)
+            return self._plain(inputs)
+        device, key = _device(self.index), (self.places.form(inputs), self.places.addresses(inputs))
         with device.lock, torch.cuda.device(self.index):
             recording = self._recording(key, inputs)
             if recording is not None:
@@ -81,23 +88,51 @@ class CudaGraphs:
                     stream.wait_stream(before)
                 self.stream = stream
                 return self._replayed(recording, inputs)
-        return self.function(*inputs)
+        return self._plain(inputs)
 
-    def _recording(self, key: Hashable, inputs: Sequence[Any]) -> Recording | None:
-        """The recording of a call, made where the call before had the same key: the kernels are compiled by then."""
+    def _plain(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        values, lengths = self._values()
+        self._fill(lengths, inputs)
+        return self.function(*inputs, *values)
+
+    def _values(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The input for true lengths, if the function has it, and its elements."""
+        count = len(self.places.lengths)
+        values = [torch.zeros(count, dtype=torch.int64, device=self.device)] if count else []
+        return values, [element for x in values for element in x]
+
+    def _fill(self, elements: Sequence[Tensor], inputs: Sequence[Any]) -> None:
+        for element, length in zip(elements, self.places.lengths, strict=True):
+            element.fill_(length.of(inputs))
+
+    def _recording(self, key: tuple[Hashable, Hashable], inputs: Sequence[Any]) -> Recording | None:
+        """The recording of a call, made where the kernels are compiled by then and it will serve again.
+
+        That is where the call before had the same key, and where nothing but addresses is new and the last recording
+        served: a new cache takes the place of another one.
+        """
         recording = self.recordings.get(key)
-        if recording is None and key == self.latest:
-            try:
-                recording = self.recordings[key] = self._record(inputs)
-            except Exception as error:  # nothing has run yet
-                self.refused = True
-                notify(f"a decode step runs without a CUDA graph, which could not be recorded: {error}")
-                return None
-            if len(self.recordings) > KEPT:
-                self.recordings.popitem(last=False)
+        again = key == self.latest
+        if recording is None and (again or (self.served > 1 and self.latest is not None and key[0] == self.latest[0])):
+            recording = self._try_to_record(key, inputs, again)
         if recording is not None:
             self.recordings.move_to_end(key)
+            self.served += 1
         self.latest = key
+        return recording
+
+    def _try_to_record(self, key: Hashable, inputs: Sequence[Any], again: bool) -> Recording | None:
+        self.served = 0
+        try:
+            recording = self._record(inputs)
+        except Exception as error:  # nothing has run yet
+            if again:
+                self.refused = True
+                notify(f"a decode step runs without a CUDA graph, which could not be recorded: {error}")
+            return None
+        self.recordings[key] = recording
+        if len(self.recordings) > KEPT:
+            self.recordings.popitem(last=False)
         return recording
 
     def _record(self, given: Sequence[Any]) -> Recording:
@@ -105,18 +140,27 @@ class CudaGraphs:
         with torch.inference_mode(False):  # to be copied into in either mode
             for i in self.places.copied:
                 x = given[i]
-                inputs[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                inputs[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
+            for i, x in self.places.roomy(given).items():
+                inputs[i] = x
+            values, lengths = self._values()
         if not self.recordings:  # a pool ends with the last recording in it
             self.pool = torch.cuda.graph_pool_handle()
-        results, replay = capture(functools.partial(self.function, *inputs), self.pool, _device(self.index).recording)
-        return Recording([inputs[i] for i in self.places.copied], _without_inputs(results, inputs), replay)
+        step = functools.partial(self.function, *inputs, *values)
+        results, replay = capture(step, self.pool, _device(self.index).recording)
+        return Recording(
+            [inputs[i] for i in self.places.copied], lengths, _without_inputs(results, inputs + values), replay
+        )
 
     def _replayed(self, recording: Recording, inputs: Sequence[Any]) -> list[Any]:
-        if recording.inputs:
-            _compat.foreach_copy(recording.inputs, [inputs[i] for i in self.places.copied])
+        held = dict(zip(self.places.copied, recording.inputs, strict=True))
+        for i in self.places.long.keys() & held.keys():
+            held[i] = held[i][tuple(map(slice, inputs[i].shape))]
+        if held:
+            _compat.foreach_copy([*held.values()], [inputs[i] for i in held])
+        self._fill(recording.lengths, inputs)
         recording.replay()
         if self.places.written:
-            held = dict(zip(self.places.copied, recording.inputs, strict=True))
             _compat.foreach_copy([inputs[i] for i in self.places.written], [held[i] for i in self.places.written])
         return [
             inputs[result.place] if isinstance(result, _Input) else result.clone() if _is_tensor(result) else result

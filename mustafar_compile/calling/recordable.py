@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from .. import _compat
 from ..lowering import ops
-from ..patterns.rewriting.plan import Argument, Extended, Plan
+from ..patterns.graph.symbols import expression
+from ..patterns.rewriting.lengths import Length, traced_inputs
+from ..patterns.rewriting.plan import Argument, Plan
 from .example_inputs import is_written
 
 _MOST_COPIED = 2**16
 """Bytes of an input that a call copies. What is larger is bound."""
+
+_STEPS = 1024
+"""That a recording serves before a length outgrows it. The columns of masks that are computed in vain cost little."""
 
 
 def is_step(plan: Plan) -> bool:
@@ -29,12 +35,20 @@ def is_step(plan: Plan) -> bool:
     return ops.decode_attention in targets and not {ops.compress, ops.decompress} & targets
 
 
-def why_not(plan: Plan, examples: Sequence[Any]) -> str:
-    """Why the decode step of a plan cannot run as a CUDA graph, "" where it can. examples: its example inputs."""
-    if any(isinstance(output, Extended) for output in plan.outputs) and _numbers(examples):
-        return "its caches grow, and their length is a number in the graph"
+def graph_device(examples: Sequence[Any]) -> torch.device | None:
+    """The device whose work can be recorded, if there is one. examples: the example inputs of a plan."""
+    return next((x.device for x in examples if isinstance(x, Tensor) and x.device.type == "cuda"), None)
+
+
+def why_not(examples: Sequence[Any]) -> str:
+    """Why a decode step cannot run as a CUDA graph, "" where it can. examples: its example inputs."""
     devices = sorted({str(x.device) for x in examples if isinstance(x, Tensor)})
     return f"its inputs are on {' and '.join(devices)}" if len(devices) > 1 else ""
+
+
+def rounded(length: int) -> int:
+    """The size that stands for a length in a recording, which serves that many steps."""
+    return -(-length // _STEPS) * _STEPS
 
 
 @dataclass(frozen=True)
@@ -42,41 +56,68 @@ class Places:
     """Of the inputs of a step, by place.
 
     bound: tensors that a recording is bound to where they are, such as weights and caches. copied: small tensors whose
-    values each call brings. written: those of the copied that the step writes. numbers: what is no tensor. varying:
-    tensors of which a size may change.
+    values each call brings. written: those of the copied that the step writes. sizes: numbers (None), and dimensions of
+    tensors, that may change but do not from step to step. lengths: those that do. long: the dimensions of copied inputs
+    that follow from lengths.
     """
 
     bound: Sequence[int] = ()
     copied: Sequence[int] = ()
     written: Sequence[int] = ()
-    numbers: Sequence[int] = ()
-    varying: Sequence[int] = ()
+    sizes: Sequence[tuple[int, int | None]] = ()
+    lengths: Sequence[Length] = ()
+    long: Mapping[int, Mapping[int | None, sympy.Expr]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, examples: Sequence[Any]) -> Places:
-        """Those of the inputs of ``plan``."""
-        tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
+    def of(cls, plan: Plan, examples: Sequence[Any], lengths: Sequence[Length]) -> Places:
+        """Those of the inputs of ``plan``. lengths: those that its graph is free of."""
         nodes = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
-        copied = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and _is_small(x)]
+        tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
+        changing = {
+            (i, dim): expression(size)
+            for i, x in enumerate(traced_inputs(plan, examples))
+            for dim, size in (enumerate(x.shape) if i in tensors else [(None, x)])
+            if not isinstance(size, int)
+        }
+        grown = {length.symbol for length in lengths}
+        long: dict[int, dict[int | None, sympy.Expr]] = {}
+        for (i, dim), size in changing.items():
+            if size.free_symbols & grown:
+                long.setdefault(i, {})[dim] = size
+        copied = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and (i in long or _is_small(x))]
         return cls(
             bound=[i for i in tensors if i not in copied],
             copied=copied,
             written=[i for i in copied if is_written(nodes[i])],
-            numbers=_numbers(examples),
-            varying=[i for i, x in tensors.items() if not all(isinstance(size, int) for size in x.shape)],
+            sizes=[place for place, size in changing.items() if not size.free_symbols & grown],
+            lengths=lengths,
+            long=long,
         )
 
-    def key(self, inputs: Sequence[Any]) -> Hashable:
-        """What two calls must have in common to share a recording."""
+    def addresses(self, inputs: Sequence[Any]) -> Hashable:
+        """What a recording is bound to."""
+        return tuple([inputs[i].data_ptr() for i in self.bound])
+
+    def form(self, inputs: Sequence[Any]) -> Hashable:
+        """What decides on the kernels of a recording: sizes and rounded lengths."""
         return (
-            *[inputs[i].data_ptr() for i in self.bound],
-            *[inputs[i] for i in self.numbers],
-            *[inputs[i].shape for i in self.varying],
+            *[inputs[i] if dim is None else inputs[i].shape[dim] for i, dim in self.sizes],
+            *[rounded(length.of(inputs)) for length in self.lengths],
         )
 
-
-def _numbers(examples: Sequence[Any]) -> list[int]:
-    return [i for i, x in enumerate(examples) if not isinstance(x, Tensor)]
+    def roomy(self, inputs: Sequence[Any]) -> dict[int, Any]:
+        """For the long inputs what they are where lengths are rounded: numbers, and tensors of zeros."""
+        sizes = {length.symbol: rounded(length.of(inputs)) for length in self.lengths}
+        made: dict[int, Any] = {}
+        for i, long in self.long.items():
+            grown = {dim: int(size.subs(sizes)) for dim, size in long.items()}
+            if None in grown:
+                made[i] = grown[None]
+            else:
+                x = inputs[i]
+                shape = [grown.get(dim, size) for dim, size in enumerate(x.shape)]
+                made[i] = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        return made
 
 
 def _is_small(x: Tensor) -> bool:
