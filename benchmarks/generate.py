@@ -5,6 +5,7 @@
 
 eager     no compiler, dynamic cache
 hf        cache_implementation="static": compiled by transformers itself, mode="reduce-overhead"
+inductor  model.compile(), dynamic cache
 compile   model.compile(backend="mustafar"), dynamic cache
 static    the same, cache_implementation="static"
 config    CompileConfig(backend="mustafar", mode=None, options=...), static cache: an eager prompt, compiled steps
@@ -73,6 +74,11 @@ def hf(model: Any, given: argparse.Namespace) -> Row:
     return {"cache_implementation": "static"}
 
 
+def inductor(model: Any, given: argparse.Namespace) -> Row:
+    model.compile()
+    return {}
+
+
 def compiled(model: Any, given: argparse.Namespace) -> Row:
     model.compile(backend="mustafar", options=settings(given))
     return {}
@@ -96,6 +102,7 @@ def prepared(model: Any, given: argparse.Namespace) -> Row:
 WAYS: dict[str, Callable[[Any, argparse.Namespace], Row]] = {
     "eager": eager,
     "hf": hf,
+    "inductor": inductor,
     "compile": compiled,
     "static": static,
     "config": config,

@@ -26,6 +26,8 @@ from .step import COMBINE_REGISTERS, DTYPE_NAMES, MASK_PIECE, STATIC_SHARED_BYTE
 
 _COMPRESS_WARPS = 4
 _PORTABLE_PROGRAMS = 4  # to a multiprocessor
+_APPENDING_IN_PLACE = 5  # programs of ``append``, by their registers, where one of ``attend`` would run
+_GIVEN_UP = 16  # of so many programs of ``attend`` one, so that ``append`` runs beside them
 
 
 def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int) -> list[Tensor]:
@@ -92,16 +94,22 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _splits(rows: int, blocks: int, programs: int, blocks_a_round: int) -> int:
-    """Programs to share a row: as many as run at once, since a second wave would run with most of the GPU idle."""
-    return max(1, min(programs // rows, cdiv(blocks, blocks_a_round)))
+def _splits(rows: int, blocks: int, programs: int, blocks_a_round: int, beside: int = 0) -> int:
+    """Programs to share a row: as many as run at once, since a second wave would run with most of the GPU idle.
+
+    beside: room for how many of them another kernel can use. It gets that where each row gives up little.
+    """
+    most = programs // rows
+    most = max(most - most // _GIVEN_UP, (programs - beside) // rows)
+    return max(1, min(most, cdiv(blocks, blocks_a_round)))
 
 
 def _splits_for(attending: Tuned | Step, rows: int, blocks: int, device: torch.device) -> int:
     if isinstance(attending, Step):
         return _splits(rows * attending.row_tiles, blocks, _multiprocessors(device) * _PORTABLE_PROGRAMS, 1)
-    programs = _multiprocessors(device) * attending.programs
-    return _splits(rows * attending.chunks, blocks, programs, attending.warps)
+    programs, chunks = _multiprocessors(device) * attending.programs, attending.chunks
+    beside = cdiv(rows * attending.step.window_parts, _APPENDING_IN_PLACE)
+    return _splits(rows * chunks, blocks, programs, attending.warps, beside)
 
 
 def decode_attention(

@@ -245,10 +245,17 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
 
 
 def test_a_gpu_is_filled_once_and_no_split_is_empty():
-    for rows_, blocks, programs, a_round in itertools.product((1, 3, 64, 1000), (1, 5, 4096), (4, 528), (1, 4)):
-        splits = kernels._splits(rows_, blocks, programs, a_round)
+    every = itertools.product((1, 3, 64, 1000), (1, 5, 4096), (4, 528), (1, 4), (0, 16))
+    for rows_, blocks, programs, a_round, beside in every:
+        splits = kernels._splits(rows_, blocks, programs, a_round, beside)
         assert 1 <= splits <= math.ceil(blocks / a_round)
         assert splits == 1 or splits * rows_ <= programs
+
+
+@pytest.mark.parametrize(("rows_", "splits"), [(8, 65), (32, 15), (64, 8), (256, 2)])
+def test_room_is_left_for_the_appending_kernel_where_it_costs_little(rows_, splits):
+    """Of 528 programs a sixteenth at most, for 5 of ``append`` to a row, each of which takes a fifth of the room."""
+    assert kernels._splits(rows_, 4096, 528, 4, beside=rows_) == splits
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,10 @@ class _Device:
     recording: torch.cuda.Stream
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def active(self) -> AbstractContextManager[Any]:
+        """Within it, this is the current device."""
+        return torch.cuda.device(self.recording.device)
+
 
 @functools.cache
 def _device(index: int) -> _Device:
@@ -80,7 +85,7 @@ class CudaGraphs:
         if self.refused or torch.cuda.is_current_stream_capturing():  # into a graph of the caller
             return self._plain(inputs)
         device, key = _device(self.index), (self.places.form(inputs), self.places.addresses(inputs))
-        with device.lock, torch.cuda.device(self.index):
+        with device.lock, device.active():
             recording = self._recording(key, inputs)
             if recording is not None:
                 stream, before = torch.cuda.current_stream(), self.stream

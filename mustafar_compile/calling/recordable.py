@@ -73,23 +73,22 @@ class Places:
         """Those of the inputs of ``plan``. lengths: those that its graph is free of."""
         nodes = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
         tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
-        changing = {
-            (i, dim): expression(size)
-            for i, x in enumerate(traced_inputs(plan, examples))
-            for dim, size in (enumerate(x.shape) if i in tensors else [(None, x)])
-            if not isinstance(size, int)
-        }
         grown = {length.symbol for length in lengths}
+        sizes: list[tuple[int, int | None]] = []
         long: dict[int, dict[int | None, sympy.Expr]] = {}
-        for (i, dim), size in changing.items():
-            if size.free_symbols & grown:
-                long.setdefault(i, {})[dim] = size
+        for i, x in enumerate(traced_inputs(plan, examples)):
+            for dim, size in enumerate(x.shape) if i in tensors else [(None, x)]:
+                e = expression(size)
+                if e is not None and e.free_symbols & grown:
+                    long.setdefault(i, {})[dim] = e
+                elif not isinstance(size, int):
+                    sizes.append((i, dim))
         copied = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and (i in long or _is_small(x))]
         return cls(
             bound=[i for i in tensors if i not in copied],
             copied=copied,
             written=[i for i in copied if is_written(nodes[i])],
-            sizes=[place for place, size in changing.items() if not size.free_symbols & grown],
+            sizes=sizes,
             lengths=lengths,
             long=long,
         )

@@ -87,7 +87,7 @@ def free_of_lengths(plan: Plan, lengths: Sequence[Length], device: torch.device)
     with graph.inserting_after(placeholders[-1]):
         values = graph.placeholder("lengths")
     values.meta["val"] = example
-    values._dynamo_source = _compat.ConstantSource("lengths")  # type: ignore[attr-defined]
+    values._dynamo_source = _compat.ConstantSource("lengths")
     with graph.inserting_after(values):
         numbers = {length.symbol: _number(plan, placeholders[length.place], length.dim) for length in lengths}
     try:
