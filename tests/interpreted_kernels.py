@@ -49,7 +49,7 @@ from cases import (
 from guarded import STEPS, check_compress, check_decompress, check_step
 from mustafar_compile.lowering import kernels, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
-from nightly import at_night
+from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from ragged import POSITIONS, check_ragged, check_ragged_cache
 from reference import kept_count, pruned_cache
@@ -158,7 +158,7 @@ def test_compressing_no_rows():
     assert not decompressed(cache, 3, by=kernels).any()
 
 
-@pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
+@pytest.mark.parametrize(("dtype", "value", "flag"), mostly_at_night(BORDERS, 4))
 def test_the_flag_of_extreme_values(dtype, value, flag):
     """Set by compressing where it is written, and by appending to the cache that gets it; it stays, with its row."""
     plain, row = (row_holding(v, dtype)[:, 1:] for v in (0, value))
@@ -228,7 +228,7 @@ def test_what_may_attend_to_nothing_gives_zeros():
     assert_close(out, case, rounds_weights=True)
 
 
-@pytest.mark.parametrize("sink", [-INF, 0.0, 200.0, NAN])
+@pytest.mark.parametrize("sink", mostly_at_night([200.0, NAN, -INF, 0.0], 2))
 def test_a_sink_takes_weight_and_gives_nothing(sink):
     case = make_case(tokens=40, scale=0.01, softcap=0.5, sinks=torch.tensor([0.0, sink, -INF, 1.0]))
     case.mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
@@ -251,8 +251,15 @@ def test_caches_of_different_capacity():
         assert_close(case.step(*caches, decode=portable_kernels), case, rounds_weights=True)
 
 
-@pytest.mark.parametrize("position", [None, "given"])
-@pytest.mark.parametrize(("window", "tokens"), [(1, 5), (4, 6), (3, 36)])
+@pytest.mark.parametrize(
+    ("window", "tokens", "position"),
+    [
+        (1, 5, None),
+        (4, 6, "given"),
+        (3, 36, "given"),
+        *at_night([(1, 5, "given"), (4, 6, None), (3, 36, None)]),
+    ],
+)
 def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, position):
     case = make_case(batch=1, heads=1, tokens=tokens, head_dim=24, value_dim=16)
     start = max(0, tokens - 6)
@@ -265,8 +272,7 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, po
         assert_same_cache(cache, compressed(x, tokens, 8, window, tokens, by=portable))
 
 
-@pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(("position", "queries"), mostly_at_night(pairwise([*POSITIONS.values()], (1, 3)), 5))
 def test_rows_of_the_batch_in_step_stand_at_places_of_their_own(position, queries):
     check_ragged(portable_kernels, position, queries)
 
@@ -288,7 +294,9 @@ SPOILT = [NAN, INF, -INF, 1e38, -3e38, 2.0**96, 2.0**98]
 ROLES = "keys", "values"
 
 
-@pytest.mark.parametrize(("value", "role", "token"), pairwise(SPOILT, ROLES, (2, 39)))  # compressed, in the window
+@pytest.mark.parametrize(  # compressed, in the window
+    ("value", "role", "token"), mostly_at_night(pairwise(SPOILT, ROLES, (2, 39)), 7)
+)
 def test_extreme_values_count_as_in_the_oracle(role, token, value):
     case = make_case(tokens=41, batch=1)
     case.query = case.query / 64  # no score overflows
@@ -338,7 +346,7 @@ def exact_for_extremes(monkeypatch):
     monkeypatch.setattr(kernels.Step, "portable", lambda step: type("Module", (), {"attend": Lossy(step)}))
 
 
-@pytest.mark.parametrize(("value", "role", "queries"), pairwise(SPOILT, ROLES, (1, 2)))
+@pytest.mark.parametrize(("value", "role", "queries"), mostly_at_night(pairwise(SPOILT, ROLES, (1, 2)), 7))
 def test_a_step_with_extreme_values_is_done_again(role, value, queries, exact_for_extremes):
     case = make_case(tokens=75, group=6, batch=1, window=17, queries=queries)
     case.query = case.query / 64
