@@ -47,7 +47,15 @@ exit_autocast: Callable = _probe("torch.amp.autocast_mode", "_exit_autocast")
 dynamo_config = _probe("torch._dynamo", "config")
 _dynamo_counters = _probe("torch._dynamo.utils", "counters")
 _compiled_versions: Callable = _probe("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")
-_aot_export_module: Callable = _probe("torch._functorch.aot_autograd", "aot_export_module")
+_enable_python_dispatcher: Callable = _probe("torch._dispatch.python", "enable_python_dispatcher")
+_functional_tensor = _probe("torch._subclasses", "functional_tensor")
+_FunctionalTensor = _functional_tensor.FunctionalTensor
+_FunctionalTensorMode = _functional_tensor.FunctionalTensorMode
+_is_data_mutated: Callable = _probe("torch", "_functionalize_has_data_mutation")
+_is_storage_changed: Callable = _probe("torch", "_functionalize_was_storage_changed")
+_sync: Callable = _probe("torch", "_sync")
+_from_functional_tensor: Callable = _probe("torch", "_from_functional_tensor")
+_make_fx: Callable = _probe("torch.fx.experimental.proxy_tensor", "make_fx")
 _tracing: Callable = _probe("torch._guards", "tracing")
 _preserve_node_meta: Callable = _probe("torch.fx.traceback", "preserve_node_meta")
 _InstructionTranslator = _probe("torch._dynamo.symbolic_convert", "InstructionTranslator")
@@ -55,8 +63,8 @@ _functorch_depth: Callable = _probe("torch._C._functorch", "get_dynamic_layer_st
 _functorch_back_to: Callable = _probe("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth")
 
 
-def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> list[Any]:
-    """Fake copies of graph inputs over the ShapeEnv of the compilation in progress.
+def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> tuple[Any, list[Any]]:
+    """Fake copies of graph inputs over the ShapeEnv of the compilation in progress, and their mode.
 
     A fresh FakeTensorMode is used: the placeholders' own fakes belong to a mode whose metadata tracing may have
     changed. ``stand_in(i, x)`` may return a fake of its own for input ``i``, as a function of no arguments.
@@ -75,20 +83,57 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
             fakes.append(mode.from_tensor(x, static_shapes=symbolic is None, symbolic_context=symbolic, source=source))
         else:
             fakes.append(x)
-    return fakes
+    return mode, fakes
 
 
-def export_functional(module: torch.nn.Module, fakes: Sequence[Any]) -> tuple[torch.fx.GraphModule, Any]:
-    """Trace ``module`` to functional pre-dispatch ATen, keeping node metadata. Returns the graph and its signature.
+@contextmanager
+def tracing_functionally(fake_mode: Any) -> Iterator[None]:
+    """Within it, ``make_functional_fx`` can trace.
 
     A graph enters and leaves the levels of a vmap by calls of its own; those that a failure leaves open are closed.
     """
     depth = _functorch_depth()
+    mode = _FunctionalTensorMode(pre_dispatch=True, export=True)
     try:
-        with _preserve_node_meta(), torch.no_grad(), _tracing(None):
-            return _aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+        with fake_mode, _preserve_node_meta(), torch.no_grad(), _tracing(None), _enable_python_dispatcher(), mode:
+            yield
     finally:
         _functorch_back_to(depth)
+
+
+def make_functional_fx(
+    function: Callable[..., Sequence[Any]], fakes: Sequence[Any]
+) -> tuple[torch.fx.GraphModule, list[int]]:
+    """Trace ``function`` to functional pre-dispatch ATen, keeping node metadata.
+
+    Returns the graph and which inputs ``function`` writes; the new values of those are the first results. As
+    ``aot_export_module``, in one run of the function where that takes two. Raises RuntimeError for an input that gets
+    another shape or storage.
+    """
+    written: list[int] = []
+
+    def functional(*args: Any) -> tuple[Any, ...]:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+            wrapped = [_FunctionalTensor.to_functional(x) if isinstance(x, torch.Tensor) else x for x in args]
+            results = [_unwrapped(x) for x in function(*wrapped)]
+            tensors = [(i, x) for i, x in enumerate(wrapped) if isinstance(x, torch.Tensor)]
+            for i, x in tensors:
+                laid_out_anew = x.shape != args[i].shape or x.stride() != args[i].stride()
+                if laid_out_anew or _is_storage_changed(x.elem):
+                    raise RuntimeError("an input gets another shape or storage")
+            written[:] = [i for i, x in tensors if _is_data_mutated(x.elem)]
+            return (*[_unwrapped(wrapped[i]) for i in written], *results)
+
+    graph = _make_fx(functional, pre_dispatch=True)(*fakes)
+    graph.graph.eliminate_dead_code()
+    return graph, written
+
+
+def _unwrapped(x: Any) -> Any:
+    if not isinstance(x, _FunctionalTensor):
+        return x
+    _sync(x)
+    return _from_functional_tensor(x.elem)
 
 
 # Builds of torch without CUDA lack what the next two need, so that is probed only then.

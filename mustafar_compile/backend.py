@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import _compat
+from .cache.memory import written_twice
 from .cache.release import check_releasable
 from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
@@ -105,6 +106,8 @@ def _through_stages(
     caches = {i: x for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV)}
     with stage("traced", settings.raise_errors):
         functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)
+        if written_twice(example_inputs, [functional.placeholders.index(node) for node in functional.mutated]):
+            raise RuntimeError("it writes an input that shares memory with another one")
     compressed = {functional.placeholders[i]: CacheInput(x.format, x.tokens_dim) for i, x in caches.items()}
     context = _context(functional, example_inputs, compressed, settings)
     with stage("matched", settings.raise_errors):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compilers import without_compiler
-from mustafar_compile import cache_stats
+from mustafar_compile import cache_stats, explain
 from mustafar_compile.cache import attached
 from mustafar_compile.cache.memory import overlap, place_of
 
@@ -33,6 +33,7 @@ def rows(tokens, seed, batch=BATCH):
 STACKED = {  # how to view K or V of a layer
     "layers first": ((2, LAYERS, BATCH, HEADS, SLOTS, DIM), lambda x, role, layer: x[role][layer]),
     "batch first": ((2, BATCH, LAYERS, HEADS, SLOTS, DIM), lambda x, role, layer: x[role][:, layer]),
+    "K beside V": ((LAYERS, BATCH, HEADS, SLOTS, 2, DIM), lambda x, role, layer: x[layer, :, :, :, role]),
 }
 
 
@@ -98,6 +99,23 @@ def test_states_of_views_that_overlap_do_not_gather():
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     for cache in (keys, values):
         assert list(attached.States.beside(cache).by_place) == [place_of(cache)], "the latest"
+
+
+def reads_besides(query, key, value, keys, values, positions, besides):
+    return step(query, key, value, keys, values, positions) + besides.sum()
+
+
+def test_a_cache_that_the_graph_also_reads_as_another_input_stays_dense():
+    fast = torch.compile(reads_besides, backend="mustafar", options={"window": 4})
+    caches, twins = ([torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(2)] for _ in range(2))
+    reason = "it writes an input that shares memory with another one"
+    with explain() as report, pytest.warns(UserWarning, match=reason):
+        results = [fast(*rows(1, at), *caches, torch.tensor([at]), caches[0][:, :, 3:9]) for at in range(6)]
+    for at, out in enumerate(results):
+        expected = reads_besides(*rows(1, at), *twins, torch.tensor([at]), twins[0][:, :, 3:9])
+        torch.testing.assert_close(out, expected)
+    assert not report.matched
+    assert [entry.reason.split(": ")[-1] for entry in report.missed] == [reason]
 
 
 def elements(x):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from .without_memory import WithoutMemory
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], int]
 """Of a tensor in its storage: offset, shape and strides, in elements, and bytes of an element."""
@@ -40,3 +44,13 @@ def overlap(a: Place, b: Place) -> bool:
         return np.shares_memory(np.asarray(_Elements(a)), np.asarray(_Elements(b)), max_work=_MOST_WORK)
     except np.exceptions.TooHardError:
         return True
+
+
+def written_twice(inputs: Sequence[Any], written: Collection[int]) -> bool:
+    """Whether an input of a graph that it writes shares elements with another one. inputs: tensors among others."""
+    places: dict[int, list[tuple[int, Place]]] = {}
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor) and not isinstance(x, WithoutMemory):
+            places.setdefault(x.untyped_storage()._cdata, []).append((i, place_of(x)))
+    pairs = (pair for shared in places.values() for pair in combinations(shared, 2))
+    return any((i in written or j in written) and overlap(a, b) for (i, a), (j, b) in pairs)

@@ -77,21 +77,15 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable
 
     An error on the way has a note of the line of the model that it comes from.
     """
-    fakes = _compat.fakify(example_inputs, stand_in)
-
-    class Flat(torch.nn.Module):
-        def forward(self, *args):
-            return tuple(_Interpreter(gm).run(*args))
-
-    traced, signature = _compat.export_functional(Flat(), fakes)
+    mode, fakes = _compat.fakify(example_inputs, stand_in)
+    with _compat.tracing_functionally(mode):
+        traced, written = _compat.make_functional_fx(lambda *args: _Interpreter(gm).run(*args), fakes)
     _drop_assertions(traced.graph)
     _drop_whole_slices(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    by_name = {node.name: node for node in placeholders}
     results = list(traced.graph.output_node().args[0])
-    mutations = signature.user_inputs_to_mutate
-    mutated = {by_name[target]: value for target, value in zip(mutations.values(), results, strict=False)}
-    return Functional(traced, placeholders, mutated, results[len(mutations) :])
+    mutated = {placeholders[i]: value for i, value in zip(written, results, strict=False)}
+    return Functional(traced, placeholders, mutated, results[len(written) :])
 
 
 def _drop_assertions(graph: torch.fx.Graph) -> None:
