@@ -48,9 +48,11 @@ dynamo_config = _probe("torch._dynamo", "config")
 _dynamo_counters = _probe("torch._dynamo.utils", "counters")
 _compiled_versions: Callable = _probe("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")
 _enable_python_dispatcher: Callable = _probe("torch._dispatch.python", "enable_python_dispatcher")
-_functional_tensor = _probe("torch._subclasses", "functional_tensor")
-_FunctionalTensor = _functional_tensor.FunctionalTensor
-_FunctionalTensorMode = _functional_tensor.FunctionalTensorMode
+_FunctionalTensor = _probe("torch._subclasses.functional_tensor", "FunctionalTensor")
+_FunctionalTensorMode = _probe("torch._subclasses.functional_tensor", "FunctionalTensorMode")
+_without_keys: Callable = _probe("torch._C", "_ExcludeDispatchKeyGuard")
+_keys: Callable = _probe("torch._C", "DispatchKeySet")
+_functionalize = _probe("torch._C", "DispatchKey").Functionalize
 _is_data_mutated: Callable = _probe("torch", "_functionalize_has_data_mutation")
 _is_storage_changed: Callable = _probe("torch", "_functionalize_was_storage_changed")
 _sync: Callable = _probe("torch", "_sync")
@@ -113,10 +115,10 @@ def make_functional_fx(
     written: list[int] = []
 
     def functional(*args: Any) -> tuple[Any, ...]:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+        with _without_keys(_keys(_functionalize)):  # as AOTAutograd does
             wrapped = [_FunctionalTensor.to_functional(x) if isinstance(x, torch.Tensor) else x for x in args]
             results = [_unwrapped(x) for x in function(*wrapped)]
-            tensors = [(i, x) for i, x in enumerate(wrapped) if isinstance(x, torch.Tensor)]
+            tensors: list[tuple[int, Any]] = [(i, x) for i, x in enumerate(wrapped) if isinstance(x, torch.Tensor)]
             for i, x in tensors:
                 laid_out_anew = x.shape != args[i].shape or x.stride() != args[i].stride()
                 if laid_out_anew or _is_storage_changed(x.elem):

@@ -70,6 +70,8 @@ MASKS = {  # of the tokens before and of all, [total]
     "a row and a part of a table": lambda past, total: CAUSAL[past : past + 1, :total],
     "a row of a table": lambda past, total: CAUSAL.select(0, past)[:total],
     "the end of a table": lambda past, total: TABLE[SLOTS - total :],
+    "the end of a table, from its end": lambda past, total: TABLE[-total:],
+    "one from the end of a table": lambda past, total: slots(total) * TABLE.select(0, -total),
     "indexed": lambda past, total: TABLE[past - slots(total)],
     "indexed from the end": lambda past, total: TABLE[:total][slots(total) - total],
     "gathered": lambda past, total: torch.gather(TABLE[None], 1, (past - slots(total))[None]),

@@ -18,6 +18,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from mustafar_compile import _compat
+
 from ..graph.nodes import is_tensor, source_line
 from ..graph.symbols import expression, same_size
 from ..graph.views import is_whole_slice, slice_bounds
@@ -245,7 +247,7 @@ class FreeOfLengths:
         x, dim, place = node.args
         size = _shape(x)[dim]
         if not self._changes(place) and not (self._changes(size) and place < 0):
-            return None
+            return None  # it is the same place in a larger tensor
         value, read = self._value(node, _from_start(place, size)), aten.index_select.default
         return lambda: self._call(aten.squeeze.dim, self._call(read, x, dim, self._places(value(), 1)), dim)
 
@@ -318,5 +320,6 @@ def _is_plain(size: Any) -> bool:
 
 
 def _from_start(place: Any, size: Any) -> Any:
-    """A place that may count from the end of ``size``."""
-    return size + place if isinstance(place, int) and place < 0 else place
+    """A place that counts from the end of ``size`` where it is negative, which the graph is guarded on."""
+    number = place.meta["val"] if isinstance(place, Node) else place
+    return size + number if _compat.hint(number) < 0 else number
