@@ -39,6 +39,7 @@ skip_code: Callable = _probe("torch._dynamo.eval_frame", "skip_code")
 maybe_mark_dynamic: Callable = _probe("torch._dynamo", "maybe_mark_dynamic")
 forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_throw_on_mutable_data_ptr")
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
+_holds_tensors: Callable = _probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
@@ -69,7 +70,8 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
     """Fake copies of graph inputs over the ShapeEnv of the compilation in progress, and their mode.
 
     A fresh FakeTensorMode is used: the placeholders' own fakes belong to a mode whose metadata tracing may have
-    changed. ``stand_in(i, x)`` may return a fake of its own for input ``i``, as a function of no arguments.
+    changed. ``stand_in(i, x)`` may return a fake of its own for input ``i``, as a function of no arguments. Raises
+    TypeError for a tensor that is made of others, such as a quantized weight.
     """
     context = TracingContext.get()
     mode = FakeTensorMode(shape_env=context.fake_mode.shape_env)
@@ -79,6 +81,8 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
         if make is not None:
             with mode:
                 fakes.append(make())
+        elif _holds_tensors(x):
+            raise TypeError(f"an input is a {type(x).__name__}, a tensor that is made of other tensors")
         elif isinstance(x, torch.Tensor):
             symbolic = context.tensor_to_context.get(x)
             source = symbolic.tensor_source if symbolic is not None else None

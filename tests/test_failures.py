@@ -144,3 +144,45 @@ def test_the_line_of_the_model_is_named(owner, name, monkeypatch):
     assert "a bug of ours" in entry.reason
     if torch.__version__ >= "2.13":  # of a method that is compiled, older versions of Dynamo do not tell the line
         assert " at models.py:" in entry.reason
+
+
+class HalvedWeight(torch.Tensor):
+    """A weight that holds twice its values, as quantized weights hold others and scales."""
+
+    @staticmethod
+    def __new__(cls, twice):
+        return torch.Tensor._make_wrapper_subclass(cls, twice.shape, dtype=twice.dtype, device=twice.device)
+
+    def __init__(self, twice):
+        self.twice = twice
+
+    def __tensor_flatten__(self):
+        return ["twice"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, size, stride):
+        return cls(inner["twice"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].twice)
+        plain = [x.twice / 2 if isinstance(x, cls) else x for x in args]
+        return func(*plain, **kwargs or {})
+
+
+def test_a_weight_that_is_made_of_other_tensors_is_the_reason():
+    torch.manual_seed(0)
+    model, inputs = BufferModel(), embeddings(steps=4)
+    expected = run_steps(model, inputs)
+    projection = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    projection.weight = torch.nn.Parameter(HalvedWeight(2 * projection.weight.detach()), requires_grad=False)
+    model.k_cache.zero_()
+    model.v_cache.zero_()
+    with explain() as report, pytest.warns(UserWarning, match="a graph runs as it is"):
+        outputs = run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
+    assert_close(outputs, expected)
+    reason = (
+        "the graph could not be traced: TypeError: an input is a HalvedWeight, a tensor that is made of other tensors"
+    )
+    assert {entry.reason for entry in report.missed} == {reason}
