@@ -117,6 +117,27 @@ def test_a_batch_smaller_than_the_buffer():
     assert len(report.matched) == 1
 
 
+class RowsInUse(BufferModel):
+    """litgpt: the rows in use are sliced off, written, and what the write returns is read."""
+
+    def step(self, x, positions):
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        keys = self.k_cache[: len(x)].index_copy_(2, positions, k)
+        values = self.v_cache[: len(x)].index_copy_(2, positions, v)
+        mask = self.causal[None, None, positions]
+        return self.merge(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True))
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_rows_in_use_may_be_all_of_the_buffer(spare):
+    torch.manual_seed(0)
+    model, inputs = RowsInUse(batch=2 + spare), embeddings(steps=6)
+    with without_compiler(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
+    assert len(report.matched) == 1, str(report)
+
+
 WRITES = {
     "index_put": lambda cache, new, at: cache.__setitem__((slice(None), torch.arange(new.shape[1]) + at), new),
     "slice": lambda cache, new, at: cache.__setitem__((slice(None), slice(at, at + new.shape[1])), new),

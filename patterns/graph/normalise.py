@@ -95,7 +95,10 @@ def _drop_assertions(graph: torch.fx.Graph) -> None:
 
 
 def _drop_whole_slices(graph: torch.fx.Graph) -> None:
-    """``x[:]`` is x, and a write into it a write into x. Tracing itself drops them only where sizes are known."""
+    """``x[:]`` is x, and a write into it a write into x. Tracing makes aliases of them where sizes are known."""
+    for node in graph.find_nodes(op="call_function", target=aten.alias.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
     for target, whole in ((aten.slice.Tensor, 0), (aten.slice_scatter.default, 1)):
         for node in graph.find_nodes(op="call_function", target=target):
             same_shape = all(map(same_size, node.args[whole].meta["val"].shape, node.meta["val"].shape))
