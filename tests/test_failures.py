@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from mustafar_compile.patterns import match
 from mustafar_compile.patterns.attention import find
 from mustafar_compile.patterns.graph import normalise
 from mustafar_compile.reporting import notices
+from nightly import mostly_at_night
 from test_own_loops import assert_close, embeddings, options
 
 STAGES = {
@@ -50,7 +52,12 @@ def stage(request, monkeypatch):
     return request.param.split(",")[0]
 
 
-@pytest.mark.parametrize("form", [BufferModel, SliceModel, TupleModel])
+FORMS = [BufferModel, SliceModel, TupleModel]
+EVERY_DAY = {(stage, FORMS[i % 3]) for i, stage in enumerate(STAGES)}
+CASES = sorted(itertools.product(STAGES, FORMS), key=lambda case: case not in EVERY_DAY)
+
+
+@pytest.mark.parametrize(("stage", "form"), mostly_at_night(CASES, len(STAGES)), indirect=["stage"])
 def test_values_are_right_and_one_warning_says_why(form, stage, caplog):
     torch.manual_seed(0)
     model, inputs = form(), embeddings(steps=4)

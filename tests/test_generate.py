@@ -70,7 +70,7 @@ def cases(cache):
     return [*((family, sparsity) for family, sparsity, kind in chosen if kind == cache), ("llama", 0.7)]
 
 
-@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("dynamic")[::-1], 3))
+@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("dynamic")[::-1], 2))
 def test_dynamic_cache(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -79,7 +79,7 @@ def test_dynamic_cache(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("static")[::-1], 3))
+@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("static")[::-1], 2))
 def test_static_cache_with_compiled_prefill(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -103,7 +103,8 @@ def test_static_cache_with_eager_prefill_and_compiled_decode(family, sparsity):
     assert stats.stored_bytes > stats.dense_bytes, "the caller's dense cache is still there and must be counted"
 
 
-@pytest.mark.parametrize("cache", ["static", *at_night(["dynamic"])])
+@pytest.mark.nightly  # test_generated_code goes all the way, too
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_inductor_generates_the_same_tokens(cache):
     model = hf_model(num_hidden_layers=1)
     torch._dynamo.reset()

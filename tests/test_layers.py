@@ -68,7 +68,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("how", ["module", "each attention", *at_night(["forward", "backbone", "each layer"])])
+@pytest.mark.parametrize("how", ["each attention", *at_night(["module", "forward", "backbone", "each layer"])])
 def test_skipped_layers_are_those_that_are_listed(how):
     model = hf_model(num_hidden_layers=3)
     with without_compiler(), explain() as report:

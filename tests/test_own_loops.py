@@ -23,7 +23,8 @@ from models import (
     run_steps,
 )
 from mustafar_compile import StaleCacheError, cache_stats, compile_loop, explain
-from nightly import at_night
+from nightly import at_night, mostly_at_night
+from pairwise import pairwise
 from reference import pruned_generation, reference_attention
 
 WINDOW = 4
@@ -55,8 +56,7 @@ def _no_grad():
         yield
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "sparsity"), mostly_at_night(pairwise(list(FORMS), (0.5, 0.7, 0.0)), 4))
 def test_outputs_equal_the_oracle(form, sparsity):
     torch.manual_seed(0)
     model = FORMS[form]()
@@ -321,7 +321,7 @@ def greedy(model, ids, steps, eos=None):
     return ids
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, torch.no_grad()], ids=["plain", "no_grad"])
+@pytest.mark.parametrize("wrap", [torch.no_grad(), *at_night([lambda f: f])])
 def test_compile_loop(wrap):
     model, ids = hf_model(), prompt()["input_ids"]
     with pruned_generation(0.5, 0.5, WINDOW):
