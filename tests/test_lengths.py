@@ -53,6 +53,19 @@ def test_growing_caches_generate_what_the_oracle_does(family, padded, recorded):
     assert 1 <= len(recorded) <= 5
 
 
+def test_static_caches_of_any_length_are_recorded(recorded):
+    model, how = hf_model(), {"max_new_tokens": 6, "do_sample": False}
+    with without_compiler(), explain() as report:
+        model.compile(backend="mustafar", options={"window": WINDOW, "raise_errors": True})
+        for calls, length in enumerate((9, 20, 33, 41), 1):
+            with pruned_generation(0.5, 0.5, WINDOW):
+                expected = hf_model().generate(**prompt(length=length), **how)
+            actual = model.generate(**prompt(length=length), **how, cache_implementation="static")
+            assert torch.equal(actual, expected)
+            assert len(recorded) == calls, "no step decompresses a cache to see how long it is"
+    assert report.launching == [AS_GRAPHS]
+
+
 def slots(n):
     return torch.arange(n)
 

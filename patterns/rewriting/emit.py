@@ -29,7 +29,11 @@ class Emitter:
 
     def size(self, node: Node, dim: int) -> Any:
         size = node.meta["val"].shape[dim]
-        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+        if isinstance(size, int):
+            return size
+        number = self.call(aten.sym_size.int, node, dim)
+        number.meta["val"] = size
+        return number
 
     def tokens(self, count: Any, like: Node) -> Node:
         """A host-side count as the one-element device tensor that the ops take."""

@@ -134,7 +134,7 @@ class Rewriter:
                 attention.sinks,
                 attention.scale,
                 attention.softcap,
-                length=None if match.key.grows else self.emit.size(match.key.node, match.key.tokens_dim),
+                length=None if match.key.grows else self.inputs.size_of(match.key.base, match.key.tokens_dim),
             )
             for target, *rest in attention.restore:
                 result = self.emit.call(target, result, *rest)
