@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _compat
 from ..lowering import ops
 from ..patterns.graph.symbols import expression
-from ..patterns.rewriting.lengths import Length, traced_inputs
+from ..patterns.rewriting.lengths import Length, size_at, traced_inputs
 from ..patterns.rewriting.plan import Argument, Plan
 from .example_inputs import is_written
 
@@ -100,7 +100,7 @@ class Places:
     def form(self, inputs: Sequence[Any]) -> Hashable:
         """What decides on the kernels of a recording: sizes and rounded lengths."""
         return (
-            *[inputs[i] if dim is None else inputs[i].shape[dim] for i, dim in self.sizes],
+            *[size_at(inputs, i, dim) for i, dim in self.sizes],
             *[rounded(length.of(inputs)) for length in self.lengths],
         )
 

@@ -31,6 +31,13 @@ def is_single(value: Any) -> bool:
     return is_tensor(value) and all(same_size(size, 1) for size in value.meta["val"].shape)
 
 
+def symbolic_size(graph: Graph, node: Node, dim: int) -> Node:
+    """A new node that holds a size of a tensor, where the graph inserts."""
+    size = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+    size.meta["val"] = node.meta["val"].shape[dim]
+    return size
+
+
 def computed_alike(a: Any, b: Any) -> bool:
     """Whether two values of a functional graph are known to be equal: the same ops make them of the same values."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

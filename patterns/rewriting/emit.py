@@ -11,7 +11,7 @@ from torch.fx import Graph, Node, Proxy
 
 from ...lowering.format import Format
 from ..cache.update import CacheUpdate
-from ..graph.nodes import is_tensor
+from ..graph.nodes import is_tensor, symbolic_size
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
@@ -29,11 +29,7 @@ class Emitter:
 
     def size(self, node: Node, dim: int) -> Any:
         size = node.meta["val"].shape[dim]
-        if isinstance(size, int):
-            return size
-        number = self.call(aten.sym_size.int, node, dim)
-        number.meta["val"] = size
-        return number
+        return size if isinstance(size, int) else symbolic_size(self.graph, node, dim)
 
     def tokens(self, count: Any, like: Node) -> Node:
         """A host-side count as the one-element device tensor that the ops take."""

@@ -14,16 +14,14 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from mustafar_compile import _compat
 
-from ..graph.nodes import is_call
+from ..graph.nodes import is_call, symbolic_size
 from ..graph.symbols import expression
 from .free_of_lengths import FreeOfLengths, LengthError
 from .plan import Argument, Plan, Size
 
-aten = torch.ops.aten
 ops = torch.ops.mustafar
 
 
@@ -37,7 +35,12 @@ class Length:
 
     def of(self, inputs: Sequence[Any]) -> int:
         """Its value at a call."""
-        return inputs[self.place] if self.dim is None else inputs[self.place].shape[self.dim]
+        return size_at(inputs, self.place, self.dim)
+
+
+def size_at(inputs: Sequence[Any], place: int, dim: int | None) -> int:
+    """A size that a call is given: an input, or a dimension of one."""
+    return inputs[place] if dim is None else inputs[place].shape[dim]
 
 
 def traced_inputs(plan: Plan, examples: Sequence[Any]) -> list[Any]:
@@ -89,7 +92,12 @@ def free_of_lengths(plan: Plan, lengths: Sequence[Length], device: torch.device)
     values.meta["val"] = example
     values._dynamo_source = _compat.ConstantSource("lengths")
     with graph.inserting_after(values):
-        numbers = {length.symbol: _number(plan, placeholders[length.place], length.dim) for length in lengths}
+        numbers = {
+            length.symbol: placeholders[length.place]
+            if length.dim is None
+            else symbolic_size(graph, placeholders[length.place], length.dim)
+            for length in lengths
+        }
     try:
         FreeOfLengths(graph, numbers, values).run()
     except LengthError:
@@ -98,11 +106,3 @@ def free_of_lengths(plan: Plan, lengths: Sequence[Length], device: torch.device)
         raise
     plan.module.recompile()
     return example
-
-
-def _number(plan: Plan, placeholder: Node, dim: int | None) -> Node:
-    if dim is None:
-        return placeholder
-    number = plan.module.graph.call_function(aten.sym_size.int, (placeholder, dim))
-    number.meta["val"] = placeholder.meta["val"].shape[dim]
-    return number
