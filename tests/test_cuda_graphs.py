@@ -76,7 +76,7 @@ class Step:
     def __init__(self, monkeypatch, function=None):
         self.ran = 0
         self.captured = record_on_a_cpu(monkeypatch)
-        places = Places([0], [1, 2], [2], [(3, None)])
+        places = Places([0], [1, 2], [1], [(3, None)])  # the cache; the token and the length, which is written
         self.graphs = CudaGraphs(function or self.step, places, torch.device("cpu", 0))
 
     def step(self, cache, token, length, factor):
@@ -99,6 +99,16 @@ def test_calls_replayed_equal_calls_that_are_not(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
     assert all(torch.equal(a, b) for a, b in kept), "no result was overwritten"
     assert len(step.captured) == 1
+
+
+def test_an_input_that_is_expanded_is_copied_once(monkeypatch):
+    """As position_ids of all rows of a batch are. Torch refuses to write an element of memory that stands for several."""
+    step, cache, length = Step(monkeypatch), torch.zeros(2, 3), torch.tensor(0.0)
+    for i in range(4):
+        step.graphs(cache, torch.tensor([1.0, 2.0, float(i)]).expand(2, 3), length, 1)
+    assert len(step.captured) == 1
+    assert not step.graphs.refused
+    assert torch.equal(cache, torch.tensor([4.0, 8.0, 6.0]).expand(2, 3))
 
 
 def test_a_new_number_is_recorded_at_its_second_call_and_a_new_cache_at_its_first(monkeypatch):

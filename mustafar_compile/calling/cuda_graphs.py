@@ -32,11 +32,13 @@ KEPT = 4
 class Recording:
     """A step at fixed addresses.
 
-    inputs: those that are copied. lengths: true ones, tensors []. results: of each replay; an input that the step
-    returns is its place among all.
+    inputs: of those that are copied, what they are copied into. expanded: which of them have the same memory for
+    several elements, by their place among them. lengths: true ones, tensors []. results: of each replay; an input that
+    the step returns is its place among all.
     """
 
     inputs: list[Tensor]
+    expanded: list[int]
     lengths: list[Tensor]
     results: list[Any]
     replay: Callable[[], None]
@@ -153,24 +155,32 @@ class CudaGraphs:
             self.pool = torch.cuda.graph_pool_handle()
         step = functools.partial(self.function, *inputs, *values)
         results, replay = capture(step, self.pool, _device(self.index).recording)
-        return Recording(
-            [inputs[i] for i in self.places.copied], lengths, _without_inputs(results, inputs + values), replay
-        )
+        copied = [inputs[i] for i in self.places.copied]
+        expanded = [place for place, x in enumerate(copied) if 0 in x.stride()]
+        into = [_each_once(x) for x in copied]
+        return Recording(into, expanded, lengths, _without_inputs(results, inputs + values), replay)
 
     def _replayed(self, recording: Recording, inputs: Sequence[Any]) -> list[Any]:
-        held = dict(zip(self.places.copied, recording.inputs, strict=True))
-        for i in self.places.long.keys() & held.keys():
-            held[i] = held[i][tuple(map(slice, inputs[i].shape))]
-        if held:
-            _compat.foreach_copy([*held.values()], [inputs[i] for i in held])
+        given, into = [inputs[i] for i in self.places.copied], [*recording.inputs]
+        for place in self.places.long_copied:
+            into[place] = into[place][tuple(map(slice, given[place].shape))]
+        for place in recording.expanded:
+            given[place] = _each_once(given[place])
+        if into:
+            _compat.foreach_copy(into, given)
         self._fill(recording.lengths, inputs)
         recording.replay()
         if self.places.written:
-            _compat.foreach_copy([inputs[i] for i in self.places.written], [held[i] for i in self.places.written])
+            _compat.foreach_copy(*([of[place] for place in self.places.written] for of in (given, into)))
         return [
             inputs[result.place] if isinstance(result, _Input) else result.clone() if _is_tensor(result) else result
             for result in recording.results
         ]
+
+
+def _each_once(x: Tensor) -> Tensor:
+    """A view of ``x`` with each element of its memory once, where it was expanded."""
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,9 +57,9 @@ class Places:
     """Of the inputs of a step, by place.
 
     bound: tensors that a recording is bound to where they are, such as weights and caches. copied: small tensors whose
-    values each call brings. written: those of the copied that the step writes. sizes: numbers (None), and dimensions of
-    tensors, that may change but do not from step to step. lengths: those that do. long: the dimensions of copied inputs
-    that follow from lengths.
+    values each call brings. written: which of the copied the step writes, by their place among them. sizes: numbers
+    (None), and dimensions of tensors, that may change but do not from step to step. lengths: those that do. long: the
+    dimensions of inputs that follow from lengths.
     """
 
     bound: Sequence[int] = ()
@@ -87,11 +88,16 @@ class Places:
         return cls(
             bound=[i for i in tensors if i not in copied],
             copied=copied,
-            written=[i for i in copied if is_written(nodes[i])],
+            written=[place for place, i in enumerate(copied) if is_written(nodes[i])],
             sizes=sizes,
             lengths=lengths,
             long=long,
         )
+
+    @functools.cached_property
+    def long_copied(self) -> list[int]:
+        """Which of the copied have a dimension that follows from lengths, by their place among them."""
+        return [place for place, i in enumerate(self.copied) if i in self.long]
 
     def addresses(self, inputs: Sequence[Any]) -> Hashable:
         """What a recording is bound to."""
