@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .format import CHUNK, Format
+from . import native
+from .format import CHUNK, Format, order_for
 from .step import DTYPE_NAMES, Step
 
 MAX_HEAD_DIM = 256
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+CacheRefusal = Callable[[Format, torch.dtype, torch.device], str | None]
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,15 @@ class Backend:
     """
 
     name: str
-    refuses_cache: Callable[[Format, torch.dtype, torch.device], str | None]
+    refuses_cache: CacheRefusal
     refuses_step: Callable[[Work], str | None]
 
 
 def _refuses_cache(format: Format, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the cache is on {device.type}"
+    if format.order != order_for(device):
+        return f"its elements stand in {format.order}"
     if not _HAS_TRITON:
         return "Triton is not installed"
     if dtype not in DTYPE_NAMES or format.head_dim % CHUNK or format.head_dim > MAX_HEAD_DIM:
@@ -57,10 +63,26 @@ def _refuses_cache(format: Format, dtype: torch.dtype, device: torch.device) -> 
     return None
 
 
-def _refuses_step(work: Work) -> str | None:
-    if work.key.window != work.value.window:
-        return "K and V have windows of different sizes"
-    return next((r for f in (work.key, work.value) if (r := _refuses_cache(f, work.dtype, work.device))), None)
+def _refuses_native(format: Format, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the cache is on {device.type}"
+    if format.order != order_for(device) or dtype not in DTYPE_NAMES or format.head_dim > MAX_HEAD_DIM:
+        return f"{dtype} rows of {format.head_dim} channels in {format.order} have no kernel"
+    return native.why_not()
+
+
+def _of_step(refuses_cache: CacheRefusal) -> Callable[[Work], str | None]:
+    """What kernels that refuse such caches refuse of steps."""
+
+    def refuses_step(work: Work) -> str | None:
+        if work.key.window != work.value.window:
+            return "K and V have windows of different sizes"
+        return next((r for f in (work.key, work.value) if (r := refuses_cache(f, work.dtype, work.device))), None)
+
+    return refuses_step
+
+
+_refuses_step = _of_step(_refuses_cache)
 
 
 def _refuses_tuned(work: Work) -> str | None:
@@ -81,9 +103,10 @@ def runs_ptx(device: torch.device) -> bool:
 
 TUNED = Backend("tuned kernels", _refuses_cache, _refuses_tuned)
 PLAIN = Backend("plain kernels", _refuses_cache, _refuses_step)
+NATIVE = Backend("C++ kernels", _refuses_native, _of_step(_refuses_native))
 PORTABLE = Backend("PyTorch", lambda format, dtype, device: None, lambda work: None)
 
-BACKENDS = (TUNED, PLAIN, PORTABLE)
+BACKENDS = (TUNED, PLAIN, NATIVE, PORTABLE)
 
 
 def for_cache(format: Format, dtype: torch.dtype, device: torch.device) -> Backend:

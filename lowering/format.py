@@ -20,6 +20,9 @@ counts  [B, 3]                      int64  on the device, for each row of the ba
 threads of a warp read what lies side by side. ``word & (0x01010101 << i)`` is a group of four neighbouring channels,
 one in each byte. Bits of channels past ``D`` are 0.
 
+That is the order "blocks". In the order "rows", for CPUs, values are ``[B, H, N, 32, kept]``, those of a token side by
+side, and channel ``32 * w + i`` is bit ``i`` of word ``w``: what an instruction that expands a row by a bitmap takes.
+
 The ring has room for the window and for ``MAX_QUERY_TOKENS`` tokens that have left it. With ``tokens`` written and the
 ring holding those from ``held`` on, the tokens below ``max(held, tokens - window)`` count as pruned and are packed in
 ``values`` and ``bitmap``; slots from there on hold nothing that is read, and may hold anything. A cache that is rewound
@@ -32,7 +35,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -59,6 +62,9 @@ EXTREME = 2.0**97
 
 CODES = ("none",)
 """How kept elements may be stored. none: in the dtype of the cache."""
+
+ORDERS = ("blocks", "rows")
+"""How kept elements and bits stand."""
 
 _CAPACITY_STEP = 64
 
@@ -92,6 +98,11 @@ def kept_elements(head_dim: int, sparsity: float) -> int:
     exact = (1 - Fraction(repr(float(sparsity)))) * head_dim
     rounded_up = -(-exact // CHUNK) * CHUNK
     return min(int(rounded_up), head_dim)
+
+
+def order_for(device: torch.device) -> str:
+    """The order that the kernels of a device want."""
+    return "rows" if device.type == "cpu" else "blocks"
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ class Format:
     kept: elements kept of each pruned row, a multiple of 8, at most ``head_dim``.
     window: latest tokens that stay dense and exact, at least 1.
     code: how kept elements are stored, one of ``CODES``.
+    order: how they and the bits stand, one of ``ORDERS``.
 
     Raises FormatError for other values.
     """
@@ -146,24 +158,30 @@ class Format:
     kept: int
     window: int
     code: str = "none"
+    order: str = "blocks"
 
     def __post_init__(self) -> None:
         sizes_fit = self.head_dim > 0 and self.head_dim % CHUNK == 0 and self.window >= 1
-        if not sizes_fit or self.kept % CHUNK or not 0 < self.kept <= self.head_dim or self.code not in CODES:
+        sizes_fit = sizes_fit and self.kept % CHUNK == 0 and 0 < self.kept <= self.head_dim
+        if not sizes_fit or self.code not in CODES or self.order not in ORDERS:
             raise FormatError(
                 f"{self} cannot be; accepted are a head_dim and a kept that are multiples of {CHUNK}, kept at most "
-                f"head_dim, a window of at least 1, and a code of {', '.join(CODES)}"
+                f"head_dim, a window of at least 1, a code of {', '.join(CODES)} and an order of {', '.join(ORDERS)}"
             )
 
     @classmethod
-    def interned(cls, head_dim: int, kept: int, window: int, code: str = "none") -> Format:
+    def interned(cls, head_dim: int, kept: int, window: int, code: str = "none", order: str = "blocks") -> Format:
         """The one object for these values: guards compare formats on every call."""
-        return _interned(cls(head_dim, kept, window, code))
+        return _interned(cls(head_dim, kept, window, code, order))
 
     @classmethod
-    def of(cls, head_dim: int, sparsity: float, window: int) -> Format:
+    def of(cls, head_dim: int, sparsity: float, window: int, order: str = "blocks") -> Format:
         """The format for a sparsity in [0, 1)."""
-        return cls.interned(head_dim, kept_elements(head_dim, sparsity), window)
+        return cls.interned(head_dim, kept_elements(head_dim, sparsity), window, order=order)
+
+    def ordered(self, order: str) -> Format:
+        """This format with its elements in another order."""
+        return self if order == self.order else _interned(replace(self, order=order))
 
     def encode(self) -> str:
         """Its values as a text, as ops and saved caches hold it: "head_dim=128,kept=64,window=32".
@@ -179,7 +197,7 @@ class Format:
         """The inverse of ``encode``. Raises FormatError for any other text."""
         try:
             pairs = dict(pair.split("=") for pair in text.split(","))
-            values: dict[str, Any] = {k: v if k == "code" else int(v) for k, v in pairs.items()}
+            values: dict[str, Any] = {k: v if k in ("code", "order") else int(v) for k, v in pairs.items()}
             return cls.interned(**values)
         except (TypeError, ValueError) as error:
             raise FormatError(f"{text!r} is not a format; accepted is such as {cls(128, 64, 32).encode()!r}") from error
@@ -201,8 +219,9 @@ class Format:
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """What a cache consists of, in the order in which the ops take it."""
+        values = (self.kept // CHUNK, "tokens", CHUNK) if self.order == "blocks" else ("tokens", self.kept)
         return (
-            Buffer("values", ("batch", "heads", "blocks", self.kept // CHUNK, "tokens", CHUNK)),
+            Buffer("values", ("batch", "heads", "blocks", *values)),
             Buffer("bitmap", ("batch", "heads", "blocks", "tokens", self.words), torch.int32),
             Buffer("window", ("batch", "heads", self.ring, self.head_dim)),
             Buffer("counts", ("batch", 3), torch.int64),

@@ -2,8 +2,8 @@
 
 ``compress``, ``decompress`` and ``decode_attention`` are composites. Where kernels of our own can do the work
 (``backends``) they become the op of the same name with ``_kernel`` behind it, which stays whole in a traced graph and
-launches them; elsewhere they become the plain PyTorch of ``portable``, which Inductor compiles. Both follow from
-device, dtypes and shapes alone, so tracing decides as eager does.
+runs them, on a GPU ``kernels`` and on a CPU ``native``; elsewhere they become the plain PyTorch of ``portable``, which
+Inductor compiles. Both follow from device, dtypes and shapes alone, so tracing decides as eager does.
 
 A cache tensor is given as the list of its buffers and the text of its ``Format``.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, portable
+from . import backends, native, portable
 from .format import MAX_QUERY_TOKENS, Format
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
@@ -108,14 +108,43 @@ def _decode_attention_kernel(
         return kernels.decode_attention(query, key, value, keys, values, *forms, *rest)
 
 
+def _compress_native(dense: Tensor, tokens: Tensor, format: str, capacity: int) -> list[Tensor]:
+    given = (dense, tokens, Format.decode(format), capacity)
+    try:
+        return native.compress(*given)
+    except native.NotBuiltError:
+        return portable.compress(*given)
+
+
+def _decompress_native(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
+    given = (buffers, Format.decode(format), length)
+    try:
+        return native.decompress(*given)
+    except native.NotBuiltError:
+        return portable.decompress(*given)
+
+
+def _decode_attention_native(*given: Any) -> Tensor:
+    tensors, formats, rest = given[:5], map(Format.decode, given[5:7]), given[7:]
+    given = (*tensors, *formats, *rest)
+    try:
+        return native.decode_attention(*given)
+    except native.NotBuiltError:
+        return portable.decode_attention(*given)
+
+
 for _name in _SCHEMAS:
     _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_kernel"], "CUDA")
+    _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_native"], "CPU")
 
 
 @torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
 def _(dense, tokens, format, capacity):
-    shapes = Format.decode(format).shapes(dense.shape[0], dense.shape[1], capacity, dense.dtype)
+    form = Format.decode(format)
+    if dense.device.type == "cpu":
+        native.prepare_prompt(form, dense.dtype)
+    shapes = form.shapes(dense.shape[0], dense.shape[1], capacity, dense.dtype)
     return [dense.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
@@ -123,12 +152,17 @@ def _(dense, tokens, format, capacity):
 def _(buffers, format, length):
     form = Format.decode(format)
     window = form.window_of(buffers)
+    if window.device.type == "cpu":
+        native.prepare_prompt(form, window.dtype)
     return window.new_empty(*window.shape[:2], length, form.head_dim)
 
 
 @torch.library.register_fake("mustafar::decode_attention_kernel", lib=_LIBRARY)
 def _(query, key, value, keys, values, key_format, value_format, *rest, **options):
-    return query.new_empty(*query.shape[:3], Format.decode(value_format).head_dim)
+    forms = Format.decode(key_format), Format.decode(value_format)
+    if query.device.type == "cpu":
+        native.prepare_step(*forms, query.dtype, query.shape[1] // key.shape[1])
+    return query.new_empty(*query.shape[:3], forms[1].head_dim)
 
 
 compress: Callable[..., list[Tensor]] = torch.ops.mustafar.compress.default

@@ -111,6 +111,15 @@ def _blocked(rows: Tensor, buffer: Buffer) -> Tensor:
     return blocks.movedim(3, buffer.token_dim).contiguous()
 
 
+def reordered(buffers: Sequence[Tensor], format: Format, order: str) -> list[Tensor]:
+    """The buffers of the same cache with its elements in another order."""
+    cache, wanted = _Cache(buffers, format), format.ordered(order)
+    values, words = (rows.flatten(2, 3) for rows in cache.all_rows())
+    rows = values, packing.reordered_words(words, format.order, order)
+    packed = (_blocked(x, buffer) for x, buffer in zip(rows, wanted.packed, strict=True))
+    return [*packed, cache.window, cache.counts]
+
+
 def _ring(dense: Tensor, tokens: Tensor, slots: int) -> Tensor:
     """The latest ``slots`` of the first ``tokens`` rows of [B, H, S, D] in their slots; zeros where there is none."""
     in_ring = _ring_tokens(tokens, slots)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .format import EXTREME, WORD_CHANNELS, Format
 
 _EACH_BYTE = 0x01010101  # a group of four channels, all kept
+_SPREAD = 0x00204081  # times four bits: each of them at the start of a byte
 
 
 def computed_once(x: Tensor) -> Tensor:
@@ -24,9 +25,12 @@ def computed_once(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def _groups(words: Tensor) -> Tensor:
+def _groups(words: Tensor, order: str) -> Tensor:
     """Groups of four channels, one channel in each byte, 1 where kept: int32 [..., w] -> int64 [..., w, 8]."""
-    return (words.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=words.device)) & _EACH_BYTE
+    words, group = words.to(torch.int64).unsqueeze(-1), torch.arange(8, device=words.device)
+    if order == "rows":
+        return ((words >> 4 * group & 15) * _SPREAD) & _EACH_BYTE
+    return (words >> group) & _EACH_BYTE
 
 
 def _kept_below(group: Tensor, bit: Tensor | int) -> Tensor:
@@ -34,7 +38,7 @@ def _kept_below(group: Tensor, bit: Tensor | int) -> Tensor:
     return ((group * (_EACH_BYTE << 8)) >> bit) & 7
 
 
-def _kept_before(words: Tensor) -> Tensor:
+def _kept_before(words: Tensor, order: str) -> Tensor:
     """Kept channels before each group of four, in a narrow type: [..., w] -> [..., w, 8].
 
     A buffer of its own: expanding a row then takes three loads and under 30 operations an element, few enough for
@@ -42,21 +46,22 @@ def _kept_before(words: Tensor) -> Tensor:
     ``has_large_inner_fn`` in torch/_inductor/ir.py).
     """
     dtype = torch.uint8 if words.shape[-1] <= 8 else torch.int16
-    earlier = _kept_below(_groups(words), 32).flatten(-2)[..., :-1].to(dtype)
+    earlier = _kept_below(_groups(words, order), 32).flatten(-2)[..., :-1].to(dtype)
     return torch.nn.functional.pad(earlier, (1, 0)).cumsum(-1, dtype=dtype).unflatten(-1, (-1, 8))
 
 
-def channel_ranks(words: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def channel_ranks(words: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """For every channel, whether it was kept and its place among the kept: [..., w] -> bool and int64 [..., D]."""
-    group, bit = _groups(words).unsqueeze(-1), torch.arange(0, 32, 8, device=words.device)
-    rank = _kept_below(group, bit) + _kept_before(words).unsqueeze(-1)
-    return (group & (1 << bit)).to(torch.bool).flatten(-3)[..., :head_dim], rank.flatten(-3)[..., :head_dim]
+    group, bit = _groups(words, format.order).unsqueeze(-1), torch.arange(0, 32, 8, device=words.device)
+    rank = _kept_below(group, bit) + _kept_before(words, format.order).unsqueeze(-1)
+    kept, channels = (group & (1 << bit)).to(torch.bool), slice(format.head_dim)
+    return kept.flatten(-3)[..., channels], rank.flatten(-3)[..., channels]
 
 
 def expand(packed: Sequence[Tensor], format: Format) -> Tensor:
     """Dense rows [..., D] of packed ones, zero where pruned."""
     values, words = packed
-    kept, rank = channel_ranks(words, format.head_dim)
+    kept, rank = channel_ranks(words, format)
     gathered = values.gather(-1, rank.clamp(max=format.kept - 1))
     return torch.where(kept, gathered, 0)
 
@@ -84,19 +89,29 @@ def keep_mask(x: Tensor, kept: int) -> Tensor:
     return keys >= keys.topk(kept, dim=-1).values[..., -1:]
 
 
-def _words(mask: Tensor) -> Tensor:
+def channel_bits(order: str, device: torch.device) -> Tensor:
+    """The bit of a word that stands for each of its channels, int32 [32]."""
+    channel = torch.arange(WORD_CHANNELS, dtype=torch.int32, device=device)
+    return channel if order == "rows" else channel % 4 * 8 + channel // 4
+
+
+def _words(mask: Tensor, order: str) -> Tensor:
     """The bitmap of rows: bool [..., D] -> int32 [..., w]."""
-    bit = torch.arange(8, dtype=torch.int32, device=mask.device).unsqueeze(-1)
-    bit = bit + 8 * torch.arange(4, dtype=torch.int32, device=mask.device)
-    whole = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_CHANNELS))
-    return (whole.unflatten(-1, (-1, 8, 4)).to(torch.int32) << bit).sum((-2, -1), dtype=torch.int32)
+    whole = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_CHANNELS)).unflatten(-1, (-1, WORD_CHANNELS))
+    return (whole.to(torch.int32) << channel_bits(order, mask.device)).sum(-1, dtype=torch.int32)
+
+
+def reordered_words(words: Tensor, order: str, wanted: str) -> Tensor:
+    """Words of one order as those of another."""
+    kept = (words.unsqueeze(-1) >> channel_bits(order, words.device)) & 1
+    return (kept << channel_bits(wanted, words.device)).sum(-1, dtype=torch.int32)
 
 
 def pack(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Prune and pack rows [..., D]: values [..., K] and words [..., w] int32."""
     mask = keep_mask(x, format.kept)
-    words = _words(mask)
-    _, rank = channel_ranks(words, format.head_dim)
+    words = _words(mask, format.order)
+    _, rank = channel_ranks(words, format)
     slot = torch.where(mask, rank, format.kept)  # pruned elements all go to one slot that is cut off
     values = x.new_zeros(*x.shape[:-1], format.kept + 1).scatter(-1, slot, x)
     return values[..., : format.kept].contiguous(), words

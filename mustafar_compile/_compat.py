@@ -45,6 +45,9 @@ tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
 exit_autocast: Callable = _probe("torch.amp.autocast_mode", "_exit_autocast")
 
+cpp_code_cache = _probe("torch._inductor.codecache", "CppCodeCache")
+cpp_compiler: Callable[[], str] = _probe("torch._inductor.cpp_builder", "get_cpp_compiler")
+
 dynamo_config = _probe("torch._dynamo", "config")
 _dynamo_counters = _probe("torch._dynamo.utils", "counters")
 _compiled_versions: Callable = _probe("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")

@@ -7,17 +7,19 @@ from collections.abc import Callable
 import torch
 
 from .errors import UnknownLayerError
-from .lowering.format import Format
+from .lowering.format import Format, order_for
 from .settings import Settings
 
-FormatOf = Callable[[int | None, str, int, torch.dtype], Format | None]
-"""layer (None: unknown), role ("key" or "value"), head_dim, dtype -> the format of a cache; None: it stays dense."""
+FormatOf = Callable[[int | None, str, int, torch.dtype, torch.device], Format | None]
+"""layer (None: unknown), role ("key" or "value"), head_dim, dtype, device -> format of a cache; None: dense."""
 
 
 def policy(settings: Settings) -> FormatOf:
     """What ``settings`` ask for."""
 
-    def format_of(layer: int | None, role: str, head_dim: int, dtype: torch.dtype) -> Format | None:
+    def format_of(
+        layer: int | None, role: str, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Format | None:
         if layer is None and settings.skip_layers:
             raise UnknownLayerError(
                 f"skip_layers={sorted(settings.skip_layers)} is given, but a graph holds a single layer of unknown "
@@ -26,6 +28,6 @@ def policy(settings: Settings) -> FormatOf:
             )
         if layer in settings.skip_layers:
             return None
-        return Format.of(head_dim, settings.sparsity(role), settings.window)
+        return Format.of(head_dim, settings.sparsity(role), settings.window, order_for(device))
 
     return format_of

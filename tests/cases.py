@@ -18,6 +18,7 @@ NAN, INF = float("nan"), float("inf")
 dtypes = st.sampled_from(CACHE_DTYPES)
 seeds = st.integers(0, 2**31)
 query_counts = st.sampled_from([1, 1, 2, 3, 5, MAX_QUERY_TOKENS])
+up_to_32 = st.integers(1, 32)
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9, 0.999])
 
 
@@ -68,9 +69,9 @@ class Cache(list):
         return self.changed(lambda x: x.to(device))
 
 
-def compressed(dense, tokens, kept, window, capacity, by=ops):
-    """``by.compress``, where ``by`` is ``ops``, ``portable`` or ``kernels``. tokens: a number, or one for each row."""
-    format = Format.interned(dense.shape[3], kept, window)
+def compressed(dense, tokens, kept, window, capacity, by=ops, order="blocks"):
+    """``by.compress``; ``by`` is ``ops`` or one that carries them out. tokens: a number, or one for each row."""
+    format = Format.interned(dense.shape[3], kept, window, order=order)
     tokens = torch.as_tensor(tokens, device=dense.device).reshape(-1)
     return Cache(by.compress(dense, tokens, format.encode() if by is ops else format, capacity), format)
 
@@ -88,9 +89,9 @@ def attention(query, key, value, keys, values, position=None, mask=None, sinks=N
 
 
 @st.composite
-def rows(draw, dtypes=dtypes):
+def rows(draw, dtypes=dtypes, eights=up_to_32):
     """Rows [n, D] of a few values that are hard to rank, and random ones."""
-    dtype, head_dim, count = draw(dtypes), 8 * draw(st.integers(1, 32)), draw(st.integers(1, 4))
+    dtype, head_dim, count = draw(dtypes), 8 * draw(eights), draw(st.integers(1, 4))
     limits = torch.finfo(dtype)
     atoms = [0.0, -0.0, 1.0, -1.0, 1.5, NAN, -NAN, INF, -INF, limits.max, limits.min, limits.tiny]
     atoms += [limits.smallest_normal * limits.eps, -limits.smallest_normal * limits.eps]  # denormals
@@ -147,7 +148,8 @@ def with_length(x, length):
 
 def rows_of(cache):
     """What the slots hold, each in a row [B, H, slots, n]: values and words."""
-    return cache.values.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3), cache.bitmap.flatten(2, 3)
+    values = cache.values if cache.format.order == "rows" else cache.values.permute(0, 1, 2, 4, 3, 5).flatten(4)
+    return values.flatten(2, 3), cache.bitmap.flatten(2, 3)
 
 
 def counts_of(tokens, window, flag=0, batch=1):
@@ -198,6 +200,7 @@ class Case:
     scale: float | None = None
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+    order: str = "blocks"
 
     def to(self, device):
         """The same case there."""
@@ -255,10 +258,10 @@ class Case:
         capacity = max(self.tokens - self.window, 0) + 1 + self.spare
         kept = kept_count(x.shape[3], sparsity)
         dense = x[:, :, : max(written, 1)]
-        cache = compressed(dense, written, kept, self.window, capacity)
+        cache = compressed(dense, written, kept, self.window, capacity, order=self.order)
         slots = cache.format.capacity_of(cache)
         empty = torch.arange(slots, device=x.device).view(-1, 32, 1) >= max(written - self.window, 0)
-        cache.values.masked_fill_(empty.unsqueeze(1), NAN)
+        cache.values.masked_fill_(empty if self.order == "rows" else empty.unsqueeze(1), NAN)
         cache.bitmap.masked_fill_(empty, -1)
         cache.window[:, :, written:] = NAN
         return cache
@@ -393,8 +396,15 @@ def masks(draw, case):
 
 
 @st.composite
-def cases(draw, dtypes=dtypes, dims=(8, 16, 24, 64, 80, 128), windows=tuple(range(1, 13)), queries=query_counts):
-    batch, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 8]))
+def cases(
+    draw,
+    dtypes=dtypes,
+    dims=(8, 16, 24, 64, 80, 128),
+    windows=tuple(range(1, 13)),
+    queries=query_counts,
+    groups=(1, 2, 3, 4, 8),
+):
+    batch, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from(groups))
     dims, dtype, queries = st.sampled_from(dims), draw(dtypes), draw(queries)
     case = make_case(
         batch, heads, group, draw(dims), draw(dims), draw(st.integers(queries, 80)), draw(seeds), dtype,
@@ -435,7 +445,15 @@ moves = st.lists(st.tuples(st.floats(0, 1) | st.just(1.0), query_counts), min_si
 
 
 def check_steps(
-    moves, window, seed, decode=ops.decode_attention, start=0, head_dim=24, dtype=torch.float32, device="cpu"
+    moves,
+    window,
+    seed,
+    decode=ops.decode_attention,
+    start=0,
+    head_dim=24,
+    dtype=torch.float32,
+    device="cpu",
+    order="blocks",
 ):
     """Steps of so many tokens each, at the end (1.0) or the start (0.0) of what is written, or between: rewinding.
 
@@ -449,7 +467,7 @@ def check_steps(
         if start:
             oracle.write(prompt[:, :, :start], 0)
         capacity = start + sum(count for _, count in moves)
-        caches.append(compressed(prompt.to(device), start, kept, window, capacity))
+        caches.append(compressed(prompt.to(device), start, kept, window, capacity, order=order))
     for n, (fraction, count) in enumerate(moves):
         position = round(fraction * len(oracles[0].rows))
         query, *new = (randn(2, h, count, head_dim, seed=seed + 10 * n + h, dtype=dtype) for h in (2, 1, 1))

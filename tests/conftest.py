@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from mustafar_compile.lowering import native
+
 # The only fixture that property tests take is `device`, a constant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=20, derandomize="CI" in os.environ, **_COMMON)
@@ -45,3 +47,10 @@ def sharded(examples: int) -> int:
 def device(request) -> str:
     """Every device that this machine has."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _cpu_kernels(request, monkeypatch) -> None:
+    """Without the mark ``native`` the portable code runs on a CPU: C++ is built for each dtype, head dim and group."""
+    if "native" not in request.keywords:
+        monkeypatch.setattr(native, "why_not", lambda: "the tests ask for PyTorch")

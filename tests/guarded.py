@@ -63,10 +63,10 @@ class Zones(TorchFunctionMode):
             assert (zones.isnan() if fill.isnan() else zones == fill).all(), "written outside a buffer"
 
 
-def filled(head_dim, dtype, device, seed):
+def filled(head_dim, dtype, device, seed, order):
     """A cache of [2, 1, .., head_dim] with 32 tokens; made on the CPU."""
     dense = randn(2, 1, SLOTS, head_dim, seed=seed, dtype=dtype)
-    return compressed(dense, SLOTS, KEPT, WINDOW, SLOTS).to(device)
+    return compressed(dense, SLOTS, KEPT, WINDOW, SLOTS, order=order).to(device)
 
 
 def spoilt(cache, counts, bitmap, copied):
@@ -79,11 +79,11 @@ def spoilt(cache, counts, bitmap, copied):
     return copy
 
 
-def step_inputs(queries, group, mask, dtype, device):
+def step_inputs(queries, group, mask, dtype, device, order="blocks"):
     """Query, key and value of new tokens; caches; a mask."""
     sizes = (group, HEAD_DIM), (1, HEAD_DIM), (1, VALUE_DIM)
     new = [randn(2, heads, queries, dim, seed=dim, dtype=dtype, device=device) for heads, dim in sizes]
-    caches = [filled(dim, dtype, device, seed=dim + 1) for dim in (HEAD_DIM, VALUE_DIM)]
+    caches = [filled(dim, dtype, device, dim + 1, order) for dim in (HEAD_DIM, VALUE_DIM)]
     return new, caches, mask and make_mask(mask, (2, group, queries, ROOM), seed=3).to(device)
 
 
@@ -98,13 +98,23 @@ def step_at(decode, new, caches, mask, place, copied):
     return [out, *itertools.chain(*caches)]
 
 
-def check_step(decode, queries=1, group=1, mask=None, dtype=torch.float32, device="cpu", steps=STEPS, comparable=True):
+def check_step(
+    decode,
+    queries=1,
+    group=1,
+    mask=None,
+    dtype=torch.float32,
+    device="cpu",
+    steps=STEPS,
+    comparable=True,
+    order="blocks",
+):
     """A step at any position, with any counts, over any bitmap: nothing outside is written, and what is read is inside.
 
     Whatever the zones hold, the results are the same. comparable: False where a bitmap of too many bits reads what is
     left in shared memory.
     """
-    inputs = step_inputs(queries, group, mask, dtype, device)
+    inputs = step_inputs(queries, group, mask, dtype, device, order)
     for place in steps:
         results = []
         for sentinel in SENTINELS:
@@ -115,9 +125,9 @@ def check_step(decode, queries=1, group=1, mask=None, dtype=torch.float32, devic
             assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), place
 
 
-def check_decompress(by, dtype=torch.float32, device="cpu"):
+def check_decompress(by, dtype=torch.float32, device="cpu", order="blocks"):
     """The same of decompressing."""
-    cache = filled(HEAD_DIM, dtype, device, seed=1)
+    cache = filled(HEAD_DIM, dtype, device, 1, order)
     for counts, bitmap, length in itertools.product([None, *COUNTS], (PACKED, FULL), (SLOTS, 70)):
         results = []
         for sentinel in SENTINELS:
@@ -127,16 +137,16 @@ def check_decompress(by, dtype=torch.float32, device="cpu"):
         assert torch.equal(*results)
 
 
-def check_compress(by, dtype=torch.float32, device="cpu"):
+def check_compress(by, dtype=torch.float32, device="cpu", order="blocks"):
     """The same of compressing: with any number of tokens, what ``portable`` makes of as many as there are."""
 
     for head_dim, length, capacity in ((HEAD_DIM, 40, 32), (24, 33, 64)):
         dense = randn(2, 1, length, head_dim, seed=length, dtype=dtype)
         for tokens in (-(2**40), -3, 0, 20, length, length + 1, length + 200, 2**33 + 5):
             written = torch.tensor([tokens, 20])
-            expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, by=portable)
+            expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, portable, order)
             for sentinel in SENTINELS:
                 with Zones(sentinel) as zones:
                     given = zones.guarded(dense.to(device)), zones.guarded(written.to(device))
-                    made = compressed(*given, KEPT, WINDOW, capacity, by=by)
+                    made = compressed(*given, KEPT, WINDOW, capacity, by, order)
                 assert_same_cache(made, expected)

@@ -24,18 +24,18 @@ def ragged_dense(dtype, device, seed):
     return torch.where(written, dense, torch.nan).to(device)
 
 
-def check_ragged_cache(by, dtype=torch.float32, device="cpu"):
+def check_ragged_cache(by, dtype=torch.float32, device="cpu", order="blocks"):
     """Each row of the batch is compressed and decompressed as it is alone, by ``portable``."""
     dense = ragged_dense(dtype, device, seed=1)
-    cache = compressed(dense, WRITTEN, KEPT, WINDOW, CAPACITY, by=by)
+    cache = compressed(dense, WRITTEN, KEPT, WINDOW, CAPACITY, by, order)
     whole = decompressed(cache, CAPACITY, by=by).cpu()
     for row, tokens in enumerate(WRITTEN):
-        alone = compressed(dense[row : row + 1].cpu(), tokens, KEPT, WINDOW, CAPACITY, by=portable)
+        alone = compressed(dense[row : row + 1].cpu(), tokens, KEPT, WINDOW, CAPACITY, portable, order)
         assert_same_cache(row_of(cache, row), alone)
         assert_same_bits(whole[row : row + 1], decompressed(alone, CAPACITY, by=portable))
 
 
-def check_ragged(decode, position, queries=1, dtype=torch.float32, device="cpu", **close):
+def check_ragged(decode, position, queries=1, dtype=torch.float32, device="cpu", order="blocks", **close):
     """A step over all rows gives each row what a step over it alone gives, by ``portable``.
 
     position: of each row, one for all, or None. close: how near results must be.
@@ -44,7 +44,7 @@ def check_ragged(decode, position, queries=1, dtype=torch.float32, device="cpu",
     new = [randn(rows, h, queries, HEAD_DIM, seed=i, dtype=dtype, device=device) for i, h in enumerate((2, 1, 1))]
     mask = torch.where(randn(rows, 1, 1, CAPACITY, seed=5, device=device) > -1, 0.0, -torch.inf)
     dense = [ragged_dense(dtype, "cpu", seed) for seed in (1, 2)]
-    before = [compressed(x, WRITTEN, KEPT, WINDOW, CAPACITY, by=portable) for x in dense]
+    before = [compressed(x, WRITTEN, KEPT, WINDOW, CAPACITY, portable, order) for x in dense]
     caches = [cache.to(device).clone() for cache in before]
     at = None if position is None else torch.tensor(position, device=device)
     out = attention(*new, *caches, at, mask, scale=0.2, decode=decode)

@@ -102,7 +102,7 @@ def test_calls_replayed_equal_calls_that_are_not(monkeypatch):
 
 
 def test_an_input_that_is_expanded_is_copied_once(monkeypatch):
-    """As position_ids of all rows of a batch are. Torch refuses to write an element of memory that stands for several."""
+    """As position_ids of a batch are. Torch refuses to write an element of memory that stands for several."""
     step, cache, length = Step(monkeypatch), torch.zeros(2, 3), torch.tensor(0.0)
     for i in range(4):
         step.graphs(cache, torch.tensor([1.0, 2.0, float(i)]).expand(2, 3), length, 1)

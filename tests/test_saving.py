@@ -142,7 +142,8 @@ def test_crafted_static_caches_are_refused(craft):
 
 
 def test_crafted_caches_of_version_0_1_are_refused():
-    values, bitmap, window, _ = parts()["buffers"]
+    format, buffers, *how = parts().values()
+    values, bitmap, window, _ = restored(format, buffers, *how).ordered("blocks").buffers
     old = torch.tensor([100, 76, 0])
     assert restored_cache(values, bitmap, window, old, 100, True).counts.tolist() == [[100, 76, 0]]
     for crafted in (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..lowering import ops
+from ..lowering.format import order_for
 from ..reporting.notices import notify_decompressed
 from .tensor import CompressedKV
 from .without_memory import is_view, read_only, refuse_lost_writes
@@ -74,6 +75,8 @@ def _to_copy(cache: CompressedKV, **how: Any) -> CompressedKV:
         return NotImplemented
     device, non_blocking = how.get("device") or cache.device, bool(how.get("non_blocking"))
     moved = cache.mapped(lambda buffer: buffer.to(device, copy=True, non_blocking=non_blocking))
+    if not non_blocking:  # else it may be on its way, and caches that are only put aside come back as they were
+        moved = moved.ordered(order_for(moved.device))
     return _pin(moved) if how.get("pin_memory") else moved
 
 

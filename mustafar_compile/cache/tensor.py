@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import ForeignCompilerError
-from ..lowering import ops
-from ..lowering.format import CACHE_DTYPES, CHUNK, Format, blocks_for, grown_capacity
+from ..lowering import ops, portable
+from ..lowering.format import CACHE_DTYPES, CHUNK, Format, blocks_for, grown_capacity, order_for
 from .growth import Form, Handle, extent_of
 from .lineage import Branch
 from .untrusted import check_saved
@@ -85,7 +85,7 @@ class CompressedKV(Handle):
         _check_dense(dense, tokens)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity!r} is not accepted; it must be a number in [0, 1)")
-        format = Format.of(dense.shape[3], sparsity, window)
+        format = Format.of(dense.shape[3], sparsity, window, order_for(dense.device))
         grows = tokens is None
         length = dense.shape[2]
         capacity = grown_capacity(length) if grows else length
@@ -120,6 +120,13 @@ class CompressedKV(Handle):
     def like(self, buffers: Iterable[Tensor]) -> CompressedKV:
         """A cache of its own over ``buffers``, otherwise as this one."""
         return CompressedKV.from_buffers(self.format, buffers, self.tokens, self.grows, self.tokens_dim)
+
+    def ordered(self, order: str) -> CompressedKV:
+        """This cache with its elements in the order that the kernels of a device want (see ``Format``)."""
+        if order == self.format.order:
+            return self
+        buffers = portable.reordered(self.own_buffers(), self.format, order)
+        return CompressedKV.from_buffers(self.format.ordered(order), buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __getitem__(self, index: Any) -> Tensor:
         """As Tensor's, but autograd does not keep this tensor alive as the base of the result."""
@@ -184,4 +191,5 @@ def _check_dense(dense: Tensor, tokens: int | None) -> None:
 def restored(format: str, buffers: Sequence[Tensor], tokens: int, grows: bool, tokens_dim: int) -> CompressedKV:
     """What pickle calls to make a saved cache again. Raises SavedCacheError where that cannot be one."""
     check_saved(format, buffers, tokens, grows, tokens_dim)
-    return CompressedKV.from_buffers(Format.decode(format), buffers, tokens, grows, tokens_dim)
+    cache = CompressedKV.from_buffers(Format.decode(format), buffers, tokens, grows, tokens_dim)
+    return cache.ordered(order_for(cache.device))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SavedCacheError
 from ..lowering.format import BLOCK_TOKENS, Format, FormatError, blocks_for
+from ..lowering.rows import channel_bits
 
 
 def check_saved(format: Any, buffers: Any, tokens: Any, grows: Any, tokens_dim: Any) -> None:
@@ -60,6 +61,5 @@ def _check_bitmap(format: Format, buffers: Sequence[Tensor]) -> None:
 
 def _past_the_end(format: Format, bits: Tensor) -> Tensor:
     """Whether a row [..., w, 32] has a bit of a channel that there is not."""
-    bit = torch.arange(32, device=bits.device)
-    channel = bit % 8 * 4 + bit // 8 + 32 * torch.arange(format.words, device=bits.device).unsqueeze(-1)
-    return ((channel >= format.head_dim) & (bits != 0)).flatten(-2).any(-1)
+    of_channels = bits[..., channel_bits(format.order, bits.device)].flatten(-2)
+    return of_channels[..., format.head_dim :].any(-1)

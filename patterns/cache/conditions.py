@@ -39,7 +39,7 @@ class Context:
     """
 
     caches: Mapping[Node, CacheInput]
-    format_of: Callable[[int | None, str, int, torch.dtype], Format | None]
+    format_of: Callable[[int | None, str, int, torch.dtype, torch.device], Format | None]
     parameters: Set[Node]
     unwatchable: Set[Node]
     dtypes: Collection[torch.dtype]
@@ -88,7 +88,7 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
 def format_for(update: CacheUpdate, role: str, layer: int | None, context: Context) -> Format:
     """The format of a cache: its own, or the one that it is to have."""
     value = update.node.meta["val"]
-    wanted = context.format_of(layer, role, value.shape[-1], value.dtype)
+    wanted = context.format_of(layer, role, value.shape[-1], value.dtype, value.device)
     require(wanted is not None, f"layer {layer} is listed in skip_layers")
     assert wanted is not None
     return context.caches[update.base].format if update.base in context.caches else wanted
