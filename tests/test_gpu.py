@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from architectures import build
 from models import BufferModel, hf_model, prompt
-from mustafar_compile import ReleaseError, cache_stats, explain
+from mustafar_compile import CompressedKV, ReleaseError, cache_stats, explain
 from mustafar_compile.cache.release import is_released, release
 from mustafar_compile.lowering import kernels
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
@@ -320,3 +320,15 @@ def test_the_sanitizer_finds_nothing(tool):
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
     assert "0 errors" in run.stdout + run.stderr or "0 hazards" in run.stdout + run.stderr
+
+
+def test_a_cache_that_moves_stands_as_the_kernels_there_want_it():
+    on_cpu = CompressedKV.from_dense(torch.randn(2, 2, 75, 40), 0.5, 8)
+    on_gpu = on_cpu.cuda()
+    assert (on_cpu.format.order, on_gpu.format.order, on_gpu.cpu().format.order) == ("rows", "blocks", "rows")
+    for moved in (on_gpu, on_gpu.cpu()):
+        assert torch.equal(moved.dense().cpu(), on_cpu.dense())
+    aside = on_gpu.to("cpu", non_blocking=True)  # as a cache that is offloaded
+    torch.cuda.synchronize()
+    assert aside.format.order == "blocks"
+    assert torch.equal(aside.dense(), on_cpu.dense())

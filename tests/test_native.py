@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_generate import generate, options, oracle
+from torch._inductor.utils import run_and_get_code
 
 from cases import (
     BORDERS,
@@ -40,12 +43,19 @@ from cases import (
     strided,
     with_length,
 )
+from compilers import allocations, without_inductor
 from guarded import check_compress, check_decompress, check_step
+from models import BufferModel, hf_model, prompt, run_steps
+from mustafar_compile import CompressedKV, _compat, explain
 from mustafar_compile.lowering import native, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from nightly import at_night
 from ragged import POSITIONS, check_ragged, check_ragged_cache
 from reference import kept_count, pruned_cache
+from test_own_loops import assert_close as assert_outputs_close
+from test_own_loops import embeddings
+from test_own_loops import options as loop_options
+from test_own_loops import oracle as loop_oracle
 
 pytestmark = [
     pytest.mark.native,
@@ -381,3 +391,112 @@ def test_compressing_keeps_to_its_buffers(kernels):
 
 def test_decompressing_keeps_to_its_buffers(kernels):
     check_decompress(kernels, order="rows")
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.fixture
+def _fresh():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("how", [{}, *at_night([{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])])
+def test_a_model_generates_what_the_oracle_does(how):
+    inputs, sparsity = prompt(batch=1 if "prompt_lookup_num_tokens" in how else 2, padded=not how), 0.5
+    expected = oracle(hf_model(), inputs, sparsity)
+    model = hf_model()
+    model.compile(backend="mustafar", options=options(sparsity))
+    with explain() as report, without_inductor() if not how else nullcontext():
+        out = generate(model, inputs, **how)
+    assert torch.equal(out.sequences, expected)
+    assert {entry.kernels for entry in report.matched} == {"C++ kernels"}
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_a_decode_step_is_one_op_of_a_layer():
+    torch.manual_seed(0)
+    model = BufferModel(slots=200, head_dim=64)
+    inputs = embeddings(150, steps=3)
+    step = torch.compile(model.step, backend="mustafar", options=loop_options(0.5))
+    outputs, (_, *codes) = run_and_get_code(run_steps, model, inputs, step)
+    assert_outputs_close(outputs, loop_oracle(model, inputs, 0.5))
+    for code in codes:
+        assert code.count("torch.ops.mustafar.decode_attention_kernel.default(") == 1
+        assert "aten.clone" not in code
+        assert max(allocations(code, 200 // 32 + 1), default=0) < 2 * 2 * 150 * 64, "no copy of the cache"
+
+
+def run_step():
+    """The caches and the result of a step of the op over a compressed prompt."""
+    case = make_case(order="rows", **small)
+    caches = [compressed(x, case.written, 32, 4, 16, order="rows") for x in (case.keys, case.values)]
+    return [case.step(*caches), *(decompressed(cache, 11) for cache in caches)]
+
+
+def expected_of_portable(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "why_not", lambda: "not now")
+        return run_step()
+
+
+def test_what_cannot_be_built_is_done_by_pytorch_with_a_warning(monkeypatch):
+    expected = expected_of_portable(monkeypatch)
+    native._build.cache_clear()
+    monkeypatch.setattr(native, "source", lambda *given, **constants: "this is no C++")
+    with pytest.warns(UserWarning, match="could not be built") as warned:
+        results = run_step()
+    assert len([w for w in warned if "could not be built" in str(w.message)]) == 2, (
+        "of a step and of a prompt, once each"
+    )
+    native._build.cache_clear()
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+def test_without_a_compiler_pytorch_does_it_with_one_warning(monkeypatch):
+    def none_there():
+        raise RuntimeError("no compiler")
+
+    expected = expected_of_portable(monkeypatch)
+    monkeypatch.setattr(_compat, "cpp_compiler", none_there)
+    native.why_not.cache_clear()
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as warned:
+        results = run_step()
+    native.why_not.cache_clear()
+    assert len(warned) == 1
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+def test_a_build_knows_the_processor():
+    """The cache on disk may be shared by machines of different processors."""
+    assert torch.backends.cpu.get_cpu_capability() in native.source("prompt.cpp", F32, HEAD_DIM=64)
+
+
+# --------------------------------------------------------------------------------------------- the order of elements
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_cache_is_the_same_in_either_order(dtype):
+    dense = randn(2, 2, 75, 40, seed=1, dtype=dtype)
+    for how in ((), (60,)):
+        cache = CompressedKV.from_dense(dense, 0.5, 8, *how)
+        assert cache.format.order == "rows"
+        blocks = cache.ordered("blocks")
+        assert blocks.format == cache.format.ordered("blocks")
+        assert_same_bits(blocks.dense(), cache.dense())
+        assert blocks.stored_bytes == cache.stored_bytes
+        back = blocks.ordered("rows")
+        assert all(torch.equal(x, y) for x, y in zip(back.buffers[1:], cache.buffers[1:], strict=True))
+        assert_same_bits(back.dense(), cache.dense())
+        assert cache.ordered("rows") is cache
+
+
+def test_a_cache_that_was_saved_on_a_gpu_is_in_rows_on_a_cpu():
+    blocks = CompressedKV.from_dense(randn(1, 2, 75, 40, seed=1), 0.5, 8).ordered("blocks")
+    function, given = blocks.__reduce_ex__(2)
+    loaded = function(*given)
+    assert (given[0], loaded.format.order) == ("head_dim=40,kept=24,window=8", "rows")
+    assert_same_bits(loaded.dense(), blocks.dense())
