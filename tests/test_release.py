@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from compilers import without_compiler
 from models import BufferModel, SliceModel, hf_model, prompt, run_steps
@@ -111,6 +112,21 @@ def test_a_prompt_in_chunks_goes_on_from_the_pruned_tokens(poisoned):
     for cache in caches(twin):
         cache[:, :, :18] = pruned_cache(cache[:, :, :18], 0.5, WINDOW)
     assert_close([outputs], [twin.step(second, torch.arange(18, 36))])
+
+
+@pytest.mark.native
+def test_caches_of_any_length_through_inductor(poisoned):
+    """Inductor must find the length among the inputs: the buffers have numbers of blocks, which follow from it."""
+    torch._dynamo.reset()
+    model, inputs = hf_model(num_hidden_layers=1), prompt(batch=1, length=40)
+    compiled = CompileConfig(backend="mustafar", mode=None, fullgraph=False, options=options(0.5) | RELEASE)
+    compiled._compile_all_devices = True
+    how = {"cache_implementation": "static", "compile_config": compiled, "do_sample": False}
+    for new_tokens in (4, 8, 2):
+        with pruned_generation(0.5, 0.5, WINDOW):
+            expected = hf_model(num_hidden_layers=1).generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=new_tokens, **how), expected)
+    assert len(poisoned) == 3 * 2
 
 
 def test_a_static_cache_of_transformers(poisoned):

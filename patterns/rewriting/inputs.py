@@ -56,9 +56,15 @@ class Inputs:
         return (node for node in self.index if same_size(node, size))
 
     def drop(self, caches: Collection[Node]) -> None:
-        """Take away the placeholders of ``caches``, which their buffers replaced, and symbols that nothing uses."""
+        """Take away the placeholders of ``caches``, which their buffers replaced, and symbols that nothing uses.
+
+        Sizes of dense caches stay: numbers of blocks follow from them, and Inductor must know what from.
+        """
+        attached = {source.index for source in self.sources.values() if isinstance(source, AttachedBuffer)}
+        dense = [cache.meta["val"] for cache in caches if self.index[cache] in attached]
+        sizes = [size for x in dense for size in x.shape if not isinstance(size, int)]
         for node in list(self.sources):
             symbol = isinstance(node.meta.get("val"), torch.SymInt)
-            if node in caches or (symbol and not node.users):
+            if node in caches or (symbol and not node.users and not any(same_size(node, size) for size in sizes)):
                 self.graph.erase_node(node)
                 del self.sources[node]
