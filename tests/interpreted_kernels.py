@@ -190,9 +190,6 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 @example(make_case(tokens=33, window=1, batch=1), False)
 @example(make_case(tokens=34, window=1, batch=1), False)
 @example(make_case(tokens=70, window=100, batch=1), False)
-@example(make_case(group=20, heads=1, tokens=45, window=7), False)
-@example(make_case(batch=1, heads=1, group=5, tokens=75, window=7, queries=13), False)  # more rows than a tile has
-@example(make_case(batch=1, heads=1, group=1, tokens=20, window=4, queries=16), True)  # new tokens leave the window
 @example(make_case(batch=1, heads=1, tokens=140, group=3), True)  # several splits
 @example(make_case(mask=torch.zeros(2, 1, 1, 11, dtype=torch.bool)), False)
 @example(make_case(mask=torch.full((11,), -INF)), False)
@@ -204,6 +201,26 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 def test_a_step_equals_the_oracle(case, position):
     out = stepped(case, torch.tensor([case.written]) if position else None)
     assert_close(out, case, rounds_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "position"),
+    [
+        ({"heads": 1, "group": 1, "tokens": 20, "queries": 16}, True),  # new tokens leave the window
+        *at_night(
+            [
+                (
+                    {"heads": 1, "group": 5, "tokens": 75, "window": 7, "queries": 13},
+                    False,
+                ),  # more than a tile
+                ({"heads": 1, "group": 20, "tokens": 45, "window": 7}, False),
+            ]
+        ),
+    ],
+)
+def test_a_step_of_many_rows_equals_the_oracle(how, position):
+    case = make_case(batch=1, **how)
+    assert_close(stepped(case, torch.tensor([case.written]) if position else None), case, rounds_weights=True)
 
 
 def test_a_mask_of_each_head_and_batch_entry():
@@ -424,7 +441,7 @@ def test_a_step_asserts_that_both_caches_hold_the_tokens(asserting):
         assert_fails(OUT_OF_PLACE, case, torch.tensor([case.written]), **shorter)
 
 
-@pytest.mark.parametrize(("queries", "kind"), [(1, "additive"), (2, "bool")])
+@pytest.mark.parametrize(("queries", "kind"), [(1, "additive"), *at_night([(2, "bool")])])
 def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_never_written(queries, kind, asserting):
     length, tokens = 4200, 40  # pieces of the mask for several programs
     places = (tokens, 127, 4095, 4096, length - 1)
@@ -447,11 +464,10 @@ def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_neve
 # ----------------------------------------------------------------------------------------- what lies beside the buffers
 
 
-@pytest.mark.parametrize(
-    ("queries", "group", "mask", "steps"), [(1, 2, None, STEPS[::2]), (2, 1, "bool", STEPS[1::2])], ids=["one", "two"]
-)
-def test_a_step_keeps_to_its_buffers(queries, group, mask, steps):
-    check_step(portable_kernels, queries, group, mask, steps=steps)
+@pytest.mark.parametrize(("queries", "group", "mask", "first"), [(1, 2, None, 0), (2, 1, "bool", 1)])
+@pytest.mark.parametrize("later", [0, *at_night([2])])
+def test_a_step_keeps_to_its_buffers(queries, group, mask, first, later):
+    check_step(portable_kernels, queries, group, mask, steps=STEPS[first + later :: 4])
 
 
 def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):

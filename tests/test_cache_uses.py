@@ -84,6 +84,7 @@ def test_a_past_cropped_to_nothing_begins_anew():
     assert_close(outputs, oracle(model, inputs, 0.5))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("rows", [[1], [1, 0, 0]], ids=["one ends early", "beams"])
 def test_rows_of_a_batch_selected(rows):
     model, step = tuple_model()
@@ -164,6 +165,7 @@ def test_autocast():
 # ------------------------------------------------------------------------------------------------- transformers
 
 
+@pytest.mark.native
 def test_beam_search():
     how = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
     with pruned_generation(0.5, 0.5, WINDOW):
@@ -177,6 +179,7 @@ def test_beam_search():
     assert isinstance(result.past_key_values.layers[0].keys, CompressedKV)
 
 
+@pytest.mark.native
 def test_sequences_that_end_early():
     """The first token that a row generates ends it; the other row goes on."""
     inputs, how = prompt(), {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}

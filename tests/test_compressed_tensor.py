@@ -103,7 +103,7 @@ def test_stored_bytes_are_what_is_allocated(tokens, dtype):
 def test_a_static_cache_allocates_a_slot_for_each_token_in_whole_blocks(slots, capacity):
     kv, _ = static(slots=slots)
     assert kv.capacity == capacity
-    format = Format.of(16, 0.5, WINDOW)
+    format = Format.of(16, 0.5, WINDOW, "rows")
     assert kv.stored_bytes == format.stored_bytes(2, 3, slots, 4) == format.stored_bytes(2, 3, capacity, 4)
     assert [(tuple(b.shape), b.dtype) for b in kv.buffers] == format.shapes(2, 3, slots, torch.float32)
 

@@ -79,7 +79,7 @@ def decode(query, key, value, keys, values, formats, position, mask):
     return ops.decode_attention(query, key, value, keys, values, *formats, position, mask, None, 0.1)
 
 
-@pytest.mark.parametrize("config", mostly_at_night(CONFIGS.values(), 2), ids=CONFIGS)
+@pytest.mark.parametrize("config", mostly_at_night(CONFIGS.values(), 1), ids=CONFIGS)
 def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
     torch.manual_seed(0)
     formats = config.text(0), config.text(1)
@@ -118,6 +118,7 @@ def check_allocations(config, code):
     assert max(sizes) < packed, f"a buffer of {max(sizes)} bytes; the packed values have {packed}"
 
 
+@pytest.mark.nightly
 def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either():
     """Inductor stores what takes more operations than a limit, which is lower for a GPU than for a CPU."""
     config = CONFIGS["bfloat16, static, masked"]
@@ -145,6 +146,7 @@ def test_compiled_compression_equals_the_eager():
     assert expected.shape == (2, 2, 60, 24)
 
 
+@pytest.mark.nightly
 def test_compiled_steps_set_the_extreme_flag():
     config = Config(torch.bfloat16, 1, (32, 32), (16, 16), static=True)
     compiled = torch.compile(decode, fullgraph=True)

@@ -341,6 +341,7 @@ def test_compile_loop(wrap):
     assert torch.equal(stopped, expected[:, : 9 + first + 1])
 
 
+@pytest.mark.native
 def test_compile_loop_around_hf_generate():
     model, inputs = hf_model(), prompt()
     with pruned_generation(0.5, 0.5, WINDOW):
@@ -392,6 +393,7 @@ def flipped(model):
     return model
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("sparsity", "eager_prompt", "compiler"),
     [(0.0, False, without_compiler), (0.5, True, without_compiler), (0.5, False, without_inductor)],

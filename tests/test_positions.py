@@ -228,6 +228,7 @@ def test_a_mask_that_is_the_same_for_all_slots_does_not_match():
     assert "also where nothing is written" in report.missed[0].reason
 
 
+@pytest.mark.native
 def test_the_end_of_a_static_cache_of_transformers():
     from transformers import StaticCache
 
@@ -272,6 +273,7 @@ class Failing(torch.nn.Module):
         return y, (first, second)
 
 
+@pytest.mark.native
 def test_a_step_that_failed_can_be_tried_again():
     torch.manual_seed(0)
     model = Failing().eval()

@@ -18,7 +18,7 @@ constexpr int64_t CHUNK_TOKENS = 256;  // that a thread works on at a time
 
 extern "C" void compress(const Prompt* prompt) {
   const Prompt& given = *prompt;
-  const int64_t rows = given.batch * given.heads, chunks = std::max(blocks_of(given.tokens, CHUNK_TOKENS), 1);
+  const int64_t rows = given.batch * given.heads, chunks = std::max<int64_t>(blocks_of(given.tokens, CHUNK_TOKENS), 1);
 #pragma omp parallel for num_threads(given.threads) if (given.threads > 1) schedule(dynamic)
   for (int64_t i = 0; i < rows * chunks; i++) {
     const int64_t bh = i / chunks, chunk = i % chunks, b = bh / given.heads;

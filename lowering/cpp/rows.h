@@ -4,7 +4,7 @@
 
 constexpr int WORD = 32;  // channels of a word of the bitmap
 
-constexpr int blocks_of(int things, int size) { return (things + size - 1) / size; }
+constexpr int64_t blocks_of(int64_t things, int64_t size) { return (things + size - 1) / size; }
 constexpr int units_of(int head_dim) { return blocks_of(head_dim, Unit::CHANNELS); }
 constexpr int padded(int head_dim) { return units_of(head_dim) * Unit::CHANNELS; }
 
