@@ -161,7 +161,7 @@ def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int, *, si
     batch, heads, length, _ = dense.shape
     dense = dense if dense.stride(-1) == 1 else dense.contiguous()
     shapes = format.shapes(batch, heads, capacity, dense.dtype)
-    buffers = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+    buffers = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]  # so that files hold nothing of others
     counts, tokens = buffers[format.place("counts")], tokens.reshape(-1).clamp(max=length)
     counts[:, 0], counts[:, 1], counts[:, 2] = tokens, (tokens - format.ring).clamp(min=0), 0
     _run("compress", dense, format, buffers, length, simd)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from hypothesis import strategies as st
 
-from mustafar_compile.lowering import ops
+from mustafar_compile.lowering import ops, portable
 from mustafar_compile.lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, Format
 from reference import kept_count, prune, pruned_cache, reference_attention
 
@@ -258,7 +258,8 @@ class Case:
         capacity = max(self.tokens - self.window, 0) + 1 + self.spare
         kept = kept_count(x.shape[3], sparsity)
         dense = x[:, :, : max(written, 1)]
-        cache = compressed(dense, written, kept, self.window, capacity, order=self.order)
+        by = ops if self.order == "blocks" else portable  # which builds nothing
+        cache = compressed(dense, written, kept, self.window, capacity, by, self.order)
         slots = cache.format.capacity_of(cache)
         empty = torch.arange(slots, device=x.device).view(-1, 32, 1) >= max(written - self.window, 0)
         cache.values.masked_fill_(empty if self.order == "rows" else empty.unsqueeze(1), NAN)

@@ -26,6 +26,11 @@ SHARDS = int(os.environ.get("FUZZ_SHARDS", "1"))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first: no process is left with it when the others are done."""
+    items.sort(key=lambda item: "in_the_interpreter" not in item.name)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look at it again after each compilation."""
     gc.collect()

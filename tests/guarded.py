@@ -66,7 +66,7 @@ class Zones(TorchFunctionMode):
 def filled(head_dim, dtype, device, seed, order):
     """A cache of [2, 1, .., head_dim] with 32 tokens; made on the CPU."""
     dense = randn(2, 1, SLOTS, head_dim, seed=seed, dtype=dtype)
-    return compressed(dense, SLOTS, KEPT, WINDOW, SLOTS, order=order).to(device)
+    return compressed(dense, SLOTS, KEPT, WINDOW, SLOTS, portable, order).to(device)
 
 
 def spoilt(cache, counts, bitmap, copied):
