@@ -102,12 +102,12 @@ def check_compressed(kernels, dense, tokens, kept, window, capacity):
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 600), st.sampled_from([8, 10])),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 600), st.sampled_from([8, 10])),  # 64 and 80
     written=st.floats(0, 1),
     window=st.sampled_from([1, 7, 32, 40, 100]),
     spare=st.integers(-40, 10),
     sparsity=sparsities,
-    dtype=st.sampled_from([F32, BF16]),
+    dtype=st.just(F32),
     how=st.sampled_from(LAYOUTS),
     seed=seeds,
 )
@@ -127,7 +127,7 @@ def test_a_compressed_cache_stands_for_the_pruned_one(
 
 
 @settings(max_examples=8)
-@given(rows(eights=st.sampled_from([1, 9, 16])), st.integers(1, 16))
+@given(rows(st.sampled_from([F32, BF16]), st.just(16)), st.integers(1, 16))
 def test_rows_of_all_kinds(kernels, x, eights):
     kept = min(8 * eights, x.shape[-1])
     cache = check_compressed(kernels, x[None, None], len(x), kept, 1, len(x))
@@ -137,7 +137,7 @@ def test_rows_of_all_kinds(kernels, x, eights):
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize(
-    ("head_dim", "kept"), [(64, 32), (128, 8), (128, 120), *at_night([(8, 8), (24, 8), (80, 40), (256, 128)])]
+    ("head_dim", "kept"), [(128, 8), (128, 120), *at_night([(8, 8), (24, 8), (64, 32), (80, 40), (256, 128)])]
 )
 def test_rows_that_are_hard_to_rank(kernels, head_dim, kept, dtype):
     """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends."""
@@ -199,10 +199,19 @@ def test_a_step_equals_the_oracle(kernels, case, position):
     assert_close(stepped(case, kernels, torch.tensor([case.written]) if position else None), case, rounds_weights=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize(
-    ("head_dim", "value_dim", "group"),
-    [(128, 64, 8), *at_night([(8, 8, 1), (256, 256, 7), (72, 40, 5), (64, 64, 71), (24, 136, 12)])],
+    ("head_dim", "value_dim", "group", "dtype"),
+    [
+        (128, 64, 8, F32),
+        *at_night(
+            [
+                *((128, 64, 8, dtype) for dtype in (F16, BF16)),
+                *((8, 8, 1, dtype) for dtype in (F32, F16, BF16)),
+                *((72, 40, 5, dtype) for dtype in (F32, F16, BF16)),
+                *((256, 256, 7, F32), (64, 64, 71, BF16), (24, 136, 12, F16)),
+            ]
+        ),
+    ],
 )
 def test_heads_of_any_size_and_number(kernels, head_dim, value_dim, group, dtype):
     for queries in (1, 5):
