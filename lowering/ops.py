@@ -160,8 +160,9 @@ def _(buffers, format, length):
 @torch.library.register_fake("mustafar::decode_attention_kernel", lib=_LIBRARY)
 def _(query, key, value, keys, values, key_format, value_format, *rest, **options):
     forms = Format.decode(key_format), Format.decode(value_format)
-    if query.device.type == "cpu":
-        native.prepare_step(*forms, query.dtype, query.shape[1] // key.shape[1])
+    group = query.shape[1] // key.shape[1]
+    if query.device.type == "cpu" and isinstance(group, int):  # else it is built at the first call
+        native.prepare_step(*forms, query.dtype, group)
     return query.new_empty(*query.shape[:3], forms[1].head_dim)
 
 
