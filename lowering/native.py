@@ -80,16 +80,20 @@ def source(name: str, dtype: torch.dtype, simd: str = "", **constants: int) -> s
         "enum Dtype { FP32, FP16, BF16 };",
         f"constexpr Dtype DTYPE = {_DTYPES[dtype]};",
         *(f"constexpr int {constant} = {value};" for constant, value in constants.items()),
-        _inlined(name),
+        _inlined(name, set()),
     ]
     return "\n".join(lines)
 
 
-def _inlined(name: str) -> str:
+def _inlined(name: str, included: set[str]) -> str:
     """A source file with those of ours that it includes in their places: torch's code cache compiles one text."""
-    lines = (_SOURCES / name).read_text().splitlines()
-    own = '#include "'
-    return "\n".join(_inlined(x[len(own) : -1]) if x.startswith(own) else x for x in lines if x != "#pragma once")
+    if name in included:
+        return ""
+    included.add(name)
+    lines, own = (_SOURCES / name).read_text().splitlines(), '#include "'
+    return "\n".join(
+        _inlined(x[len(own) : -1], included) if x.startswith(own) else x for x in lines if x != "#pragma once"
+    )
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 // Attention of the query tokens of one KV head to a tile of tokens after the other, with a running softmax.
 #pragma once
 #include "cache.h"
+#include "functions.h"
 
 constexpr int TILE = 64;      // tokens
 constexpr int TOGETHER = 4;   // tokens whose scores are computed at once

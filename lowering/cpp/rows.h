@@ -1,6 +1,6 @@
 // A row is one token of one KV head. Packed: its kept elements in channel order, and a bit for each channel.
 #pragma once
-#include "simd.h"
+#include "unit.h"
 
 constexpr int WORD = 32;  // channels of a word of the bitmap
 

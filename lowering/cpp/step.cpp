@@ -55,12 +55,11 @@ struct Row {
   }
   // The first token that is exact to a query token. Counts that fit no buffer lead into none.
   int64_t first_exact(const Step& step, int64_t query) const {
-    int64_t held_after = std::max(held, end - step.window - MAX_QUERIES);
-    return std::min(std::max(held_after, start + query + 1 - step.window), slots(step));
+    return std::min(std::max(held, start + query + 1 - step.window), slots(step));
   }
 };
 
-// Threads change the time of a step only.
+// How a step is shared out over threads. What one of them does in no time is left to it.
 struct Splits {
   int64_t count, threads;
 
