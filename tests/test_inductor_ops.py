@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from compilers import allocations
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import BLOCK_TOKENS, Format, blocks_for
-from nightly import mostly_at_night
+from nightly import at_night
 
 BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
 
@@ -79,7 +79,7 @@ def decode(query, key, value, keys, values, formats, position, mask):
     return ops.decode_attention(query, key, value, keys, values, *formats, position, mask, None, 0.1)
 
 
-@pytest.mark.parametrize("config", mostly_at_night(CONFIGS.values(), 1), ids=CONFIGS)
+@pytest.mark.parametrize("config", at_night(CONFIGS.values()), ids=CONFIGS)
 def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
     torch.manual_seed(0)
     formats = config.text(0), config.text(1)

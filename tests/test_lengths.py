@@ -53,6 +53,7 @@ def test_growing_caches_generate_what_the_oracle_does(family, padded, recorded):
     assert 1 <= len(recorded) <= 5
 
 
+@pytest.mark.nightly  # by day test_release.py has static caches of any length
 def test_static_caches_of_any_length_are_recorded(recorded):
     model, how = hf_model(), {"max_new_tokens": 6, "do_sample": False}
     with without_compiler(), explain() as report:

@@ -52,6 +52,7 @@ template <int HEAD_DIM> struct TileCopy {
     int64_t left = ((head.behind + 1) * head.slots - first) * head.kept;
     if (tokens == TILE && (TILE - 1) * head.kept + READ <= left) return {from, bits, (int)head.kept, more};
     memcpy(values, from, tokens * head.kept * sizeof(T));
+    memset(values + tokens * head.kept, 0, READ * sizeof(T));
     memcpy(bitmap, bits, tokens * WORDS * 4);
     memset(bitmap + tokens * WORDS, 0, (TILE - tokens) * WORDS * 4);
     return {values, bitmap, (int)head.kept, false};
