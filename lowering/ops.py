@@ -108,29 +108,24 @@ def _decode_attention_kernel(
         return kernels.decode_attention(query, key, value, keys, values, *forms, *rest)
 
 
-def _compress_native(dense: Tensor, tokens: Tensor, format: str, capacity: int) -> list[Tensor]:
-    given = (dense, tokens, Format.decode(format), capacity)
+def _natively(name: str, *given: Any) -> Any:
+    """A function of ``native``, or of ``portable`` where its kernel cannot be built."""
     try:
-        return native.compress(*given)
+        return getattr(native, name)(*given)
     except native.NotBuiltError:
-        return portable.compress(*given)
+        return getattr(portable, name)(*given)
+
+
+def _compress_native(dense: Tensor, tokens: Tensor, format: str, capacity: int) -> list[Tensor]:
+    return _natively("compress", dense, tokens, Format.decode(format), capacity)
 
 
 def _decompress_native(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
-    given = (buffers, Format.decode(format), length)
-    try:
-        return native.decompress(*given)
-    except native.NotBuiltError:
-        return portable.decompress(*given)
+    return _natively("decompress", buffers, Format.decode(format), length)
 
 
 def _decode_attention_native(*given: Any) -> Tensor:
-    tensors, formats, rest = given[:5], map(Format.decode, given[5:7]), given[7:]
-    given = (*tensors, *formats, *rest)
-    try:
-        return native.decode_attention(*given)
-    except native.NotBuiltError:
-        return portable.decode_attention(*given)
+    return _natively("decode_attention", *given[:5], *map(Format.decode, given[5:7]), *given[7:])
 
 
 for _name in _SCHEMAS:
