@@ -16,6 +16,7 @@ struct Prompt {
 
 constexpr int64_t CHUNK_TOKENS = 256;  // that a thread works on at a time
 
+// Into buffers of zeros, whose counts say how many tokens are written.
 extern "C" void compress(const Prompt* prompt) {
   const Prompt& given = *prompt;
   const int64_t rows = given.batch * given.heads, chunks = std::max<int64_t>(blocks_of(given.tokens, CHUNK_TOKENS), 1);
@@ -34,8 +35,6 @@ extern "C" void compress(const Prompt* prompt) {
         for (int c = 0; c < HEAD_DIM; c++) extreme |= key_of(row[c]) >= EXTREME;
       if (token >= written - head.ring_slots) memcpy(head.exact(token), row, HEAD_DIM * sizeof(T));
     }
-    if (chunk == 0)
-      for (int64_t token = written; token < head.ring_slots; token++) memset(head.exact(token), 0, HEAD_DIM * sizeof(T));
     if (extreme) {
 #pragma omp atomic write
       given.cache.counts[b * COUNTS + 2] = 1;
