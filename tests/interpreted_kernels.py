@@ -464,12 +464,13 @@ def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_neve
 # ----------------------------------------------------------------------------------------- what lies beside the buffers
 
 
-@pytest.mark.parametrize(("queries", "group", "mask", "first"), [(1, 2, None, 0), (2, 1, "bool", 1)])
+@pytest.mark.parametrize(("queries", "group", "mask", "first"), [(1, 2, None, 0), *at_night([(2, 1, "bool", 1)])])
 @pytest.mark.parametrize("later", [0, *at_night([2])])
 def test_a_step_keeps_to_its_buffers(queries, group, mask, first, later):
     check_step(portable_kernels, queries, group, mask, steps=STEPS[first + later :: 4])
 
 
+@pytest.mark.nightly
 def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
     def decode(*given, **how):
         for cache in given[3:5]:

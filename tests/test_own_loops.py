@@ -160,7 +160,6 @@ def test_a_growing_cache_whose_sizes_all_change(dynamic):
     assert len(report.matched) == 1, str(report)
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("dynamic", [None, *at_night([True])])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_buffers_whose_sizes_all_change(write, dynamic):
