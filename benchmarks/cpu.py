@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import os
 import platform
 import random
@@ -42,7 +43,6 @@ ROTATED_BYTES = 200e6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
-Function = Callable[[], Any]
 Row = dict[str, Any]
 
 
@@ -127,8 +127,7 @@ class Data:
         torch.manual_seed(0)
         self.shape, self.simd = shape, simd
         dtype, size = DTYPES[shape.dtype], (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
-        once = torch.randn(size).to(dtype)
-        copies = max(2, round(ROTATED_BYTES / (2 * once.nbytes)))
+        copies = max(2, round(ROTATED_BYTES / (2 * math.prod(size) * dtype.itemsize)))
         self.query = torch.randn(shape.batch, shape.kv_heads * shape.gqa, 1, shape.head_dim).to(dtype)
         self.dense = [[torch.randn(size).to(dtype) for _ in range(2)] for _ in range(copies)]
         self.formats = [Format.of(shape.head_dim, sparsity, WINDOW, "rows") for sparsity in sparsities]
@@ -200,7 +199,7 @@ def measure(shape: Shape, sparsities: list[float], threads: int, simd: str, coun
         rows.append(
             asdict(shape)
             | {"threads": threads, "sparsity": sparsity, "torch": fastest}
-            | {f"{name}_ms": statistics.median(times[way]) for name, way in {"torch": fastest, "loop": "loop"}.items()}
+            | {"torch_ms": statistics.median(times[fastest]), "loop_ms": statistics.median(times["loop"])}
             | {"ours_ms": statistics.median(times[ours])}
             | {"over_torch": ratio(times, fastest, ours), "over_loop": ratio(times, "loop", ours)}
             | {"compress_over_copy": 1 / ratio(times, "copy", compress), "error": error}
@@ -211,12 +210,8 @@ def measure(shape: Shape, sparsities: list[float], threads: int, simd: str, coun
 def processor() -> str:
     """Its name, as the system has it."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from .checks import OUT_OF_PLACE, UNWRITTEN
 from .format import Format
 from .masks import with_four_dims
+from .step import DTYPE_NAMES
 
 _SOURCES = Path(__file__).parent / "cpp"
-_DTYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
 _MASK_KINDS = {None: 0, torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 _PROBLEMS = {1: OUT_OF_PLACE, 2: UNWRITTEN}
 FLAGS = ("-ftree-loop-vectorize",)
@@ -78,7 +78,7 @@ def source(name: str, dtype: torch.dtype, simd: str = "", **constants: int) -> s
         "#include <cstdint>",
         f"#define SIMD_{simd}" if simd else "",
         "enum Dtype { FP32, FP16, BF16 };",
-        f"constexpr Dtype DTYPE = {_DTYPES[dtype]};",
+        f"constexpr Dtype DTYPE = {DTYPE_NAMES[dtype].upper()};",
         *(f"constexpr int {constant} = {value};" for constant, value in constants.items()),
         _inlined(name, set()),
     ]

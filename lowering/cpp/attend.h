@@ -23,7 +23,7 @@ struct Scoring {
 
 // Packed rows that stand one after the other, from the first token of a tile on.
 template <int HEAD_DIM> struct PackedTile {
-  static constexpr int WORDS = blocks_of(HEAD_DIM, WORD);
+  static constexpr int WORDS = words_of(HEAD_DIM);
   const T* values;
   const uint32_t* bitmap;
   int kept;
@@ -40,7 +40,7 @@ template <int HEAD_DIM> struct PackedTile {
 
 // A tile whose rows may be read as vectors: where that would leave the buffers, and behind the last token, it is a copy.
 template <int HEAD_DIM> struct TileCopy {
-  static constexpr int WORDS = blocks_of(HEAD_DIM, WORD);
+  static constexpr int WORDS = words_of(HEAD_DIM);
   // A row is read from its start on to HEAD_DIM elements at most, whatever its bits say, and LANES past them.
   static constexpr int READ = HEAD_DIM + 2 * LANES;
   T values[TILE * HEAD_DIM + READ];

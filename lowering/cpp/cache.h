@@ -19,7 +19,7 @@ struct Cache {
 
 // One KV head of one row of the batch; ``behind``: how many more stand behind it in the buffers.
 template <int HEAD_DIM> struct Head {
-  static constexpr int WORDS = blocks_of(HEAD_DIM, WORD);
+  static constexpr int WORDS = words_of(HEAD_DIM);
   T* values;
   uint32_t* bitmap;
   T* ring;

@@ -30,9 +30,7 @@ extern "C" void compress(const Prompt* prompt) {
     bool extreme = false;
     for (int64_t token = first; token < end; token++) {
       const T* row = given.row(bh, token);
-      if (token < pruned) extreme |= head.prune(token, row);
-      else
-        for (int c = 0; c < HEAD_DIM; c++) extreme |= key_of(row[c]) >= EXTREME;
+      extreme |= token < pruned ? head.prune(token, row) : has_extreme<HEAD_DIM>(row);
       if (token >= written - head.ring_slots) memcpy(head.exact(token), row, HEAD_DIM * sizeof(T));
     }
     if (extreme) {
@@ -44,7 +42,7 @@ extern "C" void compress(const Prompt* prompt) {
 
 extern "C" void decompress(const Prompt* prompt) {
   const Prompt& given = *prompt;
-  constexpr int WORDS = blocks_of(HEAD_DIM, WORD);
+  constexpr int WORDS = words_of(HEAD_DIM);
   const int64_t rows = given.batch * given.heads, chunks = blocks_of(given.tokens, CHUNK_TOKENS);
 #pragma omp parallel for num_threads(given.threads) if (given.threads > 1) schedule(dynamic)
   for (int64_t i = 0; i < rows * chunks; i++) {

@@ -6,6 +6,7 @@ constexpr int WORD = 32;  // channels of a word of the bitmap
 
 constexpr int64_t blocks_of(int64_t things, int64_t size) { return (things + size - 1) / size; }
 constexpr int units_of(int head_dim) { return blocks_of(head_dim, Unit::CHANNELS); }
+constexpr int words_of(int head_dim) { return blocks_of(head_dim, WORD); }
 constexpr int padded(int head_dim) { return units_of(head_dim) * Unit::CHANNELS; }
 
 // The bits of ``channels`` channels, the ``at``-th so many of a row. Bits behind the last channel are 0.
@@ -43,9 +44,15 @@ INLINE Key key_of(T x) {
 // What is NaN, infinite or at least 2^97 in magnitude counts as extreme. In float16 that is NaN and infinity.
 constexpr Key EXTREME = DTYPE == FP32 ? 0x70000000 : DTYPE == BF16 ? 0x7000 : INFINITE;
 
+template <int HEAD_DIM> INLINE bool has_extreme(const T* row) {
+  bool extreme = false;
+  for (int c = 0; c < HEAD_DIM; c++) extreme |= key_of(row[c]) >= EXTREME;
+  return extreme;
+}
+
 // Prunes rows of HEAD_DIM channels.
 template <int HEAD_DIM> struct Pruner {
-  static constexpr int PARTS = blocks_of(HEAD_DIM, 64), WORDS = blocks_of(HEAD_DIM, WORD);
+  static constexpr int PARTS = blocks_of(HEAD_DIM, 64), WORDS = words_of(HEAD_DIM);
   alignas(64) Key keys[PARTS * 64];
   uint64_t kept[PARTS];  // a bit for each channel
 

@@ -178,7 +178,7 @@ template <int HEAD_DIM> static bool append(const Head<HEAD_DIM>& head, const T* 
   for (int64_t i = 0; i < step.queries; i++) {
     const T* from = rows + i * HEAD_DIM;
     memcpy(head.exact(row.start + i), from, HEAD_DIM * sizeof(T));
-    for (int c = 0; c < HEAD_DIM; c++) extreme |= key_of(from[c]) >= EXTREME;
+    extreme |= has_extreme<HEAD_DIM>(from);
   }
   int64_t leaving = row.start - step.window, end = std::min(leaving + step.queries, head.slots);
   for (int64_t token = std::max(leaving, row.held); token < end; token++) head.prune(token, head.exact(token));
