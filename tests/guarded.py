@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from cases import assert_same_cache, attention, compressed, decompressed, make_mask, randn
 from mustafar_compile.lowering import portable
+from pairwise import pairwise
 
 ZONE = 2**14  # elements before and behind a tensor, more than any index below is off by
 SENTINELS = (float("nan"), -1), (3.0, 2**20)  # for floats and integers; -1 is a bitmap that keeps all channels
@@ -128,7 +129,7 @@ def check_step(
 def check_decompress(by, dtype=torch.float32, device="cpu", order="blocks"):
     """The same of decompressing."""
     cache = filled(HEAD_DIM, dtype, device, 1, order)
-    for counts, bitmap, length in itertools.product([None, *COUNTS], (PACKED, FULL), (SLOTS, 70)):
+    for counts, bitmap, length in pairwise([None, *COUNTS], (PACKED, FULL), (SLOTS, 70)):
         results = []
         for sentinel in SENTINELS:
             with Zones(sentinel) as zones:
@@ -142,8 +143,8 @@ def check_compress(by, dtype=torch.float32, device="cpu", order="blocks"):
 
     for head_dim, length, capacity in ((HEAD_DIM, 40, 32), (24, 33, 64)):
         dense = randn(2, 1, length, head_dim, seed=length, dtype=dtype)
-        for tokens in (-(2**40), -3, 0, 20, length, length + 1, length + 200, 2**33 + 5):
-            written = torch.tensor([tokens, 20])
+        for tokens in ((-(2**40), 2**33 + 5), (-3, length + 1), (length + 200, 0), (20, length)):
+            written = torch.tensor(tokens)
             expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, portable, order)
             for sentinel in SENTINELS:
                 with Zones(sentinel) as zones:

@@ -85,7 +85,6 @@ def test_a_static_cache_that_was_compressed_before_it_began_to_roll():
     assert [entry.reason for entry in report.missed] == ["cache is bounded by a sliding window of 12"]
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("how", [{}, *at_night([STATIC])], ids=["dynamic", "static"])
 def test_of_an_encoder_decoder_only_the_self_attention_of_the_decoder_is_compressed(how):
     inputs = prompt()

@@ -341,7 +341,7 @@ def test_compile_loop(wrap):
     assert torch.equal(stopped, expected[:, : 9 + first + 1])
 
 
-@pytest.mark.native
+@pytest.mark.nightly  # Dynamo takes half a minute to go through transformers' loop
 def test_compile_loop_around_hf_generate():
     model, inputs = hf_model(), prompt()
     with pruned_generation(0.5, 0.5, WINDOW):

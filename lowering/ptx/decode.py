@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
-    OVERREAD,
     Rows,
     accumulate,
     exchange,
@@ -69,8 +68,8 @@ class Decode:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        behind = max(self.query_bytes + 64 * self.warps, OVERREAD)
-        return self.warps * self.warp_bytes + behind
+        overread = max(self.keys.overread_bytes(), self.values.overread_bytes())
+        return self.warps * self.warp_bytes + max(self.query_bytes + 64 * self.warps, overread)
 
     def setup(self) -> Block:
         """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``.

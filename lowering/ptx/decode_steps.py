@@ -28,7 +28,6 @@ from .block import Lines, listed, locate_thread, names, vectors
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
-OVERREAD = 32 * 128  # bytes of shared memory that a bitmap with too many bits may read past a warp's staged rows
 HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
 
 
@@ -61,6 +60,16 @@ class Rows:
     def staged_bytes(self) -> int:
         """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
         return (self.kept + 1) * 128
+
+    @property
+    def clamped(self) -> bool:
+        """Whether addresses of values are kept near the row. That costs 2% of the kernel; where channels are few there
+        is shared memory enough to read from instead."""
+        return self.words > 4
+
+    def overread_bytes(self) -> int:
+        """Shared memory behind the staged rows that may be read because of a bitmap with more bits than values."""
+        return 128 * (32 if self.clamped else max(32 * self.words - self.kept, 0))
 
 
 def stage(rows: Rows) -> Lines:
@@ -95,14 +104,17 @@ def prefetch(rows: Rows) -> Lines:
 
 
 def locate_words(rows: Rows) -> Lines:
-    """Lane: a<w> = the staged address of the first value of bitmap word w, at most that behind the last value.
+    """Lane: a<w> = the staged address of the first value of bitmap word w; if clamped, at most that behind the last.
 
-    A bitmap with more bits than the row has values thus reads at most a word's values past the row (``OVERREAD``).
+    A bitmap with more bits than the row has values thus reads at most ``overread_bytes`` past the row.
     """
     yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits, behind; mov.b32 a0, stage;"
-    yield f"add.u32 behind, stage, {128 * rows.kept};"
+    if rows.clamped:
+        yield f"add.u32 behind, stage, {128 * rows.kept};"
     for w in range(rows.words - 1):
-        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w}; min.u32 a{w + 1}, a{w + 1}, behind;"
+        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w};"
+        if rows.clamped:
+            yield f"min.u32 a{w + 1}, a{w + 1}, behind;"
 
 
 def expand_setup() -> Lines:
