@@ -70,18 +70,25 @@ def test_a_call_is_known_by_addresses_numbers_and_sizes():
         assert places.form(changed) != form
 
 
+MASK = torch.ones(3)
+
+
 class Step:
     """A step that adds its token to a cache and counts, and ``CudaGraphs`` of it."""
 
     def __init__(self, monkeypatch, function=None):
         self.ran = 0
         self.captured = record_on_a_cpu(monkeypatch)
-        places = Places([0], [1, 2], [1], [(3, None)])  # the cache; the token and the length, which is written
+        # The cache and a mask; the token and the length, which is written
+        places = Places(bound=[0, 4], movable=frozenset([4]), copied=[1, 2], written=[1], sizes=[(3, None)])
         self.graphs = CudaGraphs(function or self.step, places, torch.device("cpu", 0))
 
-    def step(self, cache, token, length, factor):
+    def call(self, cache, token, length, factor, mask=MASK):
+        return self.graphs(cache, token, length, factor, mask)
+
+    def step(self, cache, token, length, factor, mask):
         self.ran += 1
-        cache.add_(token * factor)
+        cache.add_(token * factor * mask)
         length.add_(1)
         return cache.sum() + length, cache, length, factor, None
 
@@ -91,7 +98,7 @@ def test_calls_replayed_equal_calls_that_are_not(monkeypatch):
     mine, other, kept = [torch.zeros(3), torch.tensor(0.0)], [torch.zeros(3), torch.tensor(0.0)], []
     for i in range(6):
         token = torch.full((3,), float(i))
-        out, expected = step.graphs(mine[0], token, mine[1], 2), plain.step(other[0], token, other[1], 2)
+        out, expected = step.call(mine[0], token, mine[1], 2), plain.step(other[0], token, other[1], 2, MASK)
         assert out[1] is mine[0], "an input that is returned stays what it is"
         assert out[2] is mine[1]
         assert list(out[3:]) == [2, None]
@@ -105,10 +112,32 @@ def test_an_input_that_is_expanded_is_copied_once(monkeypatch):
     """As position_ids of a batch are. Torch refuses to write an element of memory that stands for several."""
     step, cache, length = Step(monkeypatch), torch.zeros(2, 3), torch.tensor(0.0)
     for i in range(4):
-        step.graphs(cache, torch.tensor([1.0, 2.0, float(i)]).expand(2, 3), length, 1)
+        step.call(cache, torch.tensor([1.0, 2.0, float(i)]).expand(2, 3), length, 1)
     assert len(step.captured) == 1
     assert not step.graphs.refused
     assert torch.equal(cache, torch.tensor([4.0, 8.0, 6.0]).expand(2, 3))
+
+
+def test_a_mask_that_each_call_makes_anew_is_copied(monkeypatch):
+    plain, step = Step(monkeypatch), Step(monkeypatch)
+    cache, other, masks = torch.zeros(3), torch.zeros(3), torch.rand(8, 3)  # rows of it lie elsewhere each
+    for i, mask in enumerate(masks):
+        out = step.call(cache, torch.ones(3), torch.tensor(0.0), 2, mask)
+        expected = plain.step(other, torch.ones(3), torch.tensor(0.0), 2, mask)
+        assert torch.equal(out[0], expected[0])
+        assert len(step.captured) == (i >= 2), "at the second move"
+    assert torch.equal(cache, other)
+
+
+def test_what_moves_once_or_together_with_a_cache_is_not_copied(monkeypatch):
+    step, caches, masks = Step(monkeypatch), torch.zeros(4, 3), torch.ones(4, 3)
+    for cache, mask in zip(caches, masks, strict=True):
+        step.call(cache, torch.ones(3), torch.tensor(0.0), 2, mask)
+    for mask in masks:
+        for _ in range(2):
+            step.call(caches[0], torch.ones(3), torch.tensor(0.0), 2, mask)
+    assert step.graphs.places.copied == [1, 2]
+    assert len(step.captured) == len(masks)
 
 
 def test_a_new_number_is_recorded_at_its_second_call_and_a_new_cache_at_its_first(monkeypatch):
@@ -116,13 +145,13 @@ def test_a_new_number_is_recorded_at_its_second_call_and_a_new_cache_at_its_firs
     caches = [torch.zeros(3) for _ in range(KEPT + 2)]
     for i, cache in enumerate(caches):
         for call in range(3):
-            step.graphs(cache, torch.ones(3), length, 2)
+            step.call(cache, torch.ones(3), length, 2)
             assert len(step.captured) == (i + 1 if i or call else 0), "the very first call compiles"
         assert len(step.graphs.recordings) == min(i + 1, KEPT)
     for calls in (0, 1, 1):
-        step.graphs(caches[-1], torch.ones(3), length, 3)
+        step.call(caches[-1], torch.ones(3), length, 3)
         assert len(step.captured) == len(caches) + calls
-    step.graphs(caches[-2], torch.ones(3), length, 2)
+    step.call(caches[-2], torch.ones(3), length, 2)
     assert len(step.captured) == len(caches) + 1, "one of the latest"
     assert length == 3 * len(caches) + 4
 
@@ -130,17 +159,17 @@ def test_a_new_number_is_recorded_at_its_second_call_and_a_new_cache_at_its_firs
 def test_caches_that_are_used_once_are_not_recorded(monkeypatch):
     step = Step(monkeypatch)
     for _ in range(2):
-        step.graphs(cache := torch.zeros(3), torch.ones(3), torch.tensor(0.0), 2)
+        step.call(cache := torch.zeros(3), torch.ones(3), torch.tensor(0.0), 2)
     first = [cache]
     for _ in range(5):
         first.append(torch.zeros(3))
-        step.graphs(first[-1], torch.ones(3), torch.tensor(0.0), 2)
+        step.call(first[-1], torch.ones(3), torch.tensor(0.0), 2)
     assert not step.captured
     for _ in range(2):
-        step.graphs(cache, torch.ones(3), torch.tensor(0.0), 2)
+        step.call(cache, torch.ones(3), torch.tensor(0.0), 2)
     for _ in range(5):
         first.append(torch.zeros(3))
-        step.graphs(first[-1], torch.ones(3), torch.tensor(0.0), 2)
+        step.call(first[-1], torch.ones(3), torch.tensor(0.0), 2)
     assert len(step.captured) == 1, "a recording that served one call does not speak for others"
 
 
@@ -148,16 +177,16 @@ def test_a_guess_that_cannot_be_recorded_is_tried_again(monkeypatch):
     step, capture = Step(monkeypatch), cuda_graphs.capture
     caches = [torch.zeros(3) for _ in range(2)]
     for _ in range(3):
-        step.graphs(caches[0], torch.ones(3), torch.tensor(0.0), 2)
+        step.call(caches[0], torch.ones(3), torch.tensor(0.0), 2)
 
     def fail(*given):
         raise RuntimeError("a kernel was compiled")
 
     monkeypatch.setattr(cuda_graphs, "capture", fail)
-    step.graphs(caches[1], torch.ones(3), torch.tensor(0.0), 2)
+    step.call(caches[1], torch.ones(3), torch.tensor(0.0), 2)
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     for _ in range(2):
-        step.graphs(caches[1], torch.ones(3), torch.tensor(0.0), 2)
+        step.call(caches[1], torch.ones(3), torch.tensor(0.0), 2)
     assert not step.graphs.refused
     assert len(step.captured) == 2
     assert torch.equal(caches[0], caches[1])
@@ -167,7 +196,7 @@ def test_recordings_hold_nothing_that_they_are_bound_to(monkeypatch):
     step, cache = Step(monkeypatch), torch.zeros(3)
     monkeypatch.setattr(cuda_graphs, "capture", lambda function, *_: (function()[:1], lambda: None))
     for _ in range(3):
-        step.graphs(cache, torch.ones(3), torch.tensor(0.0), 2)
+        step.call(cache, torch.ones(3), torch.tensor(0.0), 2)
     assert len(step.graphs.recordings) == 1
     alive = weakref.ref(cache)
     del cache
@@ -177,11 +206,11 @@ def test_recordings_hold_nothing_that_they_are_bound_to(monkeypatch):
 
 @pytest.mark.parametrize("of", ["cache", "token"])
 def test_a_step_that_returns_a_view_of_an_input_is_not_recorded(of, monkeypatch):
-    step = Step(monkeypatch, lambda cache, token, length, factor: [{"cache": cache, "token": token}[of][:2]])
+    step = Step(monkeypatch, lambda cache, token, length, factor, mask: [{"cache": cache, "token": token}[of][:2]])
     cache, token = torch.zeros(3), torch.ones(3)
     with explain() as report:
         for _ in range(4):
-            (out,) = step.graphs(cache, token, torch.tensor(0.0), 2)
+            (out,) = step.call(cache, token, torch.tensor(0.0), 2)
             assert out.data_ptr() == {"cache": cache, "token": token}[of].data_ptr()
         record_call()  # the report warns of a block in which nothing ran
     assert len(step.captured) == 1

@@ -24,6 +24,9 @@ from .recordable import Places
 
 Function = Callable[..., Sequence[Any]]
 
+Key = tuple[Hashable, tuple[int, ...]]
+"""Form and addresses of the inputs of a step, see ``Places``."""
+
 KEPT = 4
 """Recordings of a step, so that a few caches can take turns."""
 
@@ -76,8 +79,9 @@ class CudaGraphs:
         self.places = places
         self.index = device.index if device.index is not None else torch.cuda.current_device()
         self.device = torch.device(device.type, self.index)
-        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self.latest: tuple[Hashable, Hashable] | None = None  # key of the last call
+        self.recordings: OrderedDict[Key, Recording] = OrderedDict()
+        self.latest: Key | None = None  # that of the last call
+        self.moved: frozenset[int] = frozenset()  # what alone lay elsewhere at the last call than before
         self.served = 0  # replays since something was recorded
         self.refused = False
         self.pool: Any = None  # of all recordings, which run one after the other
@@ -86,9 +90,9 @@ class CudaGraphs:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self.refused or torch.cuda.is_current_stream_capturing():  # into a graph of the caller
             return self._plain(inputs)
-        device, key = _device(self.index), (self.places.form(inputs), self.places.addresses(inputs))
+        device = _device(self.index)
         with device.lock, device.active():
-            recording = self._recording(key, inputs)
+            recording = self._recording(self._key(inputs), inputs)
             if recording is not None:
                 stream, before = torch.cuda.current_stream(), self.stream
                 if before is not None and before != stream:
@@ -112,7 +116,24 @@ class CudaGraphs:
         for element, length in zip(elements, self.places.lengths, strict=True):
             element.fill_(length.of(inputs))
 
-    def _recording(self, key: tuple[Hashable, Hashable], inputs: Sequence[Any]) -> Recording | None:
+    def _key(self, inputs: Sequence[Any]) -> Key:
+        """What the recording of a call is found by. What moves alone at two calls in a row is copied from now on.
+
+        That is a large mask, say, which the caller makes anew for each step.
+        """
+        key = self.places.form(inputs), self.places.addresses(inputs)
+        if key in self.recordings or self.latest is None or key[0] != self.latest[0]:
+            self.moved = frozenset()
+            return key
+        before, self.moved = self.moved, self.places.moved(self.latest[1], key[1])
+        moved = before & self.moved
+        if moved:
+            self.places = self.places.copying(moved)
+            self.recordings.clear()
+            self.latest = key = key[0], self.places.addresses(inputs)
+        return key
+
+    def _recording(self, key: Key, inputs: Sequence[Any]) -> Recording | None:
         """The recording of a call, made where the kernels are compiled by then and it will serve again.
 
         That is where the call before had the same key, and where nothing but addresses is new and the last recording
@@ -128,7 +149,7 @@ class CudaGraphs:
         self.latest = key
         return recording
 
-    def _try_to_record(self, key: Hashable, inputs: Sequence[Any], again: bool) -> Recording | None:
+    def _try_to_record(self, key: Key, inputs: Sequence[Any], again: bool) -> Recording | None:
         self.served = 0
         try:
             recording = self._record(inputs)

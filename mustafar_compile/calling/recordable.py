@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -20,7 +20,7 @@ from ..patterns.rewriting.plan import Argument, Plan
 from .example_inputs import is_written
 
 _MOST_COPIED = 2**16
-"""Bytes of an input that a call copies. What is larger is bound."""
+"""Bytes of an input that every call copies. What is larger is bound, until it turns out that the caller moves it."""
 
 _STEPS = 1024
 """That a recording serves before a length outgrows it. The columns of masks that are computed in vain cost little."""
@@ -56,13 +56,14 @@ def rounded(length: int) -> int:
 class Places:
     """Of the inputs of a step, by place.
 
-    bound: tensors that a recording is bound to where they are, such as weights and caches. copied: small tensors whose
-    values each call brings. written: which of the copied the step writes, by their place among them. sizes: numbers
-    (None), and dimensions of tensors, that may change but do not from step to step. lengths: those that do. long: the
-    dimensions of inputs that follow from lengths.
+    bound: tensors that a recording is bound to where they are, such as weights and caches. movable: those among them
+    that may as well be copied: a mask, say. copied: tensors whose values each call brings. written: which of the copied
+    the step writes, by their place among them. sizes: numbers (None), and dimensions of tensors, that may change but do
+    not from step to step. lengths: those that do. long: the dimensions of inputs that follow from lengths.
     """
 
     bound: Sequence[int] = ()
+    movable: frozenset[int] = frozenset()
     copied: Sequence[int] = ()
     written: Sequence[int] = ()
     sizes: Sequence[tuple[int, int | None]] = ()
@@ -84,9 +85,12 @@ class Places:
                     long.setdefault(i, {})[dim] = e
                 elif not isinstance(size, int):
                     sizes.append((i, dim))
-        copied = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and (i in long or _is_small(x))]
+        given = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and not _is_weight(x)]
+        copied = [i for i in given if i in long or _is_small(tensors[i])]
+        bound = [i for i in tensors if i not in copied]
         return cls(
-            bound=[i for i in tensors if i not in copied],
+            bound=bound,
+            movable=frozenset(i for i in given if i in bound and not is_written(nodes[i])),
             copied=copied,
             written=[place for place, i in enumerate(copied) if is_written(nodes[i])],
             sizes=sizes,
@@ -94,12 +98,25 @@ class Places:
             long=long,
         )
 
+    def moved(self, before: Sequence[int], now: Sequence[int]) -> frozenset[int]:
+        """The movable inputs that lie elsewhere than at the call before, none where others do, too.
+
+        before, now: ``addresses`` of two calls.
+        """
+        moved = frozenset(i for i, a, b in zip(self.bound, before, now, strict=True) if a != b)
+        return moved if moved <= self.movable else frozenset()
+
+    def copying(self, moved: frozenset[int]) -> Places:
+        """The same with movable inputs copied."""
+        bound = [i for i in self.bound if i not in moved]
+        return replace(self, bound=bound, movable=self.movable - moved, copied=[*self.copied, *sorted(moved)])
+
     @functools.cached_property
     def long_copied(self) -> list[int]:
         """Which of the copied have a dimension that follows from lengths, by their place among them."""
         return [place for place, i in enumerate(self.copied) if i in self.long]
 
-    def addresses(self, inputs: Sequence[Any]) -> Hashable:
+    def addresses(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """What a recording is bound to."""
         return tuple([inputs[i].data_ptr() for i in self.bound])
 
@@ -125,7 +142,10 @@ class Places:
         return made
 
 
+def _is_weight(x: Tensor) -> bool:
+    """Whether an input is one of many that stay where they are."""
+    return isinstance(x, torch.nn.Parameter)
+
+
 def _is_small(x: Tensor) -> bool:
-    """Whether an input is to be copied. Weights are not, which are many."""
-    size = x.dtype.itemsize * math.prod(map(_compat.hint, x.shape))
-    return not isinstance(x, torch.nn.Parameter) and size <= _MOST_COPIED
+    return x.dtype.itemsize * math.prod(map(_compat.hint, x.shape)) <= _MOST_COPIED
