@@ -7,6 +7,7 @@ import io
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -281,6 +282,8 @@ MEMORY = {
     "data_ptr": lambda x: x.data_ptr(),
     "share_memory_": lambda x: x.share_memory_(),
     "__dlpack__": torch.from_dlpack,
+    "numpy": np.asarray,
+    "tolist": lambda x: x.tolist(),
     "untyped_storage": lambda x: x.untyped_storage(),
     "storage": lambda x: x.storage(),
 }

@@ -152,6 +152,17 @@ def test_inference_mode():
     assert type(past[0]) is CompressedKV
 
 
+def test_a_cache_of_inference_mode_goes_on_outside_of_it():
+    model, step = tuple_model()
+    inputs = embeddings(steps=8)
+    with torch.inference_mode():
+        first, past = run(step, inputs[:5])
+    with torch.no_grad():
+        later, past = run(step, inputs[5:], past)
+    assert_close(first + later, oracle(model, inputs, 0.5))
+    assert not past[0].buffers[0].is_inference()
+
+
 def test_autocast():
     model, step = tuple_model()
     inputs = embeddings(steps=8)

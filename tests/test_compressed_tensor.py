@@ -450,6 +450,17 @@ def test_stats_of_two_views_count_their_storage_once():
     assert (stats.dense_bytes, stats.stored_bytes) == (both.nbytes, both.nbytes)
 
 
+def test_stats_of_a_view_are_not_those_of_all_that_is_allocated():
+    stats = cache_stats(torch.zeros(4, 3, 100, 16)[:2, :, :10])
+    assert (stats.tokens, stats.stored_bytes, stats.dense_bytes) == (10, 2 * 3 * 10 * 16 * 4, 2 * 3 * 10 * 16 * 4)
+
+
+def test_stats_of_a_dense_cache_with_the_tokens_first():
+    assert cache_stats(torch.zeros(2, 100, 3, 16), tokens_dim=1).tokens == 100
+    with pytest.raises(ValueError, match=r"tokens_dim=0 is not accepted; it must be 2 \(\[B, H, S, D\]\) or 1"):
+        cache_stats(torch.zeros(2, 100, 3, 16), tokens_dim=0)
+
+
 def test_stats_of_a_mixed_cache():
     key, _ = growing()
     dense = torch.zeros(2, 3, 20, 16)

@@ -152,6 +152,16 @@ def test_ordinary_generation_says_nothing():
     assert report.notices == []
 
 
+def test_a_report_of_what_was_compiled_before_and_did_not_match():
+    step = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend="mustafar")
+    with explain() as report:
+        step(torch.ones(1, 1, 4, 8))
+    assert (report.graphs, len(report.missed)) == (1, 1)
+    with pytest.warns(UserWarning, match="What was compiled before is in the report of its own block"), explain() as later:
+        step(torch.ones(1, 1, 4, 8))
+    assert "torch.compile(model).generate()" not in str(later)
+
+
 def test_nested_reports_close_in_any_order():
     """Reports in which nothing happened look alike."""
     outer, inner = explain(), explain()

@@ -114,6 +114,8 @@ class Handle(WithoutMemory):
         Raises StaleCacheError if this handle was extended before, or some of its tokens were given up.
         """
         tokens = self.tokens
+        if self.counts.is_inference() and not torch.is_inference_mode_enabled():  # where nothing may write them
+            self.buffers = tuple(buffer.clone() for buffer in self.buffers)
         if not self.is_latest():
             self._check_standing()
             if not self.cropped:

@@ -39,21 +39,24 @@ class CacheStats:
         )
 
 
-def cache_stats(past_key_values: Any) -> CacheStats:
+def cache_stats(past_key_values: Any, tokens_dim: int = 2) -> CacheStats:
     """Sizes of a KV cache.
 
     past_key_values: a transformers Cache, nested tuples, lists or dicts of tensors, or a module whose buffers are the
-    cache. Tensors of other than four dimensions are passed over. A dense cache with attached compressed state
-    counts with both, unless its dense memory was released. Raises TypeError where no cache tensor is found. Reads
-    device counters of static caches.
+    cache. Tensors of other than four dimensions are passed over. A view counts as far as it goes. A dense cache with
+    attached compressed state counts with both, unless its dense memory was released. tokens_dim: the dimension of the
+    tokens in dense tensors, 1 where they are [B, S, H, D]; compressed ones know theirs. Raises TypeError where no cache
+    tensor is found, ValueError for another tokens_dim. Reads device counters of static caches.
     """
+    if tokens_dim not in (1, 2):
+        raise ValueError(f"tokens_dim={tokens_dim!r} is not accepted; it must be 2 ([B, H, S, D]) or 1 ([B, S, H, D])")
     tensors = list({id(t): t for t in _cache_tensors(past_key_values)}.values())
     if not tensors:
         raise TypeError(
             f"no cache tensors found in a {type(past_key_values).__name__}; accepted are a transformers Cache, nested "
             "tuples, lists or dicts of 4-dimensional tensors, and modules with such buffers"
         )
-    holdings = [_holding(t) for t in tensors]
+    holdings = [_holding(t, tokens_dim) for t in tensors]
     return CacheStats(
         tokens=max(tokens for tokens, _, _ in holdings),
         stored_bytes=storage_bytes(plain for _, held, _ in holdings for plain in held),
@@ -82,7 +85,7 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
             yield from _cache_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
-def _holding(tensor: Tensor) -> tuple[int, Sequence[Tensor], bool]:
+def _holding(tensor: Tensor, tokens_dim: int) -> tuple[int, Sequence[Tensor], bool]:
     """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
     if isinstance(tensor, CompressedKV):
         tokens = tensor.tokens if tensor.grows else _written(tensor.counts)
@@ -91,7 +94,7 @@ def _holding(tensor: Tensor) -> tuple[int, Sequence[Tensor], bool]:
     if state is not None:
         dense = [] if is_released(tensor) else [tensor]
         return _written(state.buffers[-1]), [*dense, *state.buffers], True
-    return tensor.shape[2], [tensor], False
+    return tensor.shape[tokens_dim], [tensor], False
 
 
 def _written(counts: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -21,9 +22,13 @@ _SHOWN = ["extent"]
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of plain tensors; one that several share counts once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-    return sum(storage.nbytes() for storage in storages.values())
+    """Bytes that plain tensors take of their storages: of one that several share, no more than there are."""
+    taken, there = Counter[int](), {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        taken[storage.data_ptr()] += tensor.nbytes
+        there[storage.data_ptr()] = storage.nbytes()
+    return sum(min(size, there[address]) for address, size in taken.items())
 
 
 class CompressedKV(Handle):

@@ -26,6 +26,8 @@ class WithoutMemory(Tensor):
     """Base of tensors that stand for values kept elsewhere. Asking for their memory is an error, not a null pointer."""
 
     data_ptr = _refused("data_ptr()")
+    numpy = _refused("numpy()")
+    tolist = _refused("tolist()")
     share_memory_ = _refused("share_memory_()")
     __dlpack__ = _refused("__dlpack__()")
     _no_storage = _refused("untyped_storage()")

@@ -9,10 +9,7 @@ from contextlib import contextmanager
 
 from .. import _compat
 from .notices import notify_recompile_limit, open_reports
-from .report import NOTHING_RAN, Report
-
-asked = threading.Event()
-"""Whether Dynamo ever gave the backend a graph."""
+from .report import NOTHING_RAN, Report, asked, nothing_ran
 
 _counting = threading.Lock()
 
@@ -34,7 +31,7 @@ def explain() -> Iterator[Report]:
     finally:
         open_reports.remove(report)
     if not report.graphs and not report.calls:
-        warnings.warn(NOTHING_RAN, stacklevel=3)
+        warnings.warn(nothing_ran(), stacklevel=3)
 
 
 def warn_if_nothing_was_compiled() -> None:

@@ -16,9 +16,8 @@ from ..patterns.attention.find import places
 from ..patterns.cache.conditions import Context
 from ..patterns.match import CacheUpdate, Match, NoMatch
 from ..stages import StageError
-from .explain import asked
 from .notices import notify, open_reports
-from .report import Entry
+from .report import Entry, asked
 
 log = logging.getLogger("mustafar_compile")
 

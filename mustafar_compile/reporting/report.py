@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 
 from .text import bytes_text, table
@@ -27,11 +28,25 @@ class Entry:
     stored_bytes: int = 0
 
 
+asked = threading.Event()
+"""Whether Dynamo ever gave the backend a graph."""
+
 NOTHING_RAN = (
     "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
     "original module. For generate() use mustafar_compile.prepare(model), model.compile(backend='mustafar') or "
     "model.forward = torch.compile(model.forward, backend='mustafar')"
 )
+
+
+NOTHING_NEW = (
+    "mustafar: nothing was compiled here and nothing ran compressed. What was compiled before is in the report of its "
+    "own block only; what did not match then runs as it is"
+)
+
+
+def nothing_ran() -> str:
+    """What there is to say where nothing ran compressed and nothing was compiled."""
+    return NOTHING_NEW if asked.is_set() else NOTHING_RAN
 
 
 @dataclass(eq=False)
@@ -75,7 +90,7 @@ class Report:
 
     def _summary(self) -> str:
         if not self.graphs:
-            return NOTHING_RAN if not self.calls else f"mustafar: nothing new compiled, {self.calls} compressed calls"
+            return f"mustafar: nothing new compiled, {self.calls} compressed calls" if self.calls else nothing_ran()
         if not self._entries:
             return f"mustafar: {self.graphs} graph(s) compiled, no attention found"
         rows = [
