@@ -23,21 +23,25 @@ def prepare(
     arguments of ``generate`` override. Elsewhere, and for a model that takes no static cache: ``model.compile``, with
     the cache that the model has by default.
 
+    Of a PEFT model the model inside is prepared, which is what its ``generate()`` calls.
+
     settings: fields of ``Settings``. mode, options: those of torch.compile. Raises TypeError for what is no model of
     transformers that generates, ValueError for an unknown setting or a value out of range.
     """
     from transformers import CompileConfig, GenerationMixin
 
-    if not isinstance(model, GenerationMixin):
+    generating: torch.nn.Module = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(generating, GenerationMixin):
         raise TypeError(
             f"mustafar: prepare takes a model of transformers that generates; given is {type(model).__name__}. For "
             "others use torch.compile(model, backend='mustafar') or mustafar_compile.compile_loop"
         )
     options = merged_options("prepare", mode, options, settings)
-    if model.device.type == "cuda" and _compat.takes_static_cache(model):
+    if generating.device.type == "cuda" and _compat.takes_static_cache(generating):
         options.setdefault("release_dense", True)
-        model.generation_config.cache_implementation = "static"
-        model.generation_config.compile_config = CompileConfig(backend="mustafar", mode=None, options=options)
+        generating.generation_config.cache_implementation = "static"
+        compiled: Any = CompileConfig(backend="mustafar", mode=None, options=options)  # type: ignore[arg-type]
+        generating.generation_config.compile_config = compiled
     else:
-        model.compile(backend="mustafar", options=options)
+        generating.compile(backend="mustafar", options=options)
     return model

@@ -228,6 +228,14 @@ def test_preparing_a_model_on_a_cpu_compiles_it():
     assert report.launching == [], "there is nothing to say on a CPU"
 
 
+def test_preparing_a_model_in_a_wrapper_prepares_the_one_inside():
+    """As PEFT's: generate() of the wrapper calls that of the base model, past any compiled call of the wrapper."""
+    wrapper, base = nn.Module(), hf_model(num_hidden_layers=1)
+    wrapper.get_base_model = lambda: base
+    assert prepare(wrapper) is wrapper
+    assert base._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize("what", [nn.Linear(2, 2), torch.compile(nn.Linear(2, 2)), BufferModel()])
 def test_only_models_that_generate_can_be_prepared(what):
     with pytest.raises(TypeError, match="prepare takes a model of transformers that generates; given is "):

@@ -33,7 +33,9 @@ asked = threading.Event()
 
 NOTHING_RAN = (
     "mustafar: nothing was compiled here and nothing ran compressed. torch.compile(model).generate() calls the "
-    "original module. For generate() use mustafar_compile.prepare(model), model.compile(backend='mustafar') or "
+    "original module, and generate() of a PEFT model that of the model inside. For generate() use "
+    "mustafar_compile.prepare(model), model.compile(backend='mustafar'), of a PEFT model "
+    "model.get_base_model().compile(backend='mustafar'), or "
     "model.forward = torch.compile(model.forward, backend='mustafar')"
 )
 
