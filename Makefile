@@ -7,7 +7,7 @@
 # MODEL        model of the demo, such as smollm2, which is downloaded (98 MB), or a name on the Hugging Face Hub
 # DEMO, TEST   further arguments of the demo and of pytest
 # RUN          script of `make benchmark` and its arguments, such as "attention.py --quick"
-# EXAMPLES     how far `make fuzz` searches: 2000 is 13,500 examples and 4,000 sequences of operations, half of them on
+# EXAMPLES     how far `make fuzz` searches: 2000 is some 25,000 examples and 4,000 sequences of operations, half of them on
 #              the caches of 100 compiled models
 
 PYTHON ?= python3
@@ -56,7 +56,7 @@ test: $(test)
 
 fuzz: $(test)
 	HYPOTHESIS_PROFILE=long FUZZ_EXAMPLES=$(EXAMPLES) FUZZ_SHARDS=$(or $(strip $(WORKERS)),1) OMP_NUM_THREADS=1 \
-		$(python) -m pytest -m '' tests/test_fuzz_*.py tests/test_portable_ops.py \
+		$(python) -m pytest -m '' tests/test_fuzz_*.py tests/test_portable_ops.py tests/test_native.py \
 		$(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
 architectures: $(test)
