@@ -14,10 +14,10 @@ import torch
 import triton
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from kernel_checks import ROLES, SPOILT, KernelChecks, Kernels, check_a_compressed_cache, check_rows
 from triton.runtime.interpreter import InterpretedFunction
 
 from cases import (
-    BORDERS,
     INF,
     LAYOUTS,
     NAN,
@@ -30,20 +30,15 @@ from cases import (
     cases,
     check_steps,
     compressed,
-    counts_of,
     decompressed,
     hard_rows,
     make_case,
     make_mask,
     make_sinks,
-    partly_written,
     randn,
-    row_holding,
     rows,
     seeds,
     sparsities,
-    sparsity_for,
-    strided,
     with_length,
 )
 from guarded import STEPS, check_compress, check_decompress, check_step
@@ -51,8 +46,7 @@ from mustafar_compile.lowering import kernels, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from nightly import at_night, mostly_at_night
 from pairwise import pairwise
-from ragged import POSITIONS, check_ragged, check_ragged_cache
-from reference import kept_count, pruned_cache
+from reference import pruned_cache
 
 assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
 
@@ -77,26 +71,19 @@ few = settings(max_examples=3, deadline=None, phases=phases, suppress_health_che
 few_queries = st.sampled_from([1, 1, 2, 3])  # more take long here
 narrow = st.sampled_from([torch.float32, torch.float16])
 portable_kernels = functools.partial(kernels.decode_attention, variant="portable")
+KERNELS = Kernels(kernels.compress, kernels.decompress, portable_kernels, dtypes=(torch.float32, torch.float16))
 
 
-def stepped(case, position=None):
-    """The result of a step through the kernels; the caches must become what ``portable`` makes of them."""
-    ours, theirs = ([case.past("key"), case.past("value")] for _ in range(2))
-    out = case.step(*ours, position, decode=portable_kernels)
-    case.step(*theirs, position, decode=portable.decode_attention)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert_same_cache(mine, other)
-    return out
+@pytest.fixture(name="kernels")
+def _kernels():
+    return KERNELS
+
+
+class TestKernels(KernelChecks):
+    """What those of every kind are held to."""
 
 
 # ------------------------------------------------------------------------------------------- compress and decompress
-
-
-def check_compressed(dense, tokens, kept, window, capacity):
-    cache, expected = (compressed(dense, tokens, kept, window, capacity, by=by) for by in (kernels, portable))
-    assert [(b.shape, b.dtype) for b in cache] == [(b.shape, b.dtype) for b in expected]
-    assert_same_cache(cache, expected)
-    return cache
 
 
 @few
@@ -110,72 +97,27 @@ def check_compressed(dense, tokens, kept, window, capacity):
     how=st.sampled_from(LAYOUTS),
     seed=seeds,
 )
-def test_a_compressed_cache_stands_for_the_pruned_one(sizes, written, window, spare, sparsity, dtype, how, seed):
-    batch, heads, length, eights = sizes
-    tokens, head_dim = round(written * length), 8 * eights
-    dense = strided(randn(batch, heads, length, head_dim, seed=seed, dtype=dtype), how)
-    expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
-    dense = strided(partly_written(dense, tokens), how)
-    kept, capacity = kept_count(head_dim, sparsity), max(length + spare, tokens - window, 0)
-    cache = check_compressed(dense, tokens, kept, window, capacity)
-    assert cache.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
-    for asked in {tokens, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(decompressed(cache, asked, by=kernels), with_length(expected, asked))
+def test_a_compressed_cache_stands_for_the_pruned_one(**how):
+    check_a_compressed_cache(KERNELS, **how)
 
 
 @few
 @given(rows(dtypes=narrow), st.integers(1, 32))
 def test_rows_of_all_kinds(x, eights):
-    kept = min(8 * eights, x.shape[-1])
-    cache = check_compressed(x[None, None], len(x), kept, 1, len(x))
-    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1)
-    assert_same_bits(decompressed(cache, len(x), by=kernels), expected)
+    check_rows(KERNELS, x, min(8 * eights, x.shape[-1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("head_dim", "kept"), [(8, 8), (24, 8), (64, 32), (80, 40), (128, 8), (128, 120)])
 def test_rows_that_are_hard_to_rank(head_dim, kept, dtype):
-    """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends."""
-    dense = hard_rows(head_dim, kept, dtype)[None, None]
-    length = dense.shape[2]
-    cache = check_compressed(dense, length, kept, 1, length)
-    expected = pruned_cache(dense, sparsity_for(head_dim, kept), 1)
-    assert_same_bits(decompressed(cache, length, by=kernels), expected)
+    check_rows(KERNELS, hard_rows(head_dim, kept, dtype), kept)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 40, 64])
 def test_compressing_a_part_of_a_static_cache(tokens):
     dense = randn(1, 2, 64, 24, seed=1)
-    cache = check_compressed(dense, tokens, 8, 7, 64)
+    cache = KERNELS.compressed_as_portable(dense, tokens, 8, 7, 64)
     assert_same_bits(decompressed(cache, 64, by=kernels), with_length(pruned_cache(dense[:, :, :tokens], 0.7, 7), 64))
-
-
-def test_compressing_no_rows():
-    cache = compressed(torch.zeros(1, 2, 0, 16), 0, 8, 4, 10, by=kernels)
-    assert cache.counts.tolist() == [[0, 0, 0]]
-    assert not cache.window.any()
-    assert decompressed(cache, 0, by=kernels).shape == (1, 2, 0, 16)
-    assert not decompressed(cache, 3, by=kernels).any()
-
-
-@pytest.mark.parametrize(("dtype", "value", "flag"), mostly_at_night(BORDERS, 4))
-def test_the_flag_of_extreme_values(dtype, value, flag):
-    """Set by compressing where it is written, and by appending to the cache that gets it; it stays, with its row."""
-    plain, row = (row_holding(v, dtype)[:, 1:] for v in (0, value))
-    for place, tokens in ((0, 6), (5, 5), (5, 6)):
-        dense = torch.cat([row if i == place else plain for i in range(6)], dim=2)
-        counts = compressed(dense, tokens, 8, 2, 6, by=kernels).counts
-        assert counts.tolist() == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
-    if dtype == torch.bfloat16:
-        return
-    for role in (0, 1):
-        caches = [compressed(plain, 1, 8, 2, 9, by=portable) for _ in range(2)]
-        new = [row if i == role else plain for i in range(2)]
-        attention(plain, *new, *caches, scale=0.1, decode=portable_kernels)
-        assert [c.counts.tolist() for c in caches] == [[[2, 0, 0], [2, 0, flag if i == role else 0]] for i in range(2)]
-        if role == 0 and flag:
-            attention(plain, plain, plain, *caches, scale=0.1, decode=portable_kernels)
-            assert [c.counts.tolist() for c in caches] == [[[3, 0, 0], [3, 0, 1]], [[3, 0, 0], [3, 0, 0]]]
 
 
 # ------------------------------------------------------------------------------------------------- decode attention
@@ -199,8 +141,7 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
 @example(make_case(mask=both_ways(3, 11), queries=3), False)
 @example(make_case(mask=both_ways(3, 11), queries=3, window=1), False)
 def test_a_step_equals_the_oracle(case, position):
-    out = stepped(case, torch.tensor([case.written]) if position else None)
-    assert_close(out, case, rounds_weights=True)
+    KERNELS.check_step(case, torch.tensor([case.written]) if position else None)
 
 
 @pytest.mark.parametrize(
@@ -220,52 +161,7 @@ def test_a_step_equals_the_oracle(case, position):
 )
 def test_a_step_of_many_rows_equals_the_oracle(how, position):
     case = make_case(batch=1, **how)
-    assert_close(stepped(case, torch.tensor([case.written]) if position else None), case, rounds_weights=True)
-
-
-def test_a_mask_of_each_head_and_batch_entry():
-    case = make_case(heads=3, group=2, tokens=50)
-    case.mask = make_mask("bool", (2, 6, 1, 50), 3, density=0.2)
-    assert_close(stepped(case), case, rounds_weights=True)
-    case.mask = make_mask("bias", (6, 2, 1, 50), 4).transpose(0, 1)
-    assert_close(stepped(case), case, rounds_weights=True)
-    case = make_case(batch=1, group=2, tokens=50, queries=5)
-    case.mask = make_mask("bool", (1, 4, 5, 50), 5, density=0.2)
-    assert_close(stepped(case), case, rounds_weights=True)
-
-
-def test_what_may_attend_to_nothing_gives_zeros():
-    case = make_case(tokens=40)
-    case.mask = torch.ones(2, 4, 1, 40, dtype=torch.bool)
-    case.mask[1, 2] = False
-    case.mask[0, 1, :, :38] = False  # nothing but the window
-    case.mask[0, 2, :, 3:] = False  # nothing but the compressed part
-    out = stepped(case)
-    assert out[1, 2].count_nonzero() == 0
-    assert_close(out, case, rounds_weights=True)
-
-
-@pytest.mark.parametrize("sink", mostly_at_night([200.0, NAN, -INF, 0.0], 2))
-def test_a_sink_takes_weight_and_gives_nothing(sink):
-    case = make_case(tokens=40, scale=0.01, softcap=0.5, sinks=torch.tensor([0.0, sink, -INF, 1.0]))
-    case.mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
-    case.mask[1] = False
-    assert_close(stepped(case), case, rounds_weights=True)
-
-
-def test_inputs_of_any_strides():
-    case = make_case(batch=1, tokens=38)
-    clean = stepped(case)
-    for how in LAYOUTS[1:-1]:
-        case.query, case.keys, case.values = (strided(x, how) for x in (case.query, case.keys, case.values))
-        assert torch.equal(stepped(case), clean)
-
-
-def test_caches_of_different_capacity():
-    case = make_case(tokens=70, batch=2)
-    larger = make_case(tokens=70, batch=2, spare=100)
-    for caches in ((case.past("key"), larger.past("value")), (larger.past("key"), case.past("value"))):
-        assert_close(case.step(*caches, decode=portable_kernels), case, rounds_weights=True)
+    KERNELS.check_step(case, torch.tensor([case.written]) if position else None)
 
 
 @pytest.mark.parametrize(
@@ -289,15 +185,6 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, po
         assert_same_cache(cache, compressed(x, tokens, 8, window, tokens, by=portable))
 
 
-@pytest.mark.parametrize(("position", "queries"), mostly_at_night(pairwise([*POSITIONS.values()], (1, 3)), 5))
-def test_rows_of_the_batch_in_step_stand_at_places_of_their_own(position, queries):
-    check_ragged(portable_kernels, position, queries)
-
-
-def test_rows_of_the_batch_hold_tokens_of_their_own():
-    check_ragged_cache(kernels)
-
-
 @pytest.mark.parametrize(
     ("moves", "window", "seed"), [*REWINDING[:2], REWINDING[3], *at_night([REWINDING[2], REWINDING[4]])]
 )
@@ -306,34 +193,6 @@ def test_writing_at_an_earlier_position_rewinds(moves, window, seed):
 
 
 # --------------------------------------------------------------------------------------- values that are not ordinary
-
-SPOILT = [NAN, INF, -INF, 1e38, -3e38, 2.0**96, 2.0**98]
-ROLES = "keys", "values"
-
-
-@pytest.mark.parametrize(  # compressed, in the window
-    ("value", "role", "token"), mostly_at_night(pairwise(SPOILT, ROLES, (2, 39)), 7)
-)
-def test_extreme_values_count_as_in_the_oracle(role, token, value):
-    case = make_case(tokens=41, batch=1)
-    case.query = case.query / 64  # no score overflows
-    getattr(case, role)[0, 0, token, 5] = value
-    assert_close(stepped(case), case, rounds_weights=True)
-
-
-def test_a_channel_of_huge_values():
-    """Their sum is no float32, their average is one."""
-    case = make_case(tokens=90, batch=1, window=40)
-    case.values[..., 3] = 3e38
-    assert_close(stepped(case), case, rounds_weights=True)
-
-
-def test_a_bad_key_that_is_masked_out_does_no_harm():
-    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool))
-    case.mask[0, ..., [2, 9]] = False
-    clean = stepped(case)
-    case.keys[0, :, [2, 9]] = NAN
-    assert torch.equal(stepped(case), clean)
 
 
 @pytest.fixture

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import re
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_checks import KernelChecks, Kernels, check_a_compressed_cache, check_rows
 from test_generate import generate, options, oracle
 from torch._inductor.utils import run_and_get_code
 
 from cases import (
-    BORDERS,
     INF,
     LAYOUTS,
-    NAN,
     REWINDING,
-    assert_close,
     assert_same_bits,
     assert_same_cache,
     attention,
@@ -28,20 +25,14 @@ from cases import (
     cases,
     check_steps,
     compressed,
-    counts_of,
     decompressed,
     hard_rows,
     make_case,
     make_mask,
-    partly_written,
     randn,
-    row_holding,
     rows,
     seeds,
     sparsities,
-    sparsity_for,
-    strided,
-    with_length,
 )
 from compilers import allocations, without_inductor
 from guarded import SENTINELS, Zones, check_compress, check_decompress, check_step
@@ -50,8 +41,6 @@ from mustafar_compile import CompressedKV, _compat, explain
 from mustafar_compile.lowering import native, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from nightly import at_night
-from ragged import POSITIONS, check_ragged, check_ragged_cache
-from reference import kept_count, pruned_cache
 from test_own_loops import assert_close as assert_outputs_close
 from test_own_loops import embeddings
 from test_own_loops import options as loop_options
@@ -66,39 +55,21 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SIMDS = ["", *at_night(["AVX2", "NONE"])]
 SHAPES = {F32: (64, (2,)), F16: (80, (3,)), BF16: (128, (4,))}
 """dtype -> channels, which make whole vectors or do not, and query heads of a KV head. Each is a build."""
+SIZES = {"head_dim": 64, "value_dim": 64}
 
 
 @pytest.fixture(params=SIMDS)
 def kernels(request):
     """``native`` with one kind of vectors: the best that the processor has, or what older ones have."""
-    simd = request.param
     names = ("compress", "decompress", "decode_attention")
-    return type("Kernels", (), {name: functools.partial(getattr(native, name), simd=simd) for name in names})
+    return Kernels(*(functools.partial(getattr(native, name), simd=request.param) for name in names), "rows", SIZES)
 
 
-def in_rows(dense, tokens, kept, window, capacity, by):
-    return compressed(dense, tokens, kept, window, capacity, by=by, order="rows")
-
-
-def stepped(case, kernels, position=None):
-    """The result of a step through the kernels; the caches must become what ``portable`` makes of them."""
-    case = replace(case, order="rows")
-    ours, theirs = ([case.past("key"), case.past("value")] for _ in range(2))
-    out = case.step(*ours, position, decode=kernels.decode_attention)
-    case.step(*theirs, position, decode=portable.decode_attention)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert_same_cache(mine, other)
-    return out
+class TestKernels(KernelChecks):
+    """What those of every kind are held to."""
 
 
 # ------------------------------------------------------------------------------------------- compress and decompress
-
-
-def check_compressed(kernels, dense, tokens, kept, window, capacity):
-    cache, expected = (in_rows(dense, tokens, kept, window, capacity, by) for by in (kernels, portable))
-    assert [(b.shape, b.dtype) for b in cache] == [(b.shape, b.dtype) for b in expected]
-    assert_same_cache(cache, expected)
-    return cache
 
 
 @given(
@@ -111,28 +82,14 @@ def check_compressed(kernels, dense, tokens, kept, window, capacity):
     how=st.sampled_from(LAYOUTS),
     seed=seeds,
 )
-def test_a_compressed_cache_stands_for_the_pruned_one(
-    kernels, sizes, written, window, spare, sparsity, dtype, how, seed
-):
-    batch, heads, length, eights = sizes
-    tokens, head_dim = round(written * length), 8 * eights
-    dense = strided(randn(batch, heads, length, head_dim, seed=seed, dtype=dtype), how)
-    expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
-    dense = strided(partly_written(dense, tokens), how)
-    kept, capacity = kept_count(head_dim, sparsity), max(length + spare, tokens - window, 0)
-    cache = check_compressed(kernels, dense, tokens, kept, window, capacity)
-    assert cache.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
-    for asked in {tokens, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(decompressed(cache, asked, by=kernels), with_length(expected, asked))
+def test_a_compressed_cache_stands_for_the_pruned_one(kernels, **how):
+    check_a_compressed_cache(kernels, **how)
 
 
 @settings(max_examples=8)
 @given(rows(st.sampled_from([F32, BF16]), st.just(16)), st.integers(1, 16))
 def test_rows_of_all_kinds(kernels, x, eights):
-    kept = min(8 * eights, x.shape[-1])
-    cache = check_compressed(kernels, x[None, None], len(x), kept, 1, len(x))
-    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1)
-    assert_same_bits(decompressed(cache, len(x), by=kernels), expected)
+    check_rows(kernels, x, min(8 * eights, x.shape[-1]))
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -140,63 +97,34 @@ def test_rows_of_all_kinds(kernels, x, eights):
     ("head_dim", "kept"), [(128, 8), (128, 120), *at_night([(8, 8), (24, 8), (64, 32), (80, 40), (256, 128)])]
 )
 def test_rows_that_are_hard_to_rank(kernels, head_dim, kept, dtype):
-    """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends."""
-    dense = hard_rows(head_dim, kept, dtype)[None, None]
-    length = dense.shape[2]
-    cache = check_compressed(kernels, dense, length, kept, 1, length)
-    expected = pruned_cache(dense, sparsity_for(head_dim, kept), 1)
-    assert_same_bits(decompressed(cache, length, by=kernels), expected)
+    check_rows(kernels, hard_rows(head_dim, kept, dtype), kept)
 
 
-def test_compressing_no_rows(kernels):
-    cache = in_rows(torch.zeros(1, 2, 0, 64), 0, 8, 4, 10, kernels)
-    assert cache.counts.tolist() == [[0, 0, 0]]
-    assert not cache.window.any()
-    assert decompressed(cache, 0, by=kernels).shape == (1, 2, 0, 64)
-    assert not decompressed(cache, 3, by=kernels).any()
-    assert in_rows(torch.zeros(0, 2, 5, 64), 5, 8, 4, 10, kernels).counts.shape == (0, 3)
-
-
-@pytest.mark.parametrize(("dtype", "value", "flag"), BORDERS)
-def test_the_flag_of_extreme_values(kernels, dtype, value, flag):
-    """Set by compressing where it is written, and by appending to the cache that gets it; it stays, with its row."""
-    plain, row = (torch.nn.functional.pad(row_holding(v, dtype)[:, 1:], (24, 0)) for v in (0, value))
-    for place, tokens in ((0, 6), (5, 5), (5, 6)):
-        dense = torch.cat([row if i == place else plain for i in range(6)], dim=2)
-        counts = in_rows(dense, tokens, 8, 2, 6, kernels).counts
-        assert counts.tolist() == counts_of(tokens, 2) + counts_of(tokens, 2, flag if place < tokens else 0)
-    if dtype != F32:
-        return
-    for role in (0, 1):
-        caches = [in_rows(plain, 1, 8, 2, 9, portable) for _ in range(2)]
-        new = [row if i == role else plain for i in range(2)]
-        query = torch.cat([plain, plain], dim=1)
-        attention(query, *new, *caches, scale=0.1, decode=kernels.decode_attention)
-        assert [c.counts.tolist() for c in caches] == [[[2, 0, 0], [2, 0, flag if i == role else 0]] for i in range(2)]
+def test_compressing_no_batch(kernels):
+    assert kernels.compressed(torch.zeros(0, 2, 5, 64), 5, 8, 4, 10).counts.shape == (0, 3)
 
 
 # ------------------------------------------------------------------------------------------------- decode attention
 
 shapes = st.sampled_from(list(SHAPES.items()))
-small = {"head_dim": 64, "value_dim": 64}
 
 
 @given(shapes.flatmap(lambda x: cases(st.just(x[0]), (x[1][0],), (1, 7, 32, 40, 100), groups=x[1][1])), st.booleans())
-@example(make_case(tokens=1, **small), False)
-@example(make_case(tokens=5, window=4, **small), True)  # the first token that is pruned
-@example(make_case(tokens=9, window=1, **small), False)
-@example(make_case(tokens=34, window=1, batch=1, **small), False)
-@example(make_case(tokens=70, window=100, batch=1, **small), False)
-@example(make_case(batch=1, heads=1, tokens=40, window=4, queries=16, **small), True)  # new tokens leave the window
-@example(make_case(batch=1, heads=1, tokens=2500, **small), True)  # several splits
-@example(make_case(mask=torch.zeros(2, 1, 1, 11, dtype=torch.bool), **small), False)
-@example(make_case(mask=torch.full((11,), -INF), **small), False)
-@example(make_case(mask=torch.full((1, 1, 1, 11), torch.finfo(torch.float32).min), **small), False)
-@example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool), **small), False)
-@example(make_case(mask=both_ways(3, 11), queries=3, **small), False)
-@example(make_case(mask=both_ways(3, 11), queries=3, window=1, **small), False)
+@example(make_case(tokens=1, **SIZES), False)
+@example(make_case(tokens=5, window=4, **SIZES), True)  # the first token that is pruned
+@example(make_case(tokens=9, window=1, **SIZES), False)
+@example(make_case(tokens=34, window=1, batch=1, **SIZES), False)
+@example(make_case(tokens=70, window=100, batch=1, **SIZES), False)
+@example(make_case(batch=1, heads=1, tokens=40, window=4, queries=16, **SIZES), True)  # new tokens leave the window
+@example(make_case(batch=1, heads=1, tokens=2500, **SIZES), True)  # several splits
+@example(make_case(mask=torch.zeros(2, 1, 1, 11, dtype=torch.bool), **SIZES), False)
+@example(make_case(mask=torch.full((11,), -INF), **SIZES), False)
+@example(make_case(mask=torch.full((1, 1, 1, 11), torch.finfo(torch.float32).min), **SIZES), False)
+@example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool), **SIZES), False)
+@example(make_case(mask=both_ways(3, 11), queries=3, **SIZES), False)
+@example(make_case(mask=both_ways(3, 11), queries=3, window=1, **SIZES), False)
 def test_a_step_equals_the_oracle(kernels, case, position):
-    assert_close(stepped(case, kernels, torch.tensor([case.written]) if position else None), case, rounds_weights=True)
+    kernels.check_step(case, torch.tensor([case.written]) if position else None)
 
 
 @pytest.mark.parametrize(
@@ -217,72 +145,28 @@ def test_heads_of_any_size_and_number(kernels, head_dim, value_dim, group, dtype
     for queries in (1, 5):
         case = make_case(2, 2, group, head_dim, value_dim, 150, queries=queries, dtype=dtype)
         case.mask = make_mask("bool", (2, 1, queries, 150), 3)
-        assert_close(stepped(case, kernels), case, rounds_weights=True)
+        kernels.check_step(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, F32, F16, BF16, torch.float64])
 def test_masks_of_any_kind(kernels, dtype):
-    case = make_case(heads=3, tokens=150, **small)
+    case = make_case(heads=3, tokens=150, **SIZES)
     for shape in ((2, 6, 1, 150), (1, 1, 1, 150), (150,), (2, 1, 1, 1)):
         mask = make_mask("bool" if dtype == torch.bool else "bias", shape, 3)
         case.mask = mask if dtype == torch.bool else mask.to(dtype)
-        assert_close(stepped(case, kernels), case, rounds_weights=True)
+        kernels.check_step(case)
     case.mask = case.mask.new_ones(150, 2)[:, 1]  # strided
-    assert_close(stepped(case, kernels), case, rounds_weights=True)
-
-
-def test_what_may_attend_to_nothing_gives_zeros(kernels):
-    case = make_case(tokens=40, **small)
-    case.mask = torch.ones(2, 4, 1, 40, dtype=torch.bool)
-    case.mask[1, 2] = False
-    case.mask[0, 1, :, :38] = False  # nothing but the window
-    case.mask[0, 2, :, 3:] = False  # nothing but the compressed part
-    out = stepped(case, kernels)
-    assert out[1, 2].count_nonzero() == 0
-    assert_close(out, case, rounds_weights=True)
-
-
-@pytest.mark.parametrize("sink", [200.0, NAN, -INF, 0.0])
-def test_a_sink_takes_weight_and_gives_nothing(kernels, sink):
-    case = make_case(tokens=40, scale=0.01, softcap=0.5, sinks=torch.tensor([0.0, sink, -INF, 1.0]), **small)
-    case.mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
-    case.mask[1] = False
-    assert_close(stepped(case, kernels), case, rounds_weights=True)
-
-
-def test_inputs_of_any_strides(kernels):
-    case = make_case(batch=1, tokens=38, **small)
-    clean = stepped(case, kernels)
-    for how in LAYOUTS[1:-1]:
-        case.query, case.keys, case.values = (strided(x, how) for x in (case.query, case.keys, case.values))
-        assert torch.equal(stepped(case, kernels), clean)
-
-
-def test_caches_of_different_capacity(kernels):
-    case = make_case(tokens=70, batch=2, order="rows", **small)
-    larger = replace(case, spare=100)
-    for caches in ((case.past("key"), larger.past("value")), (larger.past("key"), case.past("value"))):
-        assert_close(case.step(*caches, decode=kernels.decode_attention), case, rounds_weights=True)
+    kernels.check_step(case)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(kernels, threads):
-    case, before = make_case(heads=3, tokens=3000, **small), torch.get_num_threads()
+    case, before = make_case(heads=3, tokens=3000, **SIZES), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_close(stepped(case, kernels), case, rounds_weights=True)
+        kernels.check_step(case)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
-def test_rows_of_the_batch_in_step_stand_at_places_of_their_own(kernels, position, queries):
-    check_ragged(kernels.decode_attention, position, queries, order="rows")
-
-
-def test_rows_of_the_batch_hold_tokens_of_their_own(kernels):
-    check_ragged_cache(kernels, order="rows")
 
 
 @pytest.mark.parametrize(("moves", "window", "seed"), REWINDING)
@@ -291,32 +175,6 @@ def test_writing_at_an_earlier_position_rewinds(kernels, moves, window, seed):
 
 
 # --------------------------------------------------------------------------------------- values that are not ordinary
-
-
-@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e38, -3e38, 2.0**96, 2.0**98])
-@pytest.mark.parametrize("role", ["keys", "values"])
-@pytest.mark.parametrize("token", [2, 39])  # compressed, in the window
-def test_extreme_values_count_as_in_the_oracle(kernels, role, token, value):
-    for queries in (1, 3):
-        case = make_case(tokens=41, batch=1, queries=queries, **small)
-        case.query = case.query / 64  # no score overflows
-        getattr(case, role)[0, 0, token, 5] = value
-        assert_close(stepped(case, kernels), case, rounds_weights=True)
-
-
-def test_a_channel_of_huge_values(kernels):
-    """Their sum is no float32, their average is one."""
-    case = make_case(tokens=90, batch=1, window=40, **small)
-    case.values[..., 3] = 3e38
-    assert_close(stepped(case, kernels), case, rounds_weights=True)
-
-
-def test_a_bad_key_that_is_masked_out_does_no_harm(kernels):
-    case = make_case(mask=torch.ones(2, 1, 1, 11, dtype=torch.bool), **small)
-    case.mask[0, ..., [2, 9]] = False
-    clean = stepped(case, kernels)
-    case.keys[0, :, [2, 9]] = NAN
-    assert torch.equal(stepped(case, kernels), clean)
 
 
 # ---------------------------------------------------------------------------------------------------- what is asserted
@@ -334,7 +192,7 @@ def assert_fails(message, case, kernels, position=None, **how):
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_step_asserts_that_positions_leave_no_gap_and_fit(kernels, queries):
-    case = make_case(tokens=40, queries=queries, order="rows", **small)
+    case = kernels.case(tokens=40, queries=queries)
     for bad in ([-1], [case.written + 1], [case.written, case.written + 1], [0, -1], [2**33], [-(2**62)]):
         assert_fails(OUT_OF_PLACE, case, kernels, torch.tensor(bad))
     case.step(position=torch.tensor([0, case.written]), decode=kernels.decode_attention)
@@ -345,8 +203,8 @@ def test_a_step_asserts_that_positions_leave_no_gap_and_fit(kernels, queries):
 @pytest.mark.parametrize("position", [None, [36]])
 def test_a_step_asserts_that_a_growing_cache_has_room(kernels, position):
     for tokens in (36, 37):
-        case = make_case(tokens=tokens, order="rows", **small)
-        keys, values = (in_rows(x, tokens - 1, 8, 4, 32, portable) for x in (case.keys, case.values))
+        case = kernels.case(tokens=tokens)
+        keys, values = (kernels.compressed(x, tokens - 1, 8, 4, 32, by=portable) for x in (case.keys, case.values))
         if tokens == 36:
             case.step(keys, values, decode=kernels.decode_attention)
         else:
@@ -355,7 +213,7 @@ def test_a_step_asserts_that_a_growing_cache_has_room(kernels, position):
 
 
 def test_a_step_asserts_that_both_caches_hold_the_tokens(kernels):
-    case = make_case(tokens=40, order="rows", **small)
+    case = kernels.case(tokens=40)
     for role in ("keys", "values"):
         shorter = {"keys": case.past("key"), "values": case.past("value")}
         shorter[role].counts[1, 0] = 20
@@ -366,7 +224,7 @@ def test_a_step_asserts_that_both_caches_hold_the_tokens(kernels):
 def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_never_written(kernels, kind):
     length, tokens = 200, 40
     for shape in ((length,), (2, 1, 1, length), (1, 4, 2, length)):
-        case = make_case(tokens=tokens, queries=2 if len(shape) > 2 and shape[2] == 2 else 1, order="rows", **small)
+        case = kernels.case(tokens=tokens, queries=2 if len(shape) > 2 and shape[2] == 2 else 1)
         for place in (None, tokens, length - 1):
             allowed = (torch.arange(length) < tokens).repeat(*shape[:-1], 1).view(shape)
             if place is not None:
@@ -398,7 +256,9 @@ def test_a_whole_tile_at_the_end_of_a_buffer_is_read_within_it(kernels):
     """Its last row has bits for more elements than there are behind it."""
     tokens, window, slots = 65, 2, 64
     new = [randn(1, heads, 1, 64, seed=heads) for heads in (2, 1, 1)]
-    caches = [in_rows(randn(1, 1, tokens, 64, seed=i), tokens, 8, window, slots, portable) for i in range(2)]
+    caches = [
+        kernels.compressed(randn(1, 1, tokens, 64, seed=i), tokens, 8, window, slots, by=portable) for i in range(2)
+    ]
     results = []
     for sentinel in SENTINELS:
         with Zones(sentinel) as zones:
@@ -457,7 +317,7 @@ def test_a_decode_step_is_one_op_of_a_layer():
 
 def run_step():
     """The caches and the result of a step of the op over a compressed prompt."""
-    case = make_case(order="rows", **small)
+    case = make_case(order="rows", **SIZES)
     caches = [compressed(x, case.written, 32, 4, 16, order="rows") for x in (case.keys, case.values)]
     return [case.step(*caches), *(decompressed(cache, 11) for cache in caches)]
 
