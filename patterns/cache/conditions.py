@@ -12,6 +12,7 @@ from torch.fx import Node
 from ...lowering.format import Format
 from ..attention.attention import Attention
 from ..attention.operand import Operand, leading_axes
+from ..graph.nodes import source_line
 from ..graph.normalise import Functional
 from ..graph.symbols import known as known_size
 from ..graph.symbols import same_size
@@ -126,11 +127,11 @@ def _is_grouped(axes: list[Axis], heads: int, query: Node) -> bool:
 
 
 def other_uses(update: CacheUpdate, chain: Sequence[Node], readers: Set[Node], functional: Functional) -> set[str]:
-    """Ops that read the updated cache on its way to attention and would need it dense."""
+    """Ops that read the updated cache on its way to attention and would need it dense, each with its line."""
     path = [update.node, *chain]
     harmless = {*path, *readers, functional.graph.output_node(), *functional.mutated.values()}
     return {
-        str(user.target)
+        f"{user.target}{f' at {line}' if (line := source_line(user)) else ''}"
         for node in path
         for user in node.users
         if user not in harmless and user.target is not torch.ops.aten.sym_size.int
