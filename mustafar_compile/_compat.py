@@ -67,6 +67,8 @@ _preserve_node_meta: Callable = _probe("torch.fx.traceback", "preserve_node_meta
 _InstructionTranslator = _probe("torch._dynamo.symbolic_convert", "InstructionTranslator")
 _functorch_depth: Callable = _probe("torch._C._functorch", "get_dynamic_layer_stack_depth")
 _functorch_back_to: Callable = _probe("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth")
+enter_vmap: Callable = _probe("torch._functorch.predispatch", "_vmap_increment_nesting")
+leave_vmap: Callable = _probe("torch._functorch.predispatch", "_vmap_decrement_nesting")
 
 
 def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> tuple[Any, list[Any]]:
@@ -97,17 +99,27 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
 
 @contextmanager
 def tracing_functionally(fake_mode: Any) -> Iterator[None]:
-    """Within it, ``make_functional_fx`` can trace.
-
-    A graph enters and leaves the levels of a vmap by calls of its own; those that a failure leaves open are closed.
-    """
-    depth = _functorch_depth()
+    """Within it, ``make_functional_fx`` can trace."""
     mode = _FunctionalTensorMode(pre_dispatch=True, export=True)
+    with _tracing_anew(fake_mode), mode:
+        yield
+
+
+@contextmanager
+def _tracing_anew(fake_mode: Any) -> Iterator[None]:
+    """A graph enters and leaves the levels of functorch by calls; those that a failure leaves open are closed."""
+    depth = _functorch_depth()
     try:
-        with fake_mode, _preserve_node_meta(), torch.no_grad(), _tracing(None), _enable_python_dispatcher(), mode:
+        with fake_mode, _preserve_node_meta(), torch.no_grad(), _tracing(None), _enable_python_dispatcher():
             yield
     finally:
         _functorch_back_to(depth)
+
+
+def make_dispatched_fx(function: Callable[..., Sequence[Any]], fakes: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace ``function`` to the ATen that its ops become in a vmap, keeping node metadata."""
+    with _tracing_anew(fake_mode_of(fakes)):
+        return _make_fx(function)(*fakes)
 
 
 def make_functional_fx(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from compilers import without_compiler, without_inductor
-from models import full_attention_layers, hf_model, prompt
+from models import BufferModel, TupleModel, full_attention_layers, hf_model, prompt, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, explain
+from nightly import at_night
 from reference import pruned_cache, pruned_generation, reference_attention
 
 BATCH, HEADS, KV_HEADS, PAST, DIM, WINDOW = 2, 4, 2, 300, 16, 4
@@ -182,6 +185,60 @@ def test_what_is_not_written_out(mask_mod, score_mod, reason):
     out, _, report = compiled(masked(mask_mod), forward)
     assert {entry.reason for entry in report.missed} == {reason}
     torch.testing.assert_close(out, forward(*inputs(), masked(mask_mod))[0])
+
+
+def causal(b, h, q, kv):
+    return q >= kv
+
+
+def shifted(mask_mod, offset):
+    return lambda b, h, q, kv: mask_mod(b, h, q + offset, kv)
+
+
+class IndexedBlocks(BufferModel):
+    """gpt-fast: of the mask of all queries a step takes the row of blocks of its own, and shifts the function."""
+
+    def __init__(self) -> None:
+        super().__init__(batch=1, slots=3 * 128)
+        self.blocks = create_block_mask(causal, 1, 1, 3 * 128, 3 * 128, device="cpu")
+
+    def step(self, x, positions):
+        if x.shape[1] > 1:
+            return super().step(x, positions)
+        mask = self.blocks[:, :, positions // self.blocks.BLOCK_SIZE[0]]
+        mask.mask_mod = shifted(causal, positions[0])
+        mask.seq_lengths = (1, self.k_cache.shape[2])
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        self.write(self.k_cache, k, positions)
+        self.write(self.v_cache, v, positions)
+        return self.merge(flex_attention(q, self.k_cache, self.v_cache, block_mask=mask, enable_gqa=True))
+
+
+class BlocksMadeInTheStep(TupleModel):
+    """The mask of a growing cache, made where it is used."""
+
+    def step(self, x, past):
+        if past is None:
+            return super().step(x, past)
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        tokens = k.shape[2]
+        mask = create_block_mask(lambda b, h, q, kv: q + tokens - 1 >= kv, 1, 1, 1, tokens, device="cpu")
+        return self.merge(flex_attention(q, k, v, block_mask=mask, enable_gqa=True)), (k, v)
+
+
+@pytest.mark.parametrize("form", [IndexedBlocks, *at_night([BlocksMadeInTheStep])])
+def test_a_mask_that_is_made_in_the_graph(form):
+    """Where blocks are listed, also when a mask is indexed, torch counts them in a vmap."""
+    torch.manual_seed(0)
+    model = form()
+    inputs = [torch.randn(1, n, 32) for n in (200, 1, 1, 1)]
+    attention = functools.partial(reference_attention, key_sparsity=0.5, value_sparsity=0.5, window=WINDOW)
+    with without_compiler(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options={"window": WINDOW})
+        torch.testing.assert_close(run_steps(model, inputs, step), pruned_steps(model, inputs, attention))
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")], str(report)
+    assert report.graphs == 2
 
 
 @pytest.mark.nightly

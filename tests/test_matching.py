@@ -11,7 +11,7 @@ from torch import nn
 
 from compilers import without_compiler
 from models import hf_model, prompt
-from mustafar_compile import NothingMatchedError, explain
+from mustafar_compile import NothingMatchedError, _compat, explain
 from mustafar_compile.patterns.attention import scores
 
 
@@ -582,26 +582,60 @@ def test_a_buffer_made_in_inference_mode_stays_dense():
 
 
 class Mapped(Decode):
-    """A vmap, whose levels a graph enters and leaves by calls of its own."""
+    """A vmap in a vmap, over a write into a tensor and a constant, and one with two results."""
 
     def attend(self, q, k, v):
-        return torch.vmap(torch.mul, in_dims=(0, None))(super().attend(q, k, v), q)
+        def of_head(x):
+            x = x * torch.tensor(2.0)
+            x[0] = 1
+            return x
+
+        out = torch.vmap(torch.vmap(of_head))(super().attend(q, k, v))
+        total, q = torch.vmap(lambda x, y: (x + y, y), in_dims=(0, None))(out, q[0])
+        return total * q
 
 
-def test_an_untraceable_graph_leaves_no_vmap_open():
-    actual, expected, report = run(Mapped())
-    assert report.missed[0].reason.startswith("the graph could not be traced")
+def test_a_vmap_beside_attention():
+    (actual, _), (expected, _), report = run(Mapped(), key_sparsity=0, value_sparsity=0)
+    assert [entry.phases for entry in report.matched] == [("decode",)], str(report)
     torch.testing.assert_close(actual, expected)
 
 
-class MappedUnderAutocast(Mapped):
+class MappedAttention(Decode):
+    def attend(self, q, k, v):
+        return torch.vmap(super().attend)(q, k, v)
+
+
+def test_attention_in_a_vmap_is_reported():
+    actual, expected, report = run(MappedAttention())
+    (entry,) = report.missed
+    assert entry.reason.startswith("the graph could not be traced at test_matching.py:"), entry.reason
+    assert entry.reason.endswith("there is attention in a vmap")
+    torch.testing.assert_close(actual, expected)
+
+
+class Derived(Decode):
+    """A derivative, whose level a graph enters and leaves by calls of its own."""
+
+    def attend(self, q, k, v):
+        return torch.func.grad(lambda x: (x * q).sum())(super().attend(q, k, v))
+
+
+def test_an_untraceable_graph_leaves_no_level_open():
+    actual, expected, report = run(Derived())
+    assert report.missed[0].reason.startswith("the graph could not be traced")
+    assert _compat._functorch_depth() == 0
+    torch.testing.assert_close(actual, expected)
+
+
+class DerivedUnderAutocast(Derived):
     def attend(self, q, k, v):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return super().attend(q, k, v)
 
 
 def test_an_untraceable_graph_leaves_no_autocast_on():
-    _, _, report = run(MappedUnderAutocast())
+    _, _, report = run(DerivedUnderAutocast())
     assert "the graph could not be traced" in report.missed[0].reason
     assert not torch.is_autocast_enabled("cpu")
     assert torch.ones(1, 1).matmul(torch.ones(1, 1)).dtype == torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.calls import call_before
-from ..graph.nodes import is_call
+from ..graph.nodes import is_call, symbolic_size
 from ..graph.symbols import same_size
 from .attention import Attention
 from .operand import Operand
@@ -106,13 +106,19 @@ def _arange(place: Node, end: Any) -> Node:
     return call_before(place, aten.arange.default, end, device=place.args[0].meta["val"].device)
 
 
+def _size(place: Node, node: Node, dim: int) -> Any:
+    size = node.meta["val"].shape[dim]
+    with place.graph.inserting_before(place):
+        return size if isinstance(size, int) else symbolic_size(place.graph, node, dim)
+
+
 def _listed(place: Node, counts: Node, blocks: Node, of_row: Node, of_column: Node) -> Node:
     """[B or 1, Hq or 1, L, S]: whether the block of a query and a key is in a list.
 
     counts: [B or 1, Hq or 1, N], how many of ``blocks`` [B or 1, Hq or 1, N, M] hold for each block of queries; the
     others may be anything. of_row, of_column: the block of each query, of each key.
     """
-    slot = _arange(place, blocks.meta["val"].shape[-1])
+    slot = _arange(place, _size(place, blocks, -1))
     holds = call_before(place, aten.lt.Tensor, slot, call_before(place, aten.unsqueeze.default, counts, -1))
     holds, blocks = (call_before(place, aten.index_select.default, x, 2, of_row) for x in (holds, blocks))
     holds, blocks = (call_before(place, aten.unsqueeze.default, x, -2) for x in (holds, blocks))

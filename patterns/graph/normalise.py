@@ -11,9 +11,10 @@ from torch.fx import GraphModule, Node
 
 from mustafar_compile import _compat
 
-from .nodes import located
+from .interpreter import Interpreter
 from .symbols import same_size
 from .views import slice_bounds
+from .vmaps import without_vmap
 
 aten = torch.ops.aten
 
@@ -38,48 +39,15 @@ class Functional:
         return self.module.graph
 
 
-class _Interpreter(torch.fx.Interpreter):
-    """Runs a graph to be traced again.
-
-    It enters autocast where the graph does: tracing alone notes the calls, and dtypes inside would miss the casts.
-    Floats are numbers in it, such as a scale, also where Dynamo was told to make all that it can symbolic.
-    """
-
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
-        self.extra_traceback = False  # it makes another error of a KeyError; the line is noted by ``located``
-        self.regions: list[torch.autocast] = []
-
-    def run(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().run(*args, **options)
-        finally:  # what a failure leaves open
-            while self.regions:
-                self._leave()
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _compat.enter_autocast:
-            self.regions.append(torch.autocast(*args))
-            return self.regions[-1].__enter__()
-        return self._leave() if target is _compat.exit_autocast else super().call_function(target, args, kwargs)
-
-    def run_node(self, node: Node) -> Any:
-        number = _compat.float_argument(node.meta.get("example_value")) if node.target == "item" else None
-        with located(node):
-            return super().run_node(node) if number is None else number
-
-    def _leave(self) -> None:
-        self.regions.pop().__exit__(None, None, None)
-
-
 def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> Functional:
     """Trace ``gm`` again. ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``).
 
     An error on the way has a note of the line of the model that it comes from.
     """
+    graph = without_vmap(gm)
     mode, fakes = _compat.fakify(example_inputs, stand_in)
     with _compat.tracing_functionally(mode):
-        traced, written = _compat.make_functional_fx(lambda *args: _Interpreter(gm).run(*args), fakes)
+        traced, written = _compat.make_functional_fx(lambda *args: Interpreter(gm, graph).run(*args), fakes)
     _drop_assertions(traced.graph)
     _drop_whole_slices(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
