@@ -6,11 +6,15 @@ unsupported version fails with one clear error and not deep inside a compilation
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, cast
 
 import torch
 
@@ -34,6 +38,10 @@ TracingContext = _probe("torch._guards", "TracingContext")
 FakeTensor = _probe("torch._subclasses", "FakeTensor")
 FakeTensorMode = _probe("torch._subclasses", "FakeTensorMode")
 AttrSource = _probe("torch._dynamo.source", "AttrSource")
+_LocalSource = _probe("torch._dynamo.source", "LocalSource")
+_is_the_object = _probe("torch._dynamo.guards", "GuardBuilder").ID_MATCH
+_DynamoContext = _probe("torch._dynamo.eval_frame", "_TorchDynamoContext")
+_dynamo_log = _probe("torch._dynamo.convert_frame", "log")
 ConstantSource = _probe("torch._dynamo.source", "ConstantSource")
 skip_code: Callable = _probe("torch._dynamo.eval_frame", "skip_code")
 maybe_mark_dynamic: Callable = _probe("torch._dynamo", "maybe_mark_dynamic")
@@ -218,15 +226,90 @@ def guarded_attributes(name: str) -> dict[str, Any]:
 
     A path is an expression such as "L['self'].attn".
     """
-    translator = _InstructionTranslator.current_tx()
-    scope = {"L": translator.f_locals, "G": translator.f_globals}
+    scope = _scope()
     found = {}
     for guard in TracingContext.get().guards_context.dynamo_guards:
         path, _, attribute = guard.name.rpartition(".")
         if attribute == name and path not in found:
-            with suppress(AttributeError, KeyError, IndexError, NameError, SyntaxError, TypeError):
+            with suppress(*_CANNOT_BE_READ):
                 found[path] = eval(guard.name, dict(scope))
     return found
+
+
+_CANNOT_BE_READ = (AttributeError, KeyError, IndexError, NameError, SyntaxError, TypeError)
+
+
+def _scope() -> dict[str, Any]:
+    """What the names of guards begin with."""
+    translator = _InstructionTranslator.current_tx()
+    return {"L": translator.f_locals, "G": translator.f_globals}
+
+
+def bind_to_module() -> None:
+    """Make the compilation in progress one for that module alone whose method it is of.
+
+    Dynamo's recompile limit then counts the versions of a function for each module.
+    """
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for name, value in _InstructionTranslator.current_tx().f_locals.items():
+        if isinstance(value, torch.nn.Module):
+            guards.add(_LocalSource(name).make_guard(_is_the_object))
+
+
+def buffers_read() -> list[Any]:
+    """The registered buffers, which may be None, that the compilation in progress guards on."""
+    scope = _scope()
+    names = {guard.name for guard in TracingContext.get().guards_context.dynamo_guards}
+    found = []
+    for name in names:
+        if re.search(r"\._buffers\[[^]]*\]$", name):
+            with suppress(*_CANNOT_BE_READ):
+                found.append(eval(name, dict(scope)))
+    return found
+
+
+def patch_dynamo(**changes: Any) -> None:
+    """Set entries of Dynamo's config while the function runs that is compiled now, from its next call on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        context = frame.f_locals.get("self")
+        if isinstance(context, _DynamoContext):
+            patch = _dynamo_patch(**changes)
+            if patch not in context.enter_exit_hooks:
+                context.enter_exit_hooks.append(patch)
+            return
+        frame = frame.f_back
+
+
+@functools.cache
+def _dynamo_patch(**changes: Any) -> Callable[[], Callable[[], None]]:
+    """Sets entries of Dynamo's config and returns what sets them back."""
+    return dynamo_config._make_closure_patcher(**changes)
+
+
+def function_being_compiled() -> str:
+    return _described(_InstructionTranslator.current_tx().f_code)
+
+
+def _described(code: CodeType) -> str:
+    return f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})"  # as Dynamo says it
+
+
+@contextmanager
+def functions_given_up() -> Iterator[list[str]]:
+    """A list that gets each function that Dynamo gives up on, as it has too many compiled versions."""
+    found: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("torch._dynamo hit config."):
+            found.append(cast(tuple, record.args)[2])
+        return True
+
+    _dynamo_log.addFilter(note)
+    try:
+        yield found
+    finally:
+        _dynamo_log.removeFilter(note)
 
 
 def recompile_limit_hits() -> int:
@@ -241,6 +324,6 @@ def function_at_recompile_limit() -> str | None:
     while frame is not None:
         code = frame.f_code
         if len(_compiled_versions(code)) >= dynamo_config.recompile_limit:
-            return f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
+            return _described(code)
         frame = frame.f_back
     return None

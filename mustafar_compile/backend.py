@@ -15,6 +15,7 @@ from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
+from .calling.recompiling import count_for_each_layer, let_buffers_grow
 from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
@@ -112,6 +113,7 @@ def _through_stages(
     context = _context(functional, example_inputs, compressed, settings)
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
+    count_for_each_layer(found)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
         found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]
@@ -121,6 +123,7 @@ def _through_stages(
         with stage("rewritten", settings.raise_errors):
             plan = Rewriter(functional, compressed, grown_capacity, settings.release_dense).run(matches)
             rewritten = plan, add_calling_convention(plan, gm, example_inputs)
+        let_buffers_grow(plan)
     record_graph(found, context)
     _require_match(settings, found, "no attention was found")
     if rewritten is not None:

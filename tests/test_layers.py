@@ -78,6 +78,18 @@ def test_skipped_layers_are_those_that_are_listed(how):
     assert [entry.layer for entry in report.missed] == [1]
 
 
+def test_the_recompile_limit_counts_for_each_layer():
+    """All of them run one function: a prompt and a step of two layers are four versions of it."""
+    model = hf_model()
+    with without_compiler(), torch._dynamo.config.patch(recompile_limit=2), explain() as report:
+        COMPILED["each layer"](model, backend="mustafar")
+        assert compressed_layers(model) == [True, True]
+        assert report.graphs == 4
+        assert compressed_layers(model) == [True, True]
+    assert [(entry.layer, entry.phases) for entry in report.matched] == [(i, ("prefill", "decode")) for i in range(2)]
+    assert (report.graphs, report.missed, report.notices) == (4, [], [])
+
+
 def test_a_single_layer_of_unknown_number_refuses_skip_layers():
     """Which layer of a model it is cannot be known, so nothing is skipped or compressed by guess."""
     model = TupleModel()

@@ -57,7 +57,8 @@ def noticed(report, caught, text):
     return line
 
 
-def test_the_recompile_limit():
+def past_the_recompile_limit():
+    """Outputs, reports of a first and a second sequence, warnings."""
     torch.manual_seed(0)
     model, inputs = TupleModel(), embeddings(steps=6)
     with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings(record=True) as caught:
@@ -68,8 +69,23 @@ def test_the_recompile_limit():
         with explain() as later:
             run(model, step, inputs)
     assert_close(outputs, oracle(model, inputs, 0.0))
-    assert "TupleModel.step" in noticed(report, caught, "Dynamo's recompile limit is reached in TupleModel")
+    return report, later, caught
+
+
+def test_the_recompile_limit():
+    report, later, caught = past_the_recompile_limit()
+    assert "models.py" in noticed(report, caught, "Dynamo's recompile limit is reached in 'step' (")
     assert any("recompile limit" in notice for notice in later.notices), "a warning comes once, a line in each report"
+    (entry,) = report.missed
+    assert entry.phases == ("prefill",)
+    assert entry.stored_bytes > 0
+    assert "prefill; else no: Dynamo's recompile limit is reached" in " ".join(str(report).split())
+
+
+def test_the_recompile_limit_where_dynamo_logs_nothing(caplog):
+    with caplog.at_level("ERROR", "torch._dynamo"):
+        report, _, caught = past_the_recompile_limit()
+    noticed(report, caught, "Dynamo's recompile limit is reached in a compiled function")
 
 
 def test_a_graph_break_between_cache_and_attention():

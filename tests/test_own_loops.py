@@ -449,3 +449,49 @@ def test_a_nested_past():
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         assert_close(run_steps(model, inputs, step), oracle(model, inputs, 0.5))
     assert len(report.matched) == 1
+
+
+class GrowingBuffers(TupleModel):
+    """The past is two buffers of the module, None before the first token."""
+
+    def __init__(self, **sizes) -> None:
+        super().__init__(**sizes)
+        self.register_buffer("keys", None, persistent=False)
+        self.register_buffer("values", None, persistent=False)
+
+    def forward(self, x):
+        out, (self.keys, self.values) = self.step(x, None if self.keys is None else (self.keys, self.values))
+        return out
+
+
+class History:
+    def __init__(self) -> None:
+        self.past = None
+
+
+class GrowingInObject(TupleModel):
+    """The past is an attribute of an object that is one of the module."""
+
+    def __init__(self, **sizes) -> None:
+        super().__init__(**sizes)
+        self.history = History()
+
+    def forward(self, x):
+        out, self.history.past = self.step(x, self.history.past)
+        return out
+
+
+@pytest.mark.parametrize("form", [GrowingBuffers, *at_night([GrowingInObject])])
+def test_a_growing_cache_that_a_module_holds(form):
+    """Dynamo takes the shapes of buffers for fixed, and would compile each step anew until it gives up."""
+    torch.manual_seed(0)
+    model, inputs = form(), embeddings(steps=6)
+    with without_compiler(), explain() as report:
+        model.compile(backend="mustafar", options=options(0.5))
+        assert_close([model(x) for x in inputs], oracle(model, inputs, 0.5))
+        model.keys = model.values = None
+        model.history = History()
+        assert_close([model(x) for x in inputs], oracle(model, inputs, 0.5))
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")], str(report)
+    assert (report.graphs, report.calls) == (2, 14)
+    assert torch._dynamo.config.force_parameter_static_shapes

@@ -25,9 +25,11 @@ def explain() -> Iterator[Report]:
     hits = _compat.recompile_limit_hits()
     open_reports.append(report)
     try:
-        yield report
-        if _compat.recompile_limit_hits() > hits:
-            notify_recompile_limit("a compiled function, which Dynamo's own warning names")
+        with _compat.functions_given_up() as report.given_up:
+            yield report
+        unnamed = ["a compiled function"] if _compat.recompile_limit_hits() > hits else []  # by a log that is off
+        for function in report.given_up or unnamed:
+            notify_recompile_limit(function)
     finally:
         open_reports.remove(report)
     if not report.graphs and not report.calls:

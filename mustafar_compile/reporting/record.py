@@ -100,6 +100,7 @@ def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:
     """counted: caches whose bytes are in an earlier entry; those of ``m`` are added."""
     attention = m.attention
     place: dict[str, Any] = {"layer": attention.layer, "name": attention.name, "form": m.form}
+    place["function"] = _compat.function_being_compiled()
     if isinstance(m, NoMatch):
         known = [update for update in (m.key, m.value) if update is not None and _is_new(update, counted)]
         sizes = [_cache_bytes(update, _own_format(update, context), context) for update in known]

@@ -15,7 +15,7 @@ class Entry:
     layer: its number, None where unknown. name: its module path. form: how its cache is kept. phases: "prefill",
     "decode" where matched. reason: why not in some graph, "" where matched in all. kernels: what carries out its decode
     steps, "" without any. dense_bytes, stored_bytes: of K and V together, when the graph was compiled; 0 where there is
-    no cache or an earlier layer shares it.
+    no cache or an earlier layer shares it. function: the one that Dynamo compiled, as it names it.
     """
 
     layer: int | None
@@ -26,7 +26,10 @@ class Entry:
     kernels: str = ""
     dense_bytes: int = 0
     stored_bytes: int = 0
+    function: str = ""
 
+
+_GIVEN_UP = "Dynamo's recompile limit is reached, and what would compile anew runs as it is"
 
 asked = threading.Event()
 """Whether Dynamo ever gave the backend a graph."""
@@ -57,13 +60,14 @@ class Report:
 
     graphs: graphs compiled. calls: calls of graphs with a compressed cache, also of those compiled before.
     notices: what was lost or cost more than it should. launching: on a GPU, whether decode steps run as CUDA graphs,
-    and why not.
+    and why not. given_up: functions that Dynamo compiles no further, since they have too many versions.
     """
 
     graphs: int = 0
     calls: int = 0
     notices: list[str] = field(default_factory=list)
     launching: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
     _entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -79,13 +83,16 @@ class Report:
     def _layers(self) -> list[Entry]:
         """The entries of all graphs, one per layer."""
         layers: list[Entry] = []
-        for entry in self._entries:
+        for entry in map(self._as_it_ran, self._entries):
             place = next((i for i, known in enumerate(layers) if _same_layer(known, entry)), None)
             if place is None:
                 layers.append(entry)
             else:
                 layers[place] = _merged(layers[place], entry)
         return sorted(layers, key=lambda entry: (-1 if entry.layer is None else entry.layer, entry.name))
+
+    def _as_it_ran(self, entry: Entry) -> Entry:
+        return replace(entry, reason=entry.reason or _GIVEN_UP) if entry.function in self.given_up else entry
 
     def __str__(self) -> str:
         return "\n".join([self._summary(), *self.launching, *(f"note: {notice}" for notice in self.notices)])
@@ -120,7 +127,7 @@ def _same_layer(a: Entry, b: Entry) -> bool:
 def _merged(a: Entry, b: Entry) -> Entry:
     """Two sightings of a layer: any miss shows. The later form and sizes count, though not of a miss."""
     phases = tuple(dict.fromkeys((*a.phases, *b.phases)))
-    seen = a if b.reason and a.phases else b
+    seen = a if a.phases and not b.phases else b
     return replace(seen, phases=phases, reason=b.reason or a.reason, kernels=b.kernels or a.kernels)
 
 
