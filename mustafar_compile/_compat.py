@@ -45,6 +45,8 @@ _dynamo_log = _probe("torch._dynamo.convert_frame", "log")
 ConstantSource = _probe("torch._dynamo.source", "ConstantSource")
 skip_code: Callable = _probe("torch._dynamo.eval_frame", "skip_code")
 maybe_mark_dynamic: Callable = _probe("torch._dynamo", "maybe_mark_dynamic")
+_swap_tensors: Callable[[torch.Tensor, torch.Tensor], None] = _probe("torch._C", "_swap_tensor_impl")
+_storage_uses: Callable[[int], int] = _probe("torch._C", "_storage_Use_Count")
 forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_throw_on_mutable_data_ptr")
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
 _holds_tensors: Callable = _probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
@@ -52,6 +54,9 @@ foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
 exit_autocast: Callable = _probe("torch.amp.autocast_mode", "_exit_autocast")
+inference_mode_calls = [
+    _probe("torch.autograd.grad_mode", name) for name in ("_enter_inference_mode", "_exit_inference_mode")
+]
 
 cpp_code_cache = _probe("torch._inductor.codecache", "CppCodeCache")
 cpp_compiler: Callable[[], str] = _probe("torch._inductor.cpp_builder", "get_cpp_compiler")
@@ -179,6 +184,22 @@ def free_storage(storage: torch.UntypedStorage, message: str) -> None:
     forbid = _probe("torch._C", "_set_storage_data_ptr_access_error_msg")
     free(storage._cdata)
     forbid(storage._cdata, message)
+
+
+def is_alone_in_memory(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor holds the storage of ``tensor``."""
+    return _storage_uses(tensor.untyped_storage()._cdata) == 2  # the tensor's and that of the storage as Python sees it
+
+
+def give_version_counter(tensor: torch.Tensor) -> None:
+    """Make ``tensor``, which was made in inference mode, one with a version counter, over the same memory.
+
+    Raises RuntimeError where C++ holds the tensor.
+    """
+    with torch.inference_mode(False):
+        twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    _swap_tensors(tensor, twin)
 
 
 def takes_static_cache(model: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import _compat
+from .cache.attached import is_watchable
 from .cache.memory import written_twice
 from .cache.release import check_releasable
 from .cache.tensor import CompressedKV
@@ -58,7 +59,7 @@ def mustafar(
             return _compat.compile_fx(gm, example_inputs)
         plan, inputs = rewritten
         wrap = _launching(plan, inputs) if inductor.get("triton.cudagraphs", True) else None
-        with _compat.inductor_config.patch({"triton.cudagraphs": False}):
+        with _compat.inductor_config.patch({"triton.cudagraphs": False}), torch.set_grad_enabled(_gives_gradients(gm)):
             compiled = _compat.compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
@@ -114,7 +115,7 @@ def _through_stages(
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
     count_for_each_layer(found)
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+    if _gives_gradients(gm):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
         found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]
     matches = [m for m in found if isinstance(m, Match)]
@@ -138,6 +139,14 @@ def _check_and_note(plan: Plan, found: Sequence[Match | NoMatch], example_inputs
             check_releasable(example_inputs[attached.index])
     if any(node.target is ops.decompress for node in plan.module.graph.nodes):
         record_decompression(found)
+
+
+def _gives_gradients(gm: GraphModule) -> bool:
+    """Whether gradients can flow out of a graph. Not where it turns them off for all that it gives and writes."""
+    results = [node.meta.get("example_value") for node in gm.graph.output_node().all_input_nodes]
+    inputs = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    written = [x for x in inputs if not isinstance(x, torch.nn.Parameter)]
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in results + written)
 
 
 def _may_hold_attention(gm: GraphModule) -> bool:
@@ -165,7 +174,7 @@ def _context(
         caches=compressed,
         format_of=policy(settings),
         parameters={node for node, x in tensors.items() if isinstance(x, torch.nn.Parameter)},
-        unwatchable={node for node, x in tensors.items() if x.is_inference() and node not in compressed},
+        unwatchable={node for node, x in tensors.items() if node not in compressed and not is_watchable(x)},
         dtypes=CACHE_DTYPES,
         max_query_tokens=MAX_QUERY_TOKENS,
         release_dense=settings.release_dense,

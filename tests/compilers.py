@@ -28,14 +28,14 @@ def _run_traced(gm, example_inputs):
     return aot_module_simplified(gm, example_inputs, fw_compiler=eager)
 
 
-def _of_sizes_as_said(compile_graph):
+def _as_compiled(compile_graph):
     """Graphs refuse buffers of other sizes than their examples had: Inductor builds on those that are no symbols.
 
-    Examples that the backend makes are fakes, with symbols for what may change; those of Dynamo are the first inputs.
+    They run without gradients if they were compiled so. Examples that the backend makes are fakes, with symbols for what may change; those of Dynamo are the first inputs.
     """
 
     def compile_checked(gm, example_inputs):
-        compiled = compile_graph(gm, example_inputs)
+        compiled, gradients = compile_graph(gm, example_inputs), torch.is_grad_enabled()
         known = [(i, x.shape) for i, x in enumerate(example_inputs) if isinstance(x, FakeTensor)]
 
         def run(*args):
@@ -43,7 +43,8 @@ def _of_sizes_as_said(compile_graph):
                 given = args[i].shape
                 fits = all(not isinstance(n, int) or n == m for n, m in zip(shape, given, strict=True))
                 assert fits, f"{list(given)} instead of {list(shape)}"
-            return compiled(*args)
+            with torch.set_grad_enabled(gradients):
+                return compiled(*args)
 
         return run
 
@@ -53,7 +54,7 @@ def _of_sizes_as_said(compile_graph):
 @contextmanager
 def _in_place_of_inductor(compile_graph):
     original = _compat.compile_fx
-    _compat.compile_fx = _of_sizes_as_said(compile_graph)
+    _compat.compile_fx = _as_compiled(compile_graph)
     torch._dynamo.reset()
     try:
         yield

@@ -134,3 +134,60 @@ def views(draw):
 @given(views(), views())
 def test_overlap_is_that_of_elements(a, b):
     assert overlap(place_of(a), place_of(b)) == bool(elements(a) & elements(b))
+
+
+@pytest.fixture
+def inference_mode():
+    with torch.inference_mode():
+        yield
+
+
+def steps(fast, caches, twins, places, seed=0):
+    """Compares a step at each of ``places`` with what it gives on ``twins``."""
+    for at in places:
+        given, position = rows(1, seed + at), torch.tensor([at])
+        expected = step(*given, *twins, position)
+        torch.testing.assert_close(fast(*given, *caches, position), expected, rtol=1e-5, atol=1e-6)
+
+
+WRITES = {
+    "itself": lambda cache: cache.zero_(),
+    "a view": lambda cache: cache[:, :, 1].fill_(3),
+    "a view of another shape": lambda cache: cache.view(-1)[5:9].add_(1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writes_into_a_cache_of_inference_mode_are_noticed(write, made, inference_mode):
+    """torch counts none in such a tensor, so it becomes one of those in which it does."""
+    fast, (caches, twins) = compiled(), ([torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(2)] for _ in range(2))
+    steps(fast, caches, twins, range(4))
+    assert len(made) == 2
+    for keys, _ in (caches, twins):
+        write(keys)
+    steps(fast, caches, twins, range(4, 8))
+    assert len(made) == 3
+    with explain() as report:
+        steps(fast, [torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(2)], [x.zero_() for x in twins], range(4))
+    assert report.graphs == 0, "there is a graph for caches that come from inference mode, and one for the others"
+
+
+def test_caches_of_inference_mode_that_share_memory(made, inference_mode):
+    """Nothing counts what is written through the other tensor, so it stays dense, or is compressed at each step."""
+    whole, twins = torch.zeros(2, BATCH, HEADS, SLOTS, DIM), [torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(2)]
+    options = {"key_sparsity": 0.0, "value_sparsity": 0.0, "window": 4}
+    with explain() as report:
+        steps(torch.compile(step, backend="mustafar", options=options), list(whole), twins, range(2))
+    assert [entry.reason for entry in report.missed] == [
+        "the cache was made in inference mode and shares its memory with other tensors, so that writes through them "
+        "could not be noticed; make it under torch.no_grad()"
+    ]
+    torch._dynamo.reset()
+    fast, alone = compiled(), [torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(4)]
+    steps(fast, alone[:2], alone[2:], range(1))
+    with explain() as report, pytest.warns(UserWarning, match="compressed anew at each step"):
+        for seed in (0, 10):
+            steps(fast, list(whole), twins, range(2, 4), seed)
+            for keys in (whole[0], twins[0]):
+                keys.add_(1)
+    assert (report.graphs, len(made)) == (0, 2 + 8)

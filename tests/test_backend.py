@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from compilers import without_compiler
 from models import BufferModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import CompressedWriteError, _compat, backend, explain
+from nightly import at_night
 
 
 @pytest.fixture(autouse=True)
@@ -160,15 +162,23 @@ def test_a_cache_of_other_settings_continues_with_its_own():
     assert past[0].format.kept == 16
 
 
-def test_an_inference_tensor_cache_is_left_alone_and_reported():
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("decorator", [torch.inference_mode, *at_night([torch.no_grad])])
+def test_a_step_that_turns_gradients_off_itself(decorator, around):
+    """As meta-llama's forward. Where all is made in inference mode, weights and buffers have no version counters."""
     torch.manual_seed(0)
-    with torch.inference_mode():
-        model = BufferModel()
-        inputs = [torch.randn(2, n, 32) for n in (7, 1, 1)]
+    with around():
+        model, inputs = BufferModel(), [torch.randn(2, n, 32) for n in (7, 1, 1, 1)]
+        with torch.no_grad():
+            expected = run_steps(copy.deepcopy(model), inputs)
         with without_compiler(), explain() as report:
-            run_steps(model, inputs, torch.compile(model.step, backend="mustafar"))
-    assert not report.matched
-    assert all("inference tensor" in entry.reason for entry in report.missed)
+            step = torch.compile(
+                decorator()(model.step), backend="mustafar", options={"key_sparsity": 0.0, "value_sparsity": 0.0}
+            )
+            actual = run_steps(model, inputs, step)
+    torch.testing.assert_close(actual, expected)
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")], str(report)
+    assert (report.missed, report.calls) == ([], 4)
 
 
 def test_inference_mode_generates_compressed():

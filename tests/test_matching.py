@@ -561,26 +561,6 @@ def test_the_plain_step_that_they_vary_matches():
     assert not report.missed
 
 
-class MaskedBuffer(Decode):
-    reason = None
-
-    def forward(self, q, k, v, past):
-        position = torch.tensor([3])
-        past[0][:, :, position], past[1][:, :, position] = k, v
-        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.arange(6)[None] <= position)
-
-
-def test_a_buffer_made_in_inference_mode_stays_dense():
-    """Such tensors have no version counter."""
-    _, _, report = run(MaskedBuffer())
-    assert len(report.matched) == 1
-    with torch.inference_mode():
-        actual, expected, report = run(MaskedBuffer())
-    reason = "the cache is an inference tensor, so writes from outside could not be noticed"
-    assert [entry.reason for entry in report.missed] == [reason]
-    torch.testing.assert_close(actual, expected)
-
-
 class Mapped(Decode):
     """A vmap in a vmap, over a write into a tensor and a constant, and one with two results."""
 

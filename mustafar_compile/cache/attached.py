@@ -2,7 +2,8 @@
 
 A cache that the caller allocates densely (HF's static cache with an eager prefill, a model's own buffers) stays as it
 is and is kept up to date, so whoever else reads it reads right values. Decode attention reads the compressed state
-attached to it. The dense tensor's version counter tells when somebody else wrote, and the state is made anew.
+attached to it. The dense tensor's version counter tells when somebody else wrote, and the state is made anew. A tensor
+of inference mode has none and is given one.
 
 States are tied to the memory, not to the tensor that views it: one tensor may hold the caches of all layers, and a view
 of it be made anew at each step. All views of a tensor count versions together.
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _compat
 from ..errors import ReleaseError
 from ..lowering import ops
 from ..lowering.format import Format
 from ..patterns.rewriting.plan import Attached
+from ..reporting.notices import notify
 from .memory import Place, overlap, place_of
 from .release import is_released, release
 
@@ -46,7 +49,7 @@ class States:
     version: of the tensors there, at which those that are valid are so.
     """
 
-    version: int
+    version: object
     by_place: dict[Place, AttachedState] = field(default_factory=dict)
 
     @staticmethod
@@ -57,7 +60,7 @@ class States:
     @classmethod
     def beside(cls, dense: Tensor) -> States:
         """Those in the storage of ``dense``; none is valid any more where somebody else wrote."""
-        states, version = cls.known(dense), dense._version
+        states, version = cls.known(dense), version_of(dense)
         if states is None:
             states = cls(version)
             setattr(dense.untyped_storage(), _NAME, states)
@@ -102,14 +105,14 @@ class StateFinder:
     def _holds(self, dense: Tensor, states: States, state: AttachedState) -> bool:
         if self.attached.releases:
             return is_released(dense)
-        return state.valid and states.version == dense._version
+        return state.valid and states.version == version_of(dense)
 
     def keep(self, arguments: Sequence[Any]) -> None:
         """What a step wrote is in the state, too."""
         dense = arguments[self.attached.index]
         states = States.known(dense)
         assert states is not None, "the step took one of them"
-        states.version = dense._version
+        states.version = version_of(dense)
 
 
 def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState:
@@ -119,6 +122,8 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
     """
     dense = arguments[attached.index]
     batch = attached.batch if isinstance(attached.batch, int) else arguments[attached.batch.index]
+    if dense.is_inference() and not attached.releases:
+        _watch(dense)
     states, place = States.beside(dense), place_of(dense)
     state = states.by_place.get(place)
     if state is not None and not _fits(state, attached, batch):
@@ -140,6 +145,24 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
     if attached.releases:
         release(dense)
     return state
+
+
+def is_watchable(dense: Tensor) -> bool:
+    """Whether writes into ``dense`` can be noticed."""
+    return not dense.is_inference() or _compat.is_alone_in_memory(dense)
+
+
+def version_of(dense: Tensor) -> object:
+    """What changes with each write. Ever another one where writes are not counted."""
+    return object() if dense.is_inference() else dense._version
+
+
+def _watch(dense: Tensor) -> None:
+    """Let writes into a tensor of inference mode be counted, which no other tensor may make."""
+    if is_watchable(dense):
+        _compat.give_version_counter(dense)
+    else:
+        notify("a KV cache is compressed anew at each step, since it was made in inference mode and shares its memory")
 
 
 def _compress(dense: Tensor, attached: Attached, arguments: Sequence[Any]) -> list[Tensor]:

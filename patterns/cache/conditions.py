@@ -34,7 +34,7 @@ class Context:
 
     caches: the placeholders that hold a compressed cache. format_of: layer (or None), role ("key" or "value"),
     head_dim and dtype -> the format that a cache is to have, None where it stays dense. parameters: placeholders that
-    hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed (inference tensors).
+    hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed.
     dtypes: what a cache may hold. max_query_tokens: how many query tokens a decode step may have. release_dense:
     whether buffers of the caller are kept as compressed state alone.
     """
@@ -81,8 +81,9 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
         "new tokens join the compressed cache along a dimension that is not that of its tokens",
     )
     require(
-        update.base not in context.unwatchable or update.grows,
-        "the cache is an inference tensor, so writes from outside could not be noticed",
+        update.base not in context.unwatchable or update.grows or context.release_dense,
+        "the cache was made in inference mode and shares its memory with other tensors, so that writes through them could "
+        "not be noticed; make it under torch.no_grad()",
     )
 
 

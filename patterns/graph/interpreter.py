@@ -16,6 +16,7 @@ class Interpreter(torch.fx.Interpreter):
     """Runs ``graph`` with the attributes of ``gm``. An error gets a note of the line of the model that it comes from.
 
     It enters autocast where the graph does: tracing alone notes the calls, and dtypes inside would miss the casts.
+    It enters no inference mode: what is made in there is like what is made without gradients.
     Floats are numbers in it, such as a scale, also where Dynamo was told to make all that it can symbolic.
     """
 
@@ -35,7 +36,9 @@ class Interpreter(torch.fx.Interpreter):
         if target is _compat.enter_autocast:
             self.regions.append(torch.autocast(*args))
             return self.regions[-1].__enter__()
-        return self._leave() if target is _compat.exit_autocast else super().call_function(target, args, kwargs)
+        if target is _compat.exit_autocast:
+            return self._leave()
+        return None if target in _compat.inference_mode_calls else super().call_function(target, args, kwargs)
 
     def run_node(self, node: Node) -> Any:
         number = _compat.float_argument(node.meta.get("example_value")) if node.target == "item" else None
