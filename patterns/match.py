@@ -20,6 +20,7 @@ from .graph.normalise import Functional
 from .graph.views import is_move, read_through, unmoved
 
 aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.linear.default, aten.bmm.default, aten.mm.default, aten.einsum.default)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def _judge(
         changed = any(joins_changed_past(operand.node) for operand in (attention.key, attention.value))
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
         if key is None or value is None:
-            raise Reason(_no_cache_reason(attention, functional))
+            name, operand = ("keys", attention.key) if key is None else ("values", attention.value)
+            raise Reason(_no_cache_reason(name, operand.node, functional))
         reads, formats = [], []
         for role, update, chain, operand in (
             ("key", key, source.key_chain, attention.key),
@@ -180,24 +182,32 @@ def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match 
     return (key.node, value.node) in [m.caches for m in prefills]
 
 
-def _no_cache_reason(attention: Attention, functional: Functional) -> str:
-    """Tell a bounded buffer that rolls, and a write that is not recognised, from attention that has no cache at all."""
+def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
+    """Tell a bounded buffer that rolls, and a write that is not recognised, from attention that has no cache at all.
+
+    name: "keys" or "values", which ``operand`` is.
+    """
     between: set[Node] = set()
-    todo = [attention.key.node]
+    cached = False
+    todo = [operand]
     while todo:
         node = todo.pop()
         shape = getattr(node.meta.get("val"), "shape", ())
         if node in functional.mutated and len(shape) == 4:
             if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
                 return f"cache is bounded by a sliding window of {shape[2]}"
-            return f"its cache is written by {_writer(attention.key.node).target} in a way that is not recognised"
-        if node not in between and len(shape) >= 4:
+            return f"its cache is written by {_writer(operand).target} in a way that is not recognised"
+        if recognise_update(node) is not None:
+            cached = True
+        elif node not in between and len(shape) >= 4:
             between.add(node)
             todo += node.all_input_nodes
-    if unmoved(attention.key.node).op == "placeholder":
+    if cached and any(is_call(node, *_PRODUCTS) for node in between):
+        return f"{name} are computed from what is cached, as in latent attention"
+    if cached:
+        return f"{name} are changed after they were cached, as by a rotary embedding; cache them as attention takes them"
+    if unmoved(operand).op == "placeholder":
         return "no token enters its cache, as in cross-attention"
-    if any(recognise_update(node) is not None for node in between):
-        return "keys are computed from what is cached, as in latent attention"
     return "keys and values do not come from a KV cache"
 
 

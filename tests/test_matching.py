@@ -64,11 +64,32 @@ class Double(Decode):
     dtype = torch.float64
 
 
-class ChangedKeys(Decode):
+class LatentKeys(Decode):
     reason = "keys are computed from what is cached, as in latent attention"
 
     def attend(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k * torch.linspace(1, 2, 16), v)
+        return F.scaled_dot_product_attention(q, k @ torch.eye(16).flip(0), v)
+
+
+class KeysRotatedLate(Decode):
+    """OLMo, x-transformers: keys are cached as they are, and all of them rotated at each step."""
+
+    reason = "keys are changed after they were cached, as by a rotary embedding; cache them as attention takes them"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, self.rotated(k), v)
+
+    def rotated(self, k):
+        angles = torch.arange(k.shape[2])[:, None] * torch.linspace(0, 1, 16)
+        first, second = k.chunk(2, dim=-1)
+        return k * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+class ChangedValues(Decode):
+    reason = "values are changed after they were cached, as by a rotary embedding; cache them as attention takes them"
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v * torch.linspace(1, 2, 16))
 
 
 class ScaledValues(Decode):
@@ -249,7 +270,7 @@ class SinksOfTheQuery(Decode):
 class BatchMixed(Decode):
     """Every row attends to the cache of the other one."""
 
-    reason = ChangedKeys.reason
+    reason = KeysRotatedLate.reason
 
     def attend(self, q, k, v):
         return (q @ k.flip(0).transpose(2, 3)).softmax(-1) @ v
@@ -435,6 +456,16 @@ class BroadcastToken(UnmaskedBuffer):
         return F.scaled_dot_product_attention(q, *past, attn_mask=torch.ones(1, 6, dtype=torch.bool))
 
 
+class BufferRotatedLate(KeysRotatedLate):
+    """The same in a buffer."""
+
+    def forward(self, q, k, v, past):
+        position = torch.tensor([3])
+        past[0][:, :, position], past[1][:, :, position] = k, v
+        mask = torch.arange(6)[None] <= position
+        return F.scaled_dot_product_attention(q, self.rotated(past[0]), past[1], attn_mask=mask)
+
+
 class ScaledBuffer(UnmaskedBuffer):
     """A blend that does not leave the other tokens as they are."""
 
@@ -514,6 +545,7 @@ class NotAttended(Decode):
 COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain]
 COUNTER_EXAMPLES += [
     *UnmaskedBuffer.__subclasses__(),
+    BufferRotatedLate,
     RandomPositions,
     *MovedPast.__subclasses__(),
     Bidirectional,
