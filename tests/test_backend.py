@@ -162,7 +162,7 @@ def test_a_cache_of_other_settings_continues_with_its_own():
     assert past[0].format.kept == 16
 
 
-@pytest.mark.parametrize("around", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("around", [torch.enable_grad, *at_night([torch.inference_mode])])
 @pytest.mark.parametrize("decorator", [torch.inference_mode, *at_night([torch.no_grad])])
 def test_a_step_that_turns_gradients_off_itself(decorator, around):
     """As meta-llama's forward. Where all is made in inference mode, weights and buffers have no version counters."""
