@@ -205,7 +205,7 @@ def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
     if cached and any(is_call(node, *_PRODUCTS) for node in between):
         return f"{name} are computed from what is cached, as in latent attention"
     if cached:
-        return f"{name} are changed after they were cached, as by a rotary embedding; cache them as attention takes them"
+        return f"{name} are changed once they are cached, as by a rotary embedding; cache them as attention takes them"
     if unmoved(operand).op == "placeholder":
         return "no token enters its cache, as in cross-attention"
     return "keys and values do not come from a KV cache"

@@ -31,7 +31,8 @@ def _run_traced(gm, example_inputs):
 def _as_compiled(compile_graph):
     """Graphs refuse buffers of other sizes than their examples had: Inductor builds on those that are no symbols.
 
-    They run without gradients if they were compiled so. Examples that the backend makes are fakes, with symbols for what may change; those of Dynamo are the first inputs.
+    They run without gradients if they were compiled so. Examples that the backend makes are fakes, with symbols for
+    what may change; those of Dynamo are the first inputs.
     """
 
     def compile_checked(gm, example_inputs):

@@ -158,14 +158,14 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("write", mostly_at_night(WRITES.values(), 1))
+@pytest.mark.parametrize("write", mostly_at_night(WRITES, 1))
 def test_writes_into_a_cache_of_inference_mode_are_noticed(write, made, inference_mode):
     """torch counts none in such a tensor, so it becomes one of those in which it does."""
     fast, (caches, twins) = compiled(), ([torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(2)] for _ in range(2))
     steps(fast, caches, twins, range(4))
     assert len(made) == 2
     for keys, _ in (caches, twins):
-        write(keys)
+        WRITES[write](keys)
     steps(fast, caches, twins, range(4, 8))
     assert len(made) == 3
     with explain() as report:
@@ -186,9 +186,9 @@ def test_caches_of_inference_mode_that_share_memory(made, inference_mode):
     torch._dynamo.reset()
     fast, alone = compiled(), [torch.zeros(BATCH, HEADS, SLOTS, DIM) for _ in range(4)]
     steps(fast, alone[:2], alone[2:], range(1))
-    with explain() as report, pytest.warns(UserWarning, match="compressed anew at each step"):
-        for seed in (0, 10):
-            steps(fast, list(whole), twins, range(2, 4), seed)
-            for keys in (whole[0], twins[0]):
-                keys.add_(1)
-    assert (report.graphs, len(made)) == (0, 2 + 8)
+    with pytest.warns(UserWarning, match="compressed anew at each step"):
+        steps(fast, list(whole), twins, range(2, 4))
+    for keys in (whole[0], twins[0]):
+        keys.add_(1)
+    steps(fast, list(whole), twins, range(2, 4), seed=10)
+    assert len(made) == 2 + 8

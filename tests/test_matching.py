@@ -74,7 +74,7 @@ class LatentKeys(Decode):
 class KeysRotatedLate(Decode):
     """OLMo, x-transformers: keys are cached as they are, and all of them rotated at each step."""
 
-    reason = "keys are changed after they were cached, as by a rotary embedding; cache them as attention takes them"
+    reason = "keys are changed once they are cached, as by a rotary embedding; cache them as attention takes them"
 
     def attend(self, q, k, v):
         return F.scaled_dot_product_attention(q, self.rotated(k), v)
@@ -86,7 +86,7 @@ class KeysRotatedLate(Decode):
 
 
 class ChangedValues(Decode):
-    reason = "values are changed after they were cached, as by a rotary embedding; cache them as attention takes them"
+    reason = "values are changed once they are cached, as by a rotary embedding; cache them as attention takes them"
 
     def attend(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v * torch.linspace(1, 2, 16))

@@ -82,8 +82,8 @@ def check_cache(update: CacheUpdate, functional: Functional, context: Context) -
     )
     require(
         update.base not in context.unwatchable or update.grows or context.release_dense,
-        "the cache was made in inference mode and shares its memory with other tensors, so that writes through them could "
-        "not be noticed; make it under torch.no_grad()",
+        "the cache was made in inference mode and shares its memory with other tensors, so that writes through them "
+        "could not be noticed; make it under torch.no_grad()",
     )
 
 
