@@ -242,8 +242,8 @@ def float_argument(value: Any) -> float | None:
     return float(value) if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
 
 
-def guarded_attributes(name: str) -> dict[str, Any]:
-    """The values of all attributes ``name`` that the compilation in progress guards on, by the path of their object.
+def guarded_owners(name: str) -> dict[str, Any]:
+    """The objects that the compilation in progress guards on an attribute ``name`` of, by their path.
 
     A path is an expression such as "L['self'].attn".
     """
@@ -253,7 +253,7 @@ def guarded_attributes(name: str) -> dict[str, Any]:
         path, _, attribute = guard.name.rpartition(".")
         if attribute == name and path not in found:
             with suppress(*_CANNOT_BE_READ):
-                found[path] = eval(guard.name, dict(scope))
+                found[path] = eval(path, dict(scope))
     return found
 
 

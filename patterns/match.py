@@ -156,7 +156,7 @@ def _judge(
             ("key", key, source.key_chain, attention.key),
             ("value", value, source.value_chain, attention.value),
         ):
-            check_cache(update, functional, context)
+            check_cache(attention, update, functional, context)
             formats.append(format_for(update, role, attention.layer, context))
             reads.append(check_read(update, read_through(chain, update.node), operand, attention))
             others = other_uses(update, chain, readers, functional) if update.base is not None else ()

@@ -15,12 +15,14 @@ _COMMON = {
     "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256, "head_dim": 16,
     "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _SPECIAL = {
     "mistral": {"sliding_window": None},
     "phi3": {"rope_scaling": None, "sliding_window": None},
-    "gemma3_text": {
-        "sliding_window": 6, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gpt_oss": {**_SLIDING, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "cohere2": _SLIDING,
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from compilers import without_compiler
 from models import encoder_decoder, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
+from mustafar_compile.patterns.attention import find
 from nightly import at_night
 from reference import pruned_generation
 
@@ -75,8 +76,9 @@ def test_sliding_layers_of_a_hybrid_stay_dense_before_and_after_they_are_full(ho
     assert not isinstance(result.past_key_values.layers[0].keys, CompressedKV)
 
 
-def test_a_static_cache_that_was_compressed_before_it_began_to_roll():
-    """Where all layers slide, nothing tells them from others until the first is full."""
+def test_a_static_cache_that_was_compressed_before_it_began_to_roll(monkeypatch):
+    """Where all layers slide and the model does not say so, nothing tells them from others until the first is full."""
+    monkeypatch.setattr(find, "stated_window", lambda module: None)
     inputs, sizes = prompt(), {"sliding_window": 12, "num_hidden_layers": 1}
     expected = generate(hf_model("mistral", **sizes), inputs, max_new_tokens=8).sequences
     with explain() as report:

@@ -19,7 +19,8 @@ class Attention:
     from [B, Hq, L, Dv], but for its dtype. query: [B, Hq, L, D]. key_reader: the op that takes the key. mask: boolean
     or additive, broadcastable to [B, Hq, L, S]. softcap: cap(x) is ``softcap * tanh(x / softcap)``, 0 for none. sinks:
     [Hq], one more score for each head that takes weight and gives no value. layer: its number in the model,
-    None where unknown. name: its module path, "" where unknown. problem: why it can never be matched, or None.
+    None where unknown. name: its module path, "" where unknown. window: the sliding window that its layer is said to
+    have, None without one. problem: why it can never be matched, or None.
     """
 
     node: Node
@@ -35,6 +36,7 @@ class Attention:
     restore: tuple[tuple[Any, ...], ...] = ()
     layer: int | None = None
     name: str = ""
+    window: int | None = None
     problem: str | None = None
 
     @property

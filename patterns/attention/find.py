@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.layers import layer_numbers, module_path, own_numbers
+from ..graph.layers import layer_numbers, module_path, numbered_modules, own_number, stated_window
 from ..graph.nodes import is_call, located
 from .attention import Attention
 from .flex import is_flex, read_flex
@@ -40,15 +40,17 @@ def places(nodes: Sequence[Node]) -> list[tuple[int | None, str]]:
     places; that of a single one is None, as it may be any layer of a model.
     """
     paths = [module_path(node) for node in nodes]
-    numbers = [n if own is None else own for n, own in zip(layer_numbers(paths), own_numbers(nodes), strict=True)]
+    own = map(own_number, numbered_modules(nodes))
+    numbers = [by_path if said is None else said for by_path, said in zip(layer_numbers(paths), own, strict=True)]
     if len(nodes) > 1:
         numbers = [place if number is None else number for place, number in enumerate(numbers)]
     return list(zip(numbers, paths, strict=True))
 
 
 def find_attention(graph: Graph) -> list[Attention]:
-    """Every attention of the graph, in order, with its layer."""
+    """Every attention of the graph, in order, with its layer and what is said of it."""
     found = list(_find(graph))
-    for attention, (layer, name) in zip(found, places([a.node for a in found]), strict=True):
-        attention.layer, attention.name = layer, name
+    nodes = [attention.node for attention in found]
+    for attention, (layer, name), module in zip(found, places(nodes), numbered_modules(nodes), strict=True):
+        attention.layer, attention.name, attention.window = layer, name, stated_window(module)
     return found

@@ -58,10 +58,14 @@ def require(condition: Any, reason: str) -> None:
         raise Reason(reason)
 
 
-def check_cache(update: CacheUpdate, functional: Functional, context: Context) -> None:
-    """The cache is one that the layout can hold and whose every change is seen."""
+def check_cache(attention: Attention, update: CacheUpdate, functional: Functional, context: Context) -> None:
+    """The cache is one that the layout can hold and whose every change is seen.
+
+    One that is bounded stays dense from the start, though it may be full only later: what its layer is said to be
+    counts, whatever this graph does with it.
+    """
     dtype, head_dim = update.node.meta["val"].dtype, update.node.meta["val"].shape[-1]
-    window = sliding_window(update, functional)
+    window = attention.window or sliding_window(update, functional)
     require(window is None, f"cache is bounded by a sliding window of {window}")
     accepted = ", ".join(str(d).removeprefix("torch.") for d in context.dtypes)
     require(dtype in context.dtypes, f"cache dtype {str(dtype).removeprefix('torch.')} is not one of {accepted}")

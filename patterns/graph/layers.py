@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch.fx import Node
 
@@ -14,6 +15,10 @@ _SCOPES = {"L": 1, "G": 1, "self": 1, "_orig_mod": 1, "fn": 1, "args": 2, "kwarg
 """What paths begin with that is not of the model, and how many parts belong to it."""
 
 _OWN_NUMBER = "layer_idx"  # what transformers calls it
+
+_WINDOWS = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
+"""What types of layers that keep only the latest tokens have in their names, and where their window stands. Both as in
+configurations of transformers."""
 
 
 def module_path(node: Node) -> str:
@@ -59,14 +64,34 @@ def _place(parts: Sequence[str], i: int) -> tuple[str, ...]:
     return tuple("*" if part.isdigit() else part for part in parts[:i])
 
 
-def own_numbers(nodes: Sequence[Node]) -> list[int | None]:
-    """The number that a module around each node says it has, where the graph is for that number alone.
+def numbered_modules(nodes: Sequence[Node]) -> list[Any]:
+    """The module around each node that says which layer it is, where the graph is for that number alone; else None.
 
     So it is with caches that look the number up, also where each layer is compiled by itself.
     """
-    guarded = {clean_path(path): value for path, value in _compat.guarded_attributes(_OWN_NUMBER).items()}
-    known = {path: value for path, value in guarded.items() if isinstance(value, int)}
+    guarded = {clean_path(path): module for path, module in _compat.guarded_owners(_OWN_NUMBER).items()}
+    known = {path: module for path, module in guarded.items() if isinstance(getattr(module, _OWN_NUMBER, None), int)}
     return [next((known[path] for path in _paths_around(node) if path in known), None) for node in nodes]
+
+
+def own_number(module: Any) -> int | None:
+    """The number that one of the modules above says; None for None."""
+    return getattr(module, _OWN_NUMBER, None)
+
+
+def stated_window(module: Any) -> int | None:
+    """The sliding window of the layer of one of the modules above, by the configuration that it holds; None without.
+
+    Where ``layer_types`` does not tell layers apart all of them are alike. transformers makes caches by the same.
+    """
+    config, number = getattr(module, "config", None), own_number(module)
+    if config is None or number is None:
+        return None
+    types, layers = getattr(config, "layer_types", None) or (), getattr(config, "per_layer_config", ())
+    kind = types[number] if number < len(types) else None
+    config = layers[number] if number < len(layers) else config
+    stated = (getattr(config, name, None) for word, name in _WINDOWS.items() if kind is None or word in kind)
+    return next((window for window in stated if window is not None), None)
 
 
 def _paths_around(node: Node) -> Iterator[str]:
