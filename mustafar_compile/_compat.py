@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -277,6 +278,22 @@ def bind_to_module() -> None:
             guards.add(_LocalSource(name).make_guard(_is_the_object))
 
 
+def runs_in_a_wrapper() -> bool:
+    """Whether what is compiled now is a decorator's wrapper of ``forward``: one function for all that it decorates."""
+    translator = _InstructionTranslator.current_tx()
+    given = (*translator.f_locals.values(), *translator.f_locals.get("args", ()))
+    return any(isinstance(x, torch.nn.Module) and _wraps_forward(translator.f_code, type(x)) for x in given)
+
+
+def _wraps_forward(code: CodeType, module: type) -> bool:
+    function = module.forward
+    while hasattr(function, "__wrapped__"):
+        if function.__code__ is code:
+            return True
+        function = function.__wrapped__
+    return False
+
+
 def buffers_read() -> list[Any]:
     """The registered buffers, which may be None, that the compilation in progress guards on."""
     scope = _scope()
@@ -331,6 +348,21 @@ def functions_given_up() -> Iterator[list[str]]:
         yield found
     finally:
         _dynamo_log.removeFilter(note)
+
+
+_limits: WeakKeyDictionary[CodeType, int] = WeakKeyDictionary()
+"""How many versions Dynamo makes at most of each function that the backend was given a graph of."""
+
+
+def note_recompile_limit() -> None:
+    """Note the limit of the function whose compilation is in progress."""
+    code = _InstructionTranslator.current_tx().f_code
+    _limits[code] = max(_limits.get(code, 0), dynamo_config.recompile_limit)
+
+
+def functions_at_recompile_limit() -> list[str]:
+    """The functions of which the backend was given as many graphs as Dynamo makes versions."""
+    return [_described(code) for code, limit in _limits.items() if len(_compiled_versions(code)) >= limit]
 
 
 def recompile_limit_hits() -> int:

@@ -16,7 +16,7 @@ from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
-from .calling.recompiling import count_for_each_layer, let_buffers_grow
+from .calling.recompiling import count_for_each_layer, let_buffers_grow, let_models_share_a_function
 from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
@@ -51,6 +51,7 @@ def mustafar(
     ``strict``, what a stage fails with under ``raise_errors``.
     """
     settings, inductor = read_options(mode, options)
+    _compat.note_recompile_limit()
     rewritten = _rewritten(gm, example_inputs, settings)
     with _compat.inductor_options(inductor, code_digest()):
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
@@ -115,6 +116,7 @@ def _through_stages(
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
     count_for_each_layer(found)
+    let_models_share_a_function()
     if _gives_gradients(gm):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
         found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]

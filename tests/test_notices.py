@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import warnings
@@ -86,6 +87,51 @@ def test_the_recompile_limit_where_dynamo_logs_nothing(caplog):
     with caplog.at_level("ERROR", "torch._dynamo"):
         report, _, caught = past_the_recompile_limit()
     noticed(report, caught, "Dynamo's recompile limit is reached in a compiled function")
+
+
+def run_prompts(step, *batches):
+    for batch in batches:
+        step(torch.randn(batch, 8, 32), None)
+
+
+def test_a_block_after_the_recompile_limit_says_why_nothing_ran():
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = torch.compile(TupleModel().step, backend="mustafar", options=options(0.0))
+        run_prompts(step, 2, 3)
+        with explain() as later:
+            run_prompts(step, 3)
+    assert not later.calls
+    assert "note: Dynamo's recompile limit is reached in 'step' (" in str(later)
+
+
+def decorated(forward):
+    """Wrapped, so that all models have the code of the wrapper."""
+
+    @functools.wraps(forward)
+    def wrapper(*args):
+        return forward(*args)
+
+    return wrapper
+
+
+class Decorated(TupleModel):
+    forward = decorated(TupleModel.step)
+
+
+class AlsoDecorated(TupleModel):
+    forward = decorated(TupleModel.step)
+
+
+def test_models_that_share_a_wrapper_do_not_use_up_the_recompile_limit_together():
+    models = [torch.compile(model(), backend="mustafar", options=options(0.0)) for model in (Decorated, AlsoDecorated)]
+    with torch._dynamo.config.patch(recompile_limit=2), explain() as report:
+        for batch in (2, 3):
+            for model in models:
+                run_prompts(model, batch)
+        assert torch._dynamo.config.recompile_limit == 2
+    assert report.graphs == 4
+    assert not report.given_up
 
 
 def test_a_graph_break_between_cache_and_attention():

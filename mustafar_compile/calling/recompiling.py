@@ -9,6 +9,8 @@ from ..cache.tensor import CompressedKV
 from ..patterns.match import Match, NoMatch
 from ..patterns.rewriting.plan import Compressed, Extended, Plan
 
+_SHARED_LIMIT = 32  # four times what Dynamo has by default
+
 
 def count_for_each_layer(found: Sequence[Match | NoMatch]) -> None:
     """Let the recompile limit count for each module where a graph is of one layer of known number.
@@ -19,6 +21,17 @@ def count_for_each_layer(found: Sequence[Match | NoMatch]) -> None:
     layers = {m.attention.layer for m in found}
     if len(layers) == 1 and None not in layers:
         _compat.bind_to_module()
+
+
+def let_models_share_a_function() -> None:
+    """Let a function have more versions that is a wrapper around ``forward``, as models of transformers have one.
+
+    They count for all models together, and each way of generating takes some for its prompts and some for its steps:
+    with an assistant beside the model, or after prompt lookup, the limit would be reached. It is raised for models that
+    were called before others reached it.
+    """
+    if _compat.runs_in_a_wrapper():
+        _compat.patch_dynamo(recompile_limit=max(_SHARED_LIMIT, _compat.dynamo_config.recompile_limit))
 
 
 def let_buffers_grow(plan: Plan) -> None:

@@ -28,7 +28,8 @@ def explain() -> Iterator[Report]:
         with _compat.functions_given_up() as report.given_up:
             yield report
         unnamed = ["a compiled function"] if _compat.recompile_limit_hits() > hits else []  # by a log that is off
-        for function in report.given_up or unnamed:
+        earlier = _compat.functions_at_recompile_limit() if hits and not report.graphs else []
+        for function in report.given_up or earlier or unnamed:
             notify_recompile_limit(function)
     finally:
         open_reports.remove(report)
