@@ -14,13 +14,19 @@ from .attention.attention import Attention
 from .attention.find import find_attention
 from .cache.conditions import Context, Reason, check_cache, check_read, format_for, other_uses, require
 from .cache.phase import phase_of
+from .cache.rows import names_rows
 from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
 from .graph.nodes import is_call, located
 from .graph.normalise import Functional
+from .graph.symbols import same_size
 from .graph.views import is_move, read_through, unmoved
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.matmul.default, aten.linear.default, aten.bmm.default, aten.mm.default, aten.einsum.default)
+_ROWS = (
+    "rows of the batch may be written at places of their own where the graph shows that it is all of them, as "
+    "torch.arange counts them, and a token of each at one place for all heads"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def cache_form(update: CacheUpdate | None) -> str:
         return "unknown"
     if update.op == "returned":
         return "dynamic (returned)"
-    return f"{'dynamic' if update.grows else 'static'} ({update.op})"
+    return f"{'dynamic' if update.grows else 'static'} ({update.op}{' by row' if update.by_row else ''})"
 
 
 def find_matches(functional: Functional, context: Context) -> list[Match | NoMatch]:
@@ -158,9 +164,15 @@ def _judge(
         ):
             check_cache(attention, update, functional, context)
             formats.append(format_for(update, role, attention.layer, context))
+            if update.in_part:
+                continue
             reads.append(check_read(update, read_through(chain, update.node), operand, attention))
             others = other_uses(update, chain, readers, functional) if update.base is not None else ()
             require(not others, f"the updated cache is also used by {', '.join(sorted(others))}")
+        if key.in_part or value.in_part:
+            prompt = key.in_part and value.in_part and not same_size(attention.query_length, 1)
+            require(prompt, "some rows of the batch take a step by themselves")
+            return Match(attention, key, value, "prefill", (formats[0], formats[1]))
         require(reads[1].factor == 1, "values are scaled between their cache and the attention")
         if _is_prefilled(key, value, earlier):
             phase = "prefill"
@@ -196,7 +208,9 @@ def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
         if node in functional.mutated and len(shape) == 4:
             if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
                 return f"cache is bounded by a sliding window of {shape[2]}"
-            return f"its cache is written by {_writer(operand).target} in a way that is not recognised"
+            writer = _writer(operand)
+            how = f"; {_ROWS}" if names_rows(writer) else ""
+            return f"its cache is written by {writer.target} in a way that is not recognised{how}"
         if recognise_update(node) is not None:
             cached = True
         elif node not in between and len(shape) >= 4:

@@ -167,7 +167,7 @@ def _watch(dense: Tensor) -> None:
 
 def _compress(dense: Tensor, attached: Attached, arguments: Sequence[Any]) -> list[Tensor]:
     position = attached.position(*arguments)
-    tokens = torch.as_tensor(position, dtype=torch.int64, device=dense.device).reshape(1)
+    tokens = torch.as_tensor(position, dtype=torch.int64, device=dense.device).reshape(-1)
     rows = dense if attached.tokens_dim == 2 else dense.transpose(1, 2)
     return ops.compress(rows, tokens, attached.format.encode(), rows.shape[2])
 

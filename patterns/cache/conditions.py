@@ -76,7 +76,8 @@ def check_cache(attention: Attention, update: CacheUpdate, functional: Functiona
     in_place = written_back or update.grows or update.base is None
     require(in_place, "the updated cache is a new tensor and is not written back to its buffer")
     require(
-        update.batch is None or not (update.grows or update.base in context.caches or context.release_dense),
+        (update.batch is None and not update.in_part)
+        or not (update.grows or update.base is None or update.base in context.caches or context.release_dense),
         "only a part of the batch of the cache is used",
     )
     known = context.caches.get(update.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from ..graph.calls import factor_of
 from ..graph.nodes import is_call, is_single, is_tensor
 from ..graph.normalise import Functional
 from ..graph.symbols import expression, same_size
-from ..graph.views import changes_nothing, is_move, read_through, slice_bounds, unmoved
+from ..graph.views import changes_nothing, is_move, is_regrouping, read_through, slice_bounds, unmoved
 from .masked_write import masked_write
+from .rows import indexed_by_row, scattered, written_one_by_one
+from .write import Write, index_copy, index_put, reads_back, slice_write
 
 aten = torch.ops.aten
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -28,8 +31,9 @@ class CacheUpdate:
 
     node: the cache afterwards. base: the cache before (a placeholder), None where it begins here. new: the tokens,
     [B, H, L, D] or [B, L, H, D]. tokens_dim: the dimension of the tokens, 2 or 1. op: how it is written.
-    position: where the tokens go, as an int64 tensor or a (symbolic) int; None for a cache that grows by its end.
-    batch: the rows that are used, where they are only the first of a larger buffer; else None.
+    position: where the tokens go, as in ``Write``, an int may be symbolic; None for a cache that grows by its end.
+    batch: the rows that are used, where they are only the first of a larger buffer; else None. in_part: whether it is
+    some rows of the batch that are written, which may be others.
     """
 
     node: Node
@@ -39,10 +43,17 @@ class CacheUpdate:
     op: str
     position: Any | None = None
     batch: Any | None = None
+    in_part: bool = False
 
     @property
     def grows(self) -> bool:
         return self.position is None
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of the batch has a position of its own."""
+        shape = self.position.meta["val"].shape if is_tensor(self.position) else ()
+        return len(shape) == 2 and not same_size(shape[0], 1)
 
 
 def _is_empty(node: Any) -> bool:
@@ -51,32 +62,36 @@ def _is_empty(node: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Base:
-    """Where a write goes: a placeholder, or None for a buffer that begins in this graph."""
+    """Where a write goes: a placeholder, or None for a buffer that begins in this graph.
+
+    batch: how many rows, where not all. in_part: whether they are not the first ones.
+    """
 
     node: Node | None
     batch: Any | None = None
-
-
-def _takes_first_rows(node: Node) -> bool:
-    if node.target is not aten.slice.Tensor:
-        return False
-    dim, start, _, step = slice_bounds(node)
-    return (dim, start, step) == (0, 0, 1)
+    in_part: bool = False
 
 
 def _base(node: Any) -> _Base | None:
     """The buffer behind ``node``, None where it is something else."""
-    batch = None
+    batch, first = None, 0
     while isinstance(node, Node) and is_move(node):
         if not changes_nothing(node):
-            if batch is not None or not _takes_first_rows(node):
+            dim, start, _, step = slice_bounds(node) if node.target is aten.slice.Tensor else (None, 0, 0, 1)
+            if batch is not None or (dim, step) != (0, 1):
                 return None
-            batch = node.meta["val"].shape[0]
+            batch, first = node.meta["val"].shape[0], start
         node = node.args[0]
     if isinstance(node, Node) and node.op == "placeholder":
-        return _Base(node, batch)
+        return _Base(node, batch, in_part=first != 0)
     allocated = isinstance(node, Node) and node.op == "call_function" and node.target in _ALLOCATIONS
     return _Base(None) if allocated and batch is None else None
+
+
+def _past(node: Node) -> _Base | None:
+    """As ``_base``, of a cache that grows."""
+    base = _base(node)
+    return None if base is None or base.in_part else base
 
 
 def _cat(node: Node) -> CacheUpdate | None:
@@ -85,57 +100,10 @@ def _cat(node: Node) -> CacheUpdate | None:
     if len(parts) != 2:
         return None
     past, new = parts
-    base = _Base(None) if _is_empty(past) else _base(past)
+    base = _Base(None) if _is_empty(past) else _past(past)
     if base is None or (base.node is None and not _is_empty(past)):
         return None
     return CacheUpdate(node, base.node, new, dim, "cat", batch=base.batch)
-
-
-def _write(node: Node, cache: Any, new: Node, dim: int, op: str, position: Any) -> CacheUpdate | None:
-    base = _base(cache)
-    if base is None:
-        return None
-    return CacheUpdate(node, base.node, new, dim % node.meta["val"].dim(), op, position, base.batch)
-
-
-def _index_copy(node: Node) -> CacheUpdate | None:
-    cache, dim, position, new = node.args
-    return _write(node, cache, new, dim, "index_copy", position)
-
-
-def _index_put(node: Node) -> CacheUpdate | None:
-    cache, indices, new = node.args[:3]
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
-    if len(given) != 1 or accumulate or given[0][1].meta["val"].dim() != 1:
-        return None
-    return _write(node, cache, _with_leading_ones(new), given[0][0], "index_put", given[0][1])
-
-
-def _with_leading_ones(new: Node) -> Node:
-    """``new`` as the model made it: indexed assignment drops its leading dimensions of size 1."""
-    if not is_call(new, aten.view.default):
-        return new
-    shape, viewed = new.args[0].meta["val"].shape, new.meta["val"].shape
-    dropped = len(shape) - len(viewed)
-    same = dropped > 0 and all(map(same_size, shape, (*[1] * dropped, *viewed)))
-    return new.args[0] if same else new
-
-
-def _slice_scatter(node: Node) -> CacheUpdate | None:
-    cache, new = node.args[:2]
-    dim, start, _, step = slice_bounds(node, first=2)
-    if new.op == "call_function" and new.target is aten.copy.default:  # x[a:b] = y copies y into a slice of x
-        new = new.args[1]
-    size = node.meta["val"].shape[dim]
-    if isinstance(start, int) and start < 0:  # from the end
-        start = max(start + size, 0) if isinstance(size, int) else None
-    return _write(node, cache, new, dim, "slice write", start) if step == 1 and start is not None else None
-
-
-def _masked(node: Node) -> CacheUpdate | None:
-    write = masked_write(node)
-    return None if write is None else _write(node, write.cache, write.new, write.dim, "masked write", write.position)
 
 
 def _copy(node: Node) -> CacheUpdate | None:
@@ -146,24 +114,36 @@ def _copy(node: Node) -> CacheUpdate | None:
     return replace(update, node=node) if update is not None and update.base is target else None
 
 
-_WRITES = {
-    aten.cat.default: _cat,
-    aten.index_copy.default: _index_copy,
-    aten.index_put.default: _index_put,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.where.self: _masked,
-    aten.add.Tensor: _masked,
-    aten.copy.default: _copy,
+_WRITES: dict[Any, tuple[Callable[[Node], Write | None], ...]] = {
+    aten.index_copy.default: (index_copy,),
+    aten.index_put.default: (index_put, indexed_by_row),
+    aten.scatter.src: (scattered,),
+    aten.slice_scatter.default: (slice_write, written_one_by_one),
+    aten.select_scatter.default: (written_one_by_one,),
+    aten.where.self: (masked_write,),
+    aten.add.Tensor: (masked_write,),
 }
 
 
 def recognise_update(node: Node) -> CacheUpdate | None:
     """The update that ``node`` is, if it is one of a cache of four dimensions."""
-    if node.op != "call_function" or node.target not in _WRITES:
-        return None
-    update = _WRITES[node.target](node)
+    update = _updated(node) if node.op == "call_function" else None
     four_dims = update is not None and update.node.meta["val"].dim() == 4 and update.new.meta["val"].dim() == 4
     return update if four_dims and update.tokens_dim in (1, 2) else None
+
+
+def _updated(node: Node) -> CacheUpdate | None:
+    if node.target is aten.cat.default:
+        return _cat(node)
+    if node.target is aten.copy.default:
+        return _copy(node)
+    writes = (write_of(node) for write_of in _WRITES.get(node.target, ()))
+    write = next((write for write in writes if write is not None and write.dim % 4 in (1, 2)), None)
+    base = None if write is None else _base(write.cache)
+    if write is None or base is None:
+        return None
+    how = {"batch": base.batch, "in_part": base.in_part or write.in_part}
+    return CacheUpdate(node, base.node, write.new, write.dim % 4, write.op, write.position, **how)
 
 
 def joins_changed_past(read: Node) -> bool:
@@ -172,7 +152,7 @@ def joins_changed_past(read: Node) -> bool:
     if not is_call(node, aten.cat.default) or _is_empty(node.args[0][0]):
         return False
     past = node.args[0][0]
-    return unmoved(past).op == "placeholder" and _base(past) is None
+    return unmoved(past).op == "placeholder" and _past(past) is None
 
 
 def recognise_shift(base: Node, value: Node, tokens_dim: int) -> CacheUpdate | None:
@@ -200,12 +180,10 @@ def find_update(operand: Operand, functional: Functional) -> tuple[CacheUpdate |
             return CacheUpdate(node, None, node, _tokens_dim(node, chain[::-1], operand), "returned"), chain[::-1]
         if not is_move(node) and factor_of(node) is None:
             return None, chain[::-1]
-        scattered = _reads_back(node)
-        if scattered is None:
+        written = reads_back(node)
+        if written is None:
             chain.append(node)
-            node = node.args[0]
-        else:
-            node = scattered
+        node = written or node.args[0]
 
 
 def _tokens_dim(node: Node, chain: list[Node], operand: Operand) -> int:
@@ -218,23 +196,12 @@ def _tokens_dim(node: Node, chain: list[Node], operand: Operand) -> int:
     return 1 if of_tokens == [1] or 2 in of_heads else 2
 
 
-def _reads_back(node: Node) -> Node | None:
-    """x, where ``node`` reads the batch rows that ``x`` was just written to."""
-    source = node.args[0]
-    if node.target is not aten.slice.Tensor or source.target is not aten.slice_scatter.default:
-        return None
-    same = slice_bounds(node)[0] == 0 and all(
-        a == b or same_size(a, b) for a, b in zip(slice_bounds(node), slice_bounds(source, 2), strict=True)
-    )
-    return source.args[1] if same else None
-
-
 def is_written_back(update: CacheUpdate, functional: Functional) -> bool:
     """Whether the updated cache is what its buffer holds after the call."""
     value = functional.mutated.get(update.base) if update.base is not None else None
-    if value is not None and update.batch is not None and value.target is aten.slice_scatter.default:
-        dim, start, _, step = slice_bounds(value, first=2)
-        value = value.args[1] if (dim, start, step) == (0, 0, 1) else None
+    if is_call(value, aten.slice_scatter.default) and update.batch is not None:
+        dim, _, _, step = slice_bounds(value, first=2)
+        value = value.args[1] if (dim, step) == (0, 1) else None
     return value is update.node
 
 
@@ -255,17 +222,30 @@ def end_of(update: CacheUpdate) -> Any:
 
 
 def is_run(position: Any) -> bool:
-    """Whether tokens written at ``position`` are known to stand side by side, in order."""
+    """Whether tokens written at ``position`` are known to stand side by side, in order, in each row of the batch."""
     while is_tensor(position) and not is_single(position):
         if position.target in _ARANGES:
             return len(position.args) < 3 or position.args[2] == 1
         if position.target is aten.add.Tensor and not position.kwargs:
-            shifted = [x for x in position.args if is_tensor(x) and not is_single(x)]
+            shifted = [x for x in position.args if is_tensor(x) and not _is_single_token(x)]
             if len(shifted) != 1:
                 return False
             position = shifted[0]
-        elif position.target in _CASTS:
+        elif position.target in _CASTS or _repeats_rows(position):
             position = position.args[0]
         else:
             return False
     return True
+
+
+def _is_single_token(position: Node) -> bool:
+    """Whether ``position`` has at most one number for each row of the batch."""
+    return all(same_size(size, 1) for size in position.meta["val"].shape[-1:])
+
+
+def _repeats_rows(position: Node) -> bool:
+    """Whether an op leaves the last dimension of ``position`` as it is and at most repeats it."""
+    if not is_regrouping(position) and position.target is not aten.expand.default:
+        return False
+    last = [x.meta["val"].shape[-1:] for x in (position, position.args[0])]
+    return all(last) and same_size(last[0][0], last[1][0])

@@ -103,6 +103,13 @@ def _repeat_interleave(dims: Dims, node: Node) -> Dims | None:
     return [[*axes, Axis(None, repeats)] if i == at else axes for i, axes in enumerate(dims)]
 
 
+def _repeat(dims: Dims, node: Node) -> Dims | None:
+    """As expand, where only dimensions of size 1 are repeated."""
+    whole = _expand(dims, node)
+    sizes = zip(dims, node.args[0].meta["val"].shape, node.meta["val"].shape, strict=False)
+    return whole if all(same_size(old, new) for axes, old, new in sizes if axes) else None
+
+
 _MOVES: dict[Any, Callable[[Dims, Node], Dims | None]] = {
     aten.alias.default: _keep,
     aten.clone.default: _keep,
@@ -121,6 +128,7 @@ _MOVES: dict[Any, Callable[[Dims, Node], Dims | None]] = {
     aten.flatten.using_ints: _view,
     aten.unflatten.int: _view,
     aten.squeeze.dim: _view,
+    aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
 }
 
@@ -150,7 +158,7 @@ def unmoved(node: Any) -> Any:
 
 def changes_nothing(node: Node) -> bool:
     """True for an op that moves elements at most and gives its input as it was."""
-    if not is_move(node) or _MOVES.get(node.target) in (_transpose, _permute, _repeat_interleave):
+    if not is_move(node) or _MOVES.get(node.target) in (_transpose, _permute, _repeat, _repeat_interleave):
         return False
     source = node.args[0]
     return source.meta["val"].dtype == node.meta["val"].dtype and _same_shape(node, source)

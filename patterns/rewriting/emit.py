@@ -47,13 +47,19 @@ class Emitter:
         return self.swapped(row, update.tokens_dim)
 
     def first_position(self, update: CacheUpdate) -> Node | None:
-        """Where the first new token goes, on the device; None for a cache that grows by its end."""
+        """Where the first new token goes, on the device, [1] or [B]; None for a cache that grows by its end."""
         if update.grows:
             return None
         if not is_tensor(update.position):
             return self.tokens(update.position, update.new)
-        first = self.call(aten.select.int, self.call(aten.view.default, self._positions(update), [-1]), 0, 0)
-        return self._from_the_start(first, update)
+        return self._position(update, 0)
+
+    def _position(self, update: CacheUpdate, token: int) -> Node:
+        """Where a new token goes, by its number: int64 [1], or [B] of each row of the batch."""
+        positions = self._positions(update)
+        if update.position.meta["val"].dim() != 2:
+            positions = self.call(aten.view.default, positions, [1, -1])
+        return self._from_the_start(self.call(aten.select.int, positions, 1, token), update)
 
     def _from_the_start(self, position: Node, update: CacheUpdate) -> Node:
         """An index that may count from the end of the cache, as one that counts from its start."""
@@ -85,7 +91,7 @@ class Emitter:
     def _written_tokens(self, update: CacheUpdate) -> Node:
         """Tokens in a static cache after a write: one more than the last position."""
         if is_tensor(update.position):
-            last = self._from_the_start(self.call(aten.select.int, self._positions(update), 0, -1), update)
+            last = self._position(update, -1)
         else:
             count = self.size(update.new, update.tokens_dim)
             start = Proxy(update.position) if isinstance(update.position, Node) else update.position

@@ -273,10 +273,11 @@ class Rewriter:
     def _followed(self, base: Node, value: Node) -> CacheUpdate:
         """The update by which ``base`` became ``value``."""
         update = recognise_update(value) or recognise_shift(base, value, self.caches[base].tokens_dim)
-        if update is None or update.base is not base or update.grows or not self._joins_tokens(update):
+        follows = update is not None and update.base is base and not update.in_part
+        if not follows or update.grows or not self._joins_tokens(update):
             raise UnsupportedWriteError(
                 f"{value.target} writes into a compressed KV cache in a way that cannot be followed; accepted are "
-                "index_copy_, index_put_ and slice writes of new tokens along their dimension, and rolling"
+                "index_copy_, index_put_ and slice writes of new tokens of all rows along their dimension, and rolling"
             )
         return update
 
