@@ -199,6 +199,9 @@ def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
 
     name: "keys" or "values", which ``operand`` is.
     """
+    writer = _writer(operand)
+    how = f"; {_ROWS}" if names_rows(writer) else ""
+    written = f"its cache is written by {writer.target} in a way that is not recognised{how}"
     between: set[Node] = set()
     cached = False
     todo = [operand]
@@ -208,14 +211,14 @@ def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
         if node in functional.mutated and len(shape) == 4:
             if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
                 return f"cache is bounded by a sliding window of {shape[2]}"
-            writer = _writer(operand)
-            how = f"; {_ROWS}" if names_rows(writer) else ""
-            return f"its cache is written by {writer.target} in a way that is not recognised{how}"
+            return written
         if recognise_update(node) is not None:
             cached = True
         elif node not in between and len(shape) >= 4:
             between.add(node)
             todo += node.all_input_nodes
+    if cached and names_rows(writer):
+        return written
     if cached and any(is_call(node, *_PRODUCTS) for node in between):
         return f"{name} are computed from what is cached, as in latent attention"
     if cached:
