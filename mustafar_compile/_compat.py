@@ -285,8 +285,8 @@ def runs_in_a_wrapper() -> bool:
     return any(isinstance(x, torch.nn.Module) and _wraps_forward(translator.f_code, type(x)) for x in given)
 
 
-def _wraps_forward(code: CodeType, module: type) -> bool:
-    function = module.forward
+def _wraps_forward(code: CodeType, module: type[torch.nn.Module]) -> bool:
+    function: Any = module.forward
     while hasattr(function, "__wrapped__"):
         if function.__code__ is code:
             return True
