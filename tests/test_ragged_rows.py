@@ -118,6 +118,7 @@ def without_cache(form=RaggedModel):
     return model
 
 
+@pytest.mark.nightly
 def test_a_batch_and_a_length_that_change():
     model = without_cache()
     with without_compiler(), explain() as report:
