@@ -50,7 +50,7 @@ _swap_tensors: Callable[[torch.Tensor, torch.Tensor], None] = _probe("torch._C",
 _storage_uses: Callable[[int], int] = _probe("torch._C", "_storage_Use_Count")
 forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_throw_on_mutable_data_ptr")
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
-_holds_tensors: Callable = _probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+holds_tensors: Callable[[Any], bool] = _probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
@@ -67,10 +67,16 @@ _dynamo_counters = _probe("torch._dynamo.utils", "counters")
 _compiled_versions: Callable = _probe("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")
 _enable_python_dispatcher: Callable = _probe("torch._dispatch.python", "enable_python_dispatcher")
 _FunctionalTensor = _probe("torch._subclasses.functional_tensor", "FunctionalTensor")
-_FunctionalTensorMode = _probe("torch._subclasses.functional_tensor", "FunctionalTensorMode")
+_FunctionalTensorMode: Any = _probe("torch._subclasses.functional_tensor", "FunctionalTensorMode")
 _without_keys: Callable = _probe("torch._C", "_ExcludeDispatchKeyGuard")
 _keys: Callable = _probe("torch._C", "DispatchKeySet")
 _functionalize = _probe("torch._C", "DispatchKey").Functionalize
+_pre_dispatch = _probe("torch._C", "DispatchKey").PreDispatch
+_has_kernel: Callable[[str, str], bool] = _probe("torch._C", "_dispatch_has_kernel_for_dispatch_key")
+_of_keys: Callable = _probe("torch._C", "_ForceDispatchKeyGuard")
+_included: Callable = _probe("torch._C", "_dispatch_tls_local_include_set")
+_excluded: Callable = _probe("torch._C", "_dispatch_tls_local_exclude_set")
+_TorchDispatchMode: Any = _probe("torch.utils._python_dispatch", "TorchDispatchMode")
 _is_data_mutated: Callable = _probe("torch", "_functionalize_has_data_mutation")
 _is_storage_changed: Callable = _probe("torch", "_functionalize_was_storage_changed")
 _sync: Callable = _probe("torch", "_sync")
@@ -89,8 +95,7 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
     """Fake copies of graph inputs over the ShapeEnv of the compilation in progress, and their mode.
 
     A fresh FakeTensorMode is used: the placeholders' own fakes belong to a mode whose metadata tracing may have
-    changed. ``stand_in(i, x)`` may return a fake of its own for input ``i``, as a function of no arguments. Raises
-    TypeError for a tensor that is made of others, such as a quantized weight.
+    changed. ``stand_in(i, x)`` may return a fake of its own for input ``i``, as a function of no arguments.
     """
     context = TracingContext.get()
     mode = FakeTensorMode(shape_env=context.fake_mode.shape_env)
@@ -100,8 +105,6 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
         if make is not None:
             with mode:
                 fakes.append(make())
-        elif _holds_tensors(x):
-            raise TypeError(f"an input is a {type(x).__name__}, a tensor that is made of other tensors")
         elif isinstance(x, torch.Tensor):
             symbolic = context.tensor_to_context.get(x)
             source = symbolic.tensor_source if symbolic is not None else None
@@ -111,10 +114,60 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
     return mode, fakes
 
 
+class _FunctionalMode(_FunctionalTensorMode):
+    """As torch's, and tensors that are made of others act by their own rules, at the place where they do in eager mode.
+
+    Torch's would refuse them here. An op of another library that consists of others is replaced by them; torch's would
+    keep it and warn.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if composed := _with_parts(types):
+            if func is torch.ops.aten.scaled_dot_product_attention.default:
+                raise TypeError(f"attention takes a {composed[0].__name__}, {_MADE_OF_OTHERS}; give it plain tensors")
+            with self, _without_keys(_keys(_pre_dispatch)), _BackBeforeAutograd():
+                return func(*args, **kwargs)
+        if func.namespace not in ("aten", "prim"):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _BackBeforeAutograd(_TorchDispatchMode):
+    """Behind autograd, where rules of tensors that are made of others run: leads what they do with plain ones back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        if _with_parts(types):
+            return NotImplemented
+        for device in self.autocast:  # a graph has no way to say that the op is not for autocast any more
+            if not torch.is_autocast_enabled(device) and _has_kernel(func.name(), f"Autocast{device.upper()}"):
+                raise TypeError(
+                    f"under autocast, {func} runs on parts of {_MADE_OF_OTHERS}; convert the model to the dtype instead"
+                )
+        before = _keys(_pre_dispatch)
+        with _of_keys(_included() | before, _excluded() - before):
+            return func(*args, **kwargs or {})
+
+
+_MADE_OF_OTHERS = "a tensor that is made of other tensors"
+
+
+def _with_parts(types: Sequence[type]) -> list[type]:
+    """Those of ``types`` whose tensors are made of others."""
+    return [kind for kind in types if kind is not _FunctionalTensor and hasattr(kind, "__tensor_flatten__")]
+
+
 @contextmanager
 def tracing_functionally(fake_mode: Any) -> Iterator[None]:
     """Within it, ``make_functional_fx`` can trace."""
-    mode = _FunctionalTensorMode(pre_dispatch=True, export=True)
+    mode = _FunctionalMode(pre_dispatch=True, export=True)
     with _tracing_anew(fake_mode), mode:
         yield
 
@@ -165,6 +218,8 @@ def make_functional_fx(
 
 
 def _unwrapped(x: Any) -> Any:
+    if holds_tensors(x):
+        raise TypeError(f"a result is a {type(x).__name__}, {_MADE_OF_OTHERS}; let the model return plain ones")
     if not isinstance(x, _FunctionalTensor):
         return x
     _sync(x)

@@ -16,6 +16,7 @@ from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
+from .calling.plain_inputs import PlainInputs
 from .calling.recompiling import count_for_each_layer, let_buffers_grow, let_models_share_a_function
 from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
@@ -34,6 +35,9 @@ from .policy import policy
 from .reporting.record import record_decompression, record_failure, record_graph, record_launching, record_untouched
 from .settings import Settings, read_options
 from .stages import StageError, stage
+
+Rewritten = tuple[Plan, list[Any], PlainInputs]
+"""A plan, the example inputs of its graph, and what the original graph is given."""
 
 
 def mustafar(
@@ -58,16 +62,18 @@ def mustafar(
             return gm  # op by op, which decompresses: Inductor would need plain tensors
         if rewritten is None:
             return _compat.compile_fx(gm, example_inputs)
-        plan, inputs = rewritten
-        wrap = _launching(plan, inputs) if inductor.get("triton.cudagraphs", True) else None
+        plan, inputs, given = rewritten
+        wrap = _launching(plan, inputs, given) if inductor.get("triton.cudagraphs", True) else None
         with _compat.inductor_config.patch({"triton.cudagraphs": False}), torch.set_grad_enabled(_gives_gradients(gm)):
             compiled = _compat.compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
-        growing = [i for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV) and x.grows]
-        return CompiledCall(plan, compiled if wrap is None else wrap(compiled), growing)
+        growing = [i for i, cache in given.caches.items() if cache.grows]
+        return given.taking_parts(CompiledCall(plan, compiled if wrap is None else wrap(compiled), growing))
 
 
-def _launching(plan: Plan, inputs: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+def _launching(
+    plan: Plan, inputs: list[Any], given: PlainInputs
+) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """What makes CUDA graphs of the calls of a plan, None where it runs as it is. The report says which.
 
     inputs: its example inputs, which get one more where the step has lengths.
@@ -76,7 +82,7 @@ def _launching(plan: Plan, inputs: list[Any]) -> Callable[[Callable[..., Any]], 
     if device is None or not is_step(plan):
         return None
     lengths, reason = lengths_of(plan, inputs), why_not(inputs)
-    places = Places.of(plan, inputs, lengths)
+    places = Places.of(plan, inputs, lengths, given.parameters)
     if lengths and not reason:
         try:
             inputs.append(free_of_lengths(plan, lengths, device))
@@ -86,8 +92,8 @@ def _launching(plan: Plan, inputs: list[Any]) -> Callable[[Callable[..., Any]], 
     return None if reason else lambda compiled: CudaGraphs(compiled, places, device)
 
 
-def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> tuple[Plan, list[Any]] | None:
-    """The plan for a graph with something to rewrite and its example inputs, None for a graph that runs as it is."""
+def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Rewritten | None:
+    """What becomes of a graph with something to rewrite, None for a graph that runs as it is."""
     holds_cache = any(isinstance(x, CompressedKV) for x in example_inputs)
     if not holds_cache and not _may_hold_attention(gm):
         if settings.strict and any(isinstance(x, torch.nn.Parameter) for x in example_inputs):
@@ -102,17 +108,17 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
         return None
 
 
-def _through_stages(
-    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings
-) -> tuple[Plan, list[Any]] | None:
+def _through_stages(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Rewritten | None:
     """As ``_rewritten``, of a graph that may hold attention. Raises StageError."""
-    caches = {i: x for i, x in enumerate(example_inputs) if isinstance(x, CompressedKV)}
     with stage("traced", settings.raise_errors):
-        functional = normalise(gm, example_inputs, lambda i, x: _dense_stand_in(gm, i) if i in caches else None)
-        if written_twice(example_inputs, [functional.placeholders.index(node) for node in functional.mutated]):
+        given = PlainInputs(gm, example_inputs)
+        caches = given.caches
+        stand_ins = {i: _dense_stand_in(given.placeholders[i]) for i in caches}
+        functional = normalise(gm, given.values, lambda i, x: stand_ins.get(i), given.composed)
+        if written_twice(given.values, [functional.placeholders.index(node) for node in functional.mutated]):
             raise RuntimeError("it writes an input that shares memory with another one")
     compressed = {functional.placeholders[i]: CacheInput(x.format, x.tokens_dim) for i, x in caches.items()}
-    context = _context(functional, example_inputs, compressed, settings)
+    context = _context(functional, given, compressed, settings)
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
     count_for_each_layer(found)
@@ -125,20 +131,20 @@ def _through_stages(
     if matches or caches:
         with stage("rewritten", settings.raise_errors):
             plan = Rewriter(functional, compressed, grown_capacity, settings.release_dense).run(matches)
-            rewritten = plan, add_calling_convention(plan, gm, example_inputs)
+            rewritten = plan, add_calling_convention(plan, gm, given), given
         let_buffers_grow(plan)
     record_graph(found, context)
     _require_match(settings, found, "no attention was found")
     if rewritten is not None:
-        _check_and_note(rewritten[0], found, example_inputs)
+        _check_and_note(plan, found, given.values)
     return rewritten
 
 
-def _check_and_note(plan: Plan, found: Sequence[Match | NoMatch], example_inputs: Sequence[Any]) -> None:
+def _check_and_note(plan: Plan, found: Sequence[Match | NoMatch], inputs: Sequence[Any]) -> None:
     """Check that what the plan releases can be released, and say where it decompresses a cache at every call."""
     for attached in plan.attached:
         if attached.releases:
-            check_releasable(example_inputs[attached.index])
+            check_releasable(inputs[attached.index])
     if any(node.target is ops.decompress for node in plan.module.graph.nodes):
         record_decompression(found)
 
@@ -156,27 +162,26 @@ def _may_hold_attention(gm: GraphModule) -> bool:
     return any(name in str(node.target) for node in gm.graph.nodes if node.op.startswith("call") for name in names)
 
 
-def _dense_stand_in(gm: GraphModule, index: int) -> Callable[[], torch.Tensor]:
+def _dense_stand_in(placeholder: Node) -> Callable[[], torch.Tensor]:
     """Makes the dense tensor that a compressed input stands for, with Dynamo's symbolic sizes."""
-    node = [node for node in gm.graph.nodes if node.op == "placeholder"][index]
-    logical = node.meta["example_value"]
+    logical = placeholder.meta["example_value"]
     return lambda: torch.empty(tuple(logical.shape), dtype=logical.dtype, device=logical.device)
 
 
 def _context(
     functional: Functional,
-    example_inputs: Sequence[Any],
+    given: PlainInputs,
     compressed: Mapping[Node, CacheInput],
     settings: Settings,
 ) -> Context:
-    tensors = {
-        node: x for node, x in zip(functional.placeholders, example_inputs, strict=True) if isinstance(x, torch.Tensor)
-    }
+    inputs = list(zip(functional.placeholders, given.values, strict=True))
     return Context(
         caches=compressed,
         format_of=policy(settings),
-        parameters={node for node, x in tensors.items() if isinstance(x, torch.nn.Parameter)},
-        unwatchable={node for node, x in tensors.items() if node not in compressed and not is_watchable(x)},
+        parameters={functional.placeholders[i] for i in given.parameters},
+        unwatchable={
+            n for n, x in inputs if isinstance(x, torch.Tensor) and n not in compressed and not is_watchable(x)
+        },
         dtypes=CACHE_DTYPES,
         max_query_tokens=MAX_QUERY_TOKENS,
         release_dense=settings.release_dense,

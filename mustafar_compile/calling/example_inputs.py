@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +10,17 @@ from torch.fx import GraphModule
 from .. import _compat
 from ..lowering.format import BLOCK_TOKENS, Format
 from ..patterns.rewriting.plan import Argument, Plan, Size
+from .plain_inputs import PlainInputs
 
 _CARRIED_META = ("tensor_dict", "grapharg", "example_value")
 _STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}  # CUDA graphs may bind to the buffers' addresses
 
 
-def add_calling_convention(plan: Plan, gm: GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """Give the plan's module the metadata of ``gm``. Returns its example inputs."""
-    originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
+def add_calling_convention(plan: Plan, gm: GraphModule, given: PlainInputs) -> list[Any]:
+    """Give the plan's module the metadata of ``gm``, which takes ``given``. Returns its example inputs."""
+    originals = given.placeholders
     placeholders = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
-    examples = _Examples(plan, originals, example_inputs)
+    examples = _Examples(plan, given)
     inputs = []
     for node, source in zip(placeholders, plan.inputs, strict=True):
         original = originals[source.index]
@@ -58,9 +58,9 @@ def _carry_module_metadata(module: GraphModule, gm: GraphModule) -> None:
 class _Examples:
     """Fake tensors for inputs that the original graph did not have."""
 
-    def __init__(self, plan: Plan, originals: Sequence[Any], example_inputs: Sequence[Any]) -> None:
-        self.logical = [node.meta.get("example_value") for node in originals]
-        self.given = example_inputs
+    def __init__(self, plan: Plan, given: PlainInputs) -> None:
+        self.logical: list[Any] = [node.meta.get("example_value") for node in given.placeholders]
+        self.given = given.values
         self.attached = {a.index: a for a in plan.attached}
         self.mode = _compat.TracingContext.get().fake_mode
         self.growing_capacity: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,8 +71,11 @@ class Places:
     long: Mapping[int, Mapping[int | None, sympy.Expr]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, examples: Sequence[Any], lengths: Sequence[Length]) -> Places:
-        """Those of the inputs of ``plan``. lengths: those that its graph is free of."""
+    def of(cls, plan: Plan, examples: Sequence[Any], lengths: Sequence[Length], parameters: Collection[int]) -> Places:
+        """Those of the inputs of ``plan``.
+
+        lengths: those that its graph is free of. parameters: arguments, of which there are many that stay where they are.
+        """
         nodes = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
         tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
         grown = {length.symbol for length in lengths}
@@ -85,7 +88,8 @@ class Places:
                     long.setdefault(i, {})[dim] = e
                 elif not isinstance(size, int):
                     sizes.append((i, dim))
-        given = [i for i, x in tensors.items() if isinstance(plan.inputs[i], Argument) and not _is_weight(x)]
+        arguments = {i: source.index for i, source in enumerate(plan.inputs) if isinstance(source, Argument)}
+        given = [i for i, argument in arguments.items() if i in tensors and argument not in parameters]
         copied = [i for i in given if i in long or _is_small(tensors[i])]
         bound = [i for i in tensors if i not in copied]
         return cls(
@@ -140,11 +144,6 @@ class Places:
                 shape = [grown.get(dim, size) for dim, size in enumerate(x.shape)]
                 made[i] = torch.zeros(shape, dtype=x.dtype, device=x.device)
         return made
-
-
-def _is_weight(x: Tensor) -> bool:
-    """Whether an input is one of many that stay where they are."""
-    return isinstance(x, torch.nn.Parameter)
 
 
 def _is_small(x: Tensor) -> bool:

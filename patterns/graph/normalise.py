@@ -24,7 +24,7 @@ class Functional:
     """A functional graph with Dynamo's calling convention taken apart.
 
     module: the traced graph; its output node still lists mutated values first.
-    placeholders: one for each graph input, in order.
+    placeholders: one for each input, in order.
     mutated: placeholder -> the value that it must hold afterwards.
     outputs: the user's outputs (nodes or constants), in order.
     """
@@ -39,15 +39,21 @@ class Functional:
         return self.module.graph
 
 
-def normalise(gm: GraphModule, example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | None]) -> Functional:
-    """Trace ``gm`` again. ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``).
+def normalise(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    stand_in: Callable[[int, Any], Any | None],
+    composed: Callable[[Sequence[Any]], Sequence[Any]],
+) -> Functional:
+    """Trace ``gm`` again, over ``inputs``, of which ``composed`` makes what it takes.
 
+    ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``).
     An error on the way has a note of the line of the model that it comes from.
     """
     graph = without_vmap(gm)
-    mode, fakes = _compat.fakify(example_inputs, stand_in)
+    mode, fakes = _compat.fakify(inputs, stand_in)
     with _compat.tracing_functionally(mode):
-        traced, written = _compat.make_functional_fx(lambda *args: Interpreter(gm, graph).run(*args), fakes)
+        traced, written = _compat.make_functional_fx(lambda *args: Interpreter(gm, graph).run(*composed(args)), fakes)
     _drop_assertions(traced.graph)
     _drop_whole_slices(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]

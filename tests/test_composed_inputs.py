@@ -1,0 +1,120 @@
+"""Inputs that are tensors made of others, such as quantized weights: their parts are inputs of the rewritten graph."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compilers import without_compiler
+from composed import ByFunction, Halves, Scaled, quantize
+from models import BufferModel, SliceModel, TupleModel, run_steps
+from mustafar_compile import explain
+from mustafar_compile.reporting import notices
+from test_own_loops import assert_close, embeddings, options, oracle
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(notices, "_given", set())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(("kind", "form"), [(Scaled, SliceModel), (ByFunction, BufferModel), (Halves, TupleModel)])
+def test_outputs_equal_the_oracle(kind, form):
+    model, inputs = quantize(form(), kind), embeddings(steps=6)
+    with without_compiler(), explain() as report, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs = run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
+    assert_close(outputs, oracle(model, inputs, 0.5))
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")]
+
+
+def test_weights_that_differ_in_what_is_not_a_tensor_do_not_share_a_graph():
+    model, (x, *_) = TupleModel(), embeddings(steps=0)
+    with without_compiler(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options(0.5))
+        for bias in (0.0, 0.5, 0.0):
+            model.o.weight = torch.nn.Parameter(Scaled.of(torch.randn(32, 64), bias=bias), requires_grad=False)
+            assert_close(step(x, None)[:1], model.step(x, None)[:1])
+    assert report.graphs == 2
+
+
+class Counting(TupleModel):
+    """It writes into a weight at each step."""
+
+    def step(self, x, past):
+        self.o.weight.mul_(2)
+        return super().step(x, past)
+
+
+def test_a_part_that_the_graph_writes():
+    inputs = embeddings(steps=3)
+    mine = quantize(Counting(), Scaled)
+    other = copy.deepcopy(mine)
+    with without_compiler(), explain() as report:
+        outputs = run_steps(mine, inputs, torch.compile(mine.step, backend="mustafar", options=options(0.0)))
+    assert_close(outputs, run_steps(other, inputs))
+    assert torch.equal(mine.o.weight.scales, other.o.weight.scales)
+    assert report.matched
+
+
+def refused(model, inputs, step=None):
+    """The reason why a model is not compressed; its outputs are right and one warning says so."""
+    expected = run_steps(model, inputs, step)
+    with without_compiler(), explain() as report, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = torch.compile(step or model.step, backend="mustafar", options=options(0.5))
+        assert_close(run_steps(model, inputs, step), expected)
+    (entry,) = report.missed
+    assert [str(w.message) for w in caught] == [f"mustafar: a graph runs as it is: {entry.reason}"]
+    return entry.reason
+
+
+def test_a_result_that_is_made_of_others():
+    model, weight = TupleModel(), Scaled.of(torch.randn(64, 32))
+
+    def step(x, past):
+        out, past = model.step(x, past)
+        y = weight.t()
+        torch._dynamo.graph_break()
+        return out @ y, past
+
+    reason = refused(model, embeddings(steps=0), step)
+    assert "a result is a Scaled, a tensor that is made of other tensors" in reason
+
+
+class Whole(Scaled):
+    """Any op works on its values."""
+
+    @classmethod
+    def rule(cls, func, args, kwargs):
+        return cls.on_values(func, args, kwargs)
+
+
+def test_attention_that_takes_a_tensor_made_of_others():
+    """It would become one of its kernels before anybody could see it."""
+    model, mask = TupleModel(), Whole.of(torch.randn(7, 7))
+
+    def step(x, past):
+        q, k, v = (t.transpose(1, 2) for t in model.project(x))
+        return model.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)), (k, v)
+
+    assert "attention takes a Whole" in refused(model, embeddings(steps=0), step)
+
+
+def test_rules_under_autocast():
+    """They compute as they are told to, and a graph would apply autocast to that."""
+    model = quantize(TupleModel(), Scaled)
+
+    def step(x, past):
+        with torch.autocast("cpu"):
+            return model.step(x, past)
+
+    reason = refused(model, embeddings(steps=0), step)
+    assert reason.endswith("convert the model to the dtype instead")
