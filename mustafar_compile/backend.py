@@ -32,7 +32,14 @@ from .patterns.rewriting.lengths import free_of_lengths, lengths_of
 from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
 from .policy import policy
-from .reporting.record import record_decompression, record_failure, record_graph, record_launching, record_untouched
+from .reporting.record import (
+    record_decompression,
+    record_failure,
+    record_graph,
+    record_launching,
+    record_loss,
+    record_untouched,
+)
 from .settings import Settings, read_options
 from .stages import StageError, stage
 
@@ -125,7 +132,7 @@ def _through_stages(gm: GraphModule, example_inputs: Sequence[Any], settings: Se
     let_models_share_a_function()
     if _gives_gradients(gm):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
-        found = [NoMatch(m.attention, reason, m.key, m.value) for m in found]
+        found = [NoMatch(m.attention, reason, m.key, m.value, isinstance(m, Match)) for m in found]
     matches = [m for m in found if isinstance(m, Match)]
     rewritten = None
     if matches or caches:
@@ -136,17 +143,19 @@ def _through_stages(gm: GraphModule, example_inputs: Sequence[Any], settings: Se
     record_graph(found, context)
     _require_match(settings, found, "no attention was found")
     if rewritten is not None:
-        _check_and_note(plan, found, given.values)
+        _check_releasable(plan, given.values)
+    if rewritten is not None and any(node.target is ops.decompress for node in plan.module.graph.nodes):
+        record_decompression(found)
+    else:
+        record_loss(found)
     return rewritten
 
 
-def _check_and_note(plan: Plan, found: Sequence[Match | NoMatch], inputs: Sequence[Any]) -> None:
-    """Check that what the plan releases can be released, and say where it decompresses a cache at every call."""
+def _check_releasable(plan: Plan, inputs: Sequence[Any]) -> None:
+    """Check that what the plan releases can be released."""
     for attached in plan.attached:
         if attached.releases:
             check_releasable(inputs[attached.index])
-    if any(node.target is ops.decompress for node in plan.module.graph.nodes):
-        record_decompression(found)
 
 
 def _gives_gradients(gm: GraphModule) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..lowering.format import Format
 from .attention.attention import Attention
 from .attention.find import find_attention
-from .cache.conditions import Context, Reason, check_cache, check_read, format_for, other_uses, require
+from .cache.conditions import Context, NothingLost, Reason, check_cache, check_read, format_for, other_uses, require
 from .cache.phase import phase_of
 from .cache.rows import names_rows
 from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
@@ -56,12 +56,16 @@ class Match:
 
 @dataclass(frozen=True)
 class NoMatch:
-    """An attention that runs as it is, and why. key, value: what is known of its cache."""
+    """An attention that runs as it is, and why.
+
+    key, value: what is known of its cache. lost: whether that could have been compressed.
+    """
 
     attention: Attention
     reason: str
     key: CacheUpdate | None = None
     value: CacheUpdate | None = None
+    lost: bool = True
 
     @property
     def form(self) -> str:
@@ -86,8 +90,8 @@ def find_matches(functional: Functional, context: Context) -> list[Match | NoMat
         with located(source.attention.node):
             found.append(_judge(source, functional, context, readers, found))
     slots = max((_slots(m.key) for m in found if isinstance(m, Match)), default=0)
-    found = _without(found, partial(_smaller, slots=slots))
-    return _without(found, partial(_badly_shared, found=found))
+    found = _without(found, partial(_check_room, slots=slots))
+    return _without(found, partial(_check_sharing, found=found))
 
 
 @dataclass(frozen=True)
@@ -114,30 +118,40 @@ class _Source:
         return *own, *self.key_chain, *self.value_chain
 
 
-def _without(found: Sequence[Match | NoMatch], problem_of: Callable[[Match], str | None]) -> list[Match | NoMatch]:
-    """``found``, where matches that have a problem do not match."""
-    problems = [problem_of(m) if isinstance(m, Match) else None for m in found]
-    return [NoMatch(m.attention, p, m.key, m.value) if p else m for m, p in zip(found, problems, strict=True)]
+def _without(found: Sequence[Match | NoMatch], check: Callable[[Match], None]) -> list[Match | NoMatch]:
+    """``found``, where matches of which ``check`` raises a Reason do not match."""
+    return [_checked(m, check) if isinstance(m, Match) else m for m in found]
 
 
-def _badly_shared(m: Match, found: Sequence[Match | NoMatch]) -> str | None:
-    """Why the cache that ``m`` shares with other attentions cannot be compressed; None where it can or shares none."""
-    if m.key.node is m.value.node:
-        return "its keys are its values"
+def _checked(m: Match, check: Callable[[Match], None]) -> Match | NoMatch:
+    try:
+        check(m)
+    except Reason as reason:
+        return _no_match(m.attention, reason, m.key, m.value)
+    return m
+
+
+def _no_match(attention: Attention, reason: Reason, key: CacheUpdate | None, value: CacheUpdate | None) -> NoMatch:
+    return NoMatch(attention, str(reason), key, value, lost=not isinstance(reason, NothingLost))
+
+
+def _check_sharing(m: Match, found: Sequence[Match | NoMatch]) -> None:
+    """The other attentions that share the cache of ``m``, if any, can be compressed with it."""
+    require(m.key.node is not m.value.node, "its keys are its values")
     for other in found:
         if not any(update is not None and update.node in m.caches for update in (other.key, other.value)):
             continue
         if isinstance(other, NoMatch):
-            return f"another attention that reads its cache does not match: {other.reason}"
-        if (other.caches, other.formats, other.phase) != (m.caches, m.formats, m.phase):
-            return "its cache is read by several attention layers in different ways"
-    return None
+            reason = f"another attention that reads its cache does not match: {other.reason}"
+            raise Reason(reason) if other.lost else NothingLost(reason)
+        alike = (other.caches, other.formats, other.phase) == (m.caches, m.formats, m.phase)
+        require(alike, "its cache is read by several attention layers in different ways")
 
 
-def _smaller(m: Match, slots: int) -> str | None:
+def _check_room(m: Match, slots: int) -> None:
     """A static cache with less room than others of the model will roll when it is full."""
     mine = _slots(m.key)
-    return f"cache is bounded by a sliding window of {mine}" if 0 < mine < slots else None
+    require(not 0 < mine < slots, NothingLost(f"cache is bounded by a sliding window of {mine}"))
 
 
 def _slots(update: CacheUpdate) -> int:
@@ -156,7 +170,7 @@ def _judge(
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
         if key is None or value is None:
             name, operand = ("keys", attention.key) if key is None else ("values", attention.value)
-            raise Reason(_no_cache_reason(name, operand.node, functional))
+            raise _no_cache_reason(name, operand.node, functional)
         reads, formats = [], []
         for role, update, chain, operand in (
             ("key", key, source.key_chain, attention.key),
@@ -182,7 +196,7 @@ def _judge(
         attention = replace(attention, scale=attention.scale * reads[0].factor)
         return Match(attention, key, value, phase, (formats[0], formats[1]))
     except Reason as reason:
-        return NoMatch(attention, str(reason), key, value)
+        return _no_match(attention, reason, key, value)
 
 
 def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match | NoMatch]) -> bool:
@@ -194,7 +208,7 @@ def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match 
     return (key.node, value.node) in [m.caches for m in prefills]
 
 
-def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
+def _no_cache_reason(name: str, operand: Node, functional: Functional) -> Reason:
     """Tell a bounded buffer that rolls, and a write that is not recognised, from attention that has no cache at all.
 
     name: "keys" or "values", which ``operand`` is.
@@ -210,22 +224,22 @@ def _no_cache_reason(name: str, operand: Node, functional: Functional) -> str:
         shape = getattr(node.meta.get("val"), "shape", ())
         if node in functional.mutated and len(shape) == 4:
             if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
-                return f"cache is bounded by a sliding window of {shape[2]}"
-            return written
+                return NothingLost(f"cache is bounded by a sliding window of {shape[2]}")
+            return Reason(written)
         if recognise_update(node) is not None:
             cached = True
         elif node not in between and len(shape) >= 4:
             between.add(node)
             todo += node.all_input_nodes
     if cached and names_rows(writer):
-        return written
+        return Reason(written)
     if cached and any(is_call(node, *_PRODUCTS) for node in between):
-        return f"{name} are computed from what is cached, as in latent attention"
+        return Reason(f"{name} are computed from what is cached, as in latent attention")
     if cached:
-        return f"{name} are changed once they are cached, as by a rotary embedding; cache them as attention takes them"
+        return Reason(f"{name} are changed once they are cached, as by a rotary embedding; cache them as attention takes them")
     if unmoved(operand).op == "placeholder":
-        return "no token enters its cache, as in cross-attention"
-    return "keys and values do not come from a KV cache"
+        return NothingLost("no token enters its cache, as in cross-attention")
+    return NothingLost("keys and values do not come from a KV cache")
 
 
 def _writer(node: Node) -> Node:

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 
 from compilers import without_compiler
 from composed import ByFunction, Halves, Scaled, quantize
-from models import BufferModel, SliceModel, TupleModel, run_steps
+from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import explain
+from mustafar_compile.calling.recordable import Places
 from mustafar_compile.reporting import notices
+from reference import pruned_generation
+from stand_in_graphs import record_on_a_cpu
 from test_own_loops import assert_close, embeddings, options, oracle
 
 
@@ -118,3 +121,39 @@ def test_rules_under_autocast():
 
     reason = refused(model, embeddings(steps=0), step)
     assert reason.endswith("convert the model to the dtype instead")
+
+
+def test_a_recording_is_bound_to_parts_of_weights(monkeypatch):
+    """There are many, and as small as scales are; what a call brings is copied."""
+    record_on_a_cpu(monkeypatch)
+    made, places_of = [], Places.of
+    monkeypatch.setattr(Places, "of", lambda *given: made.append(places_of(*given)) or made[-1])
+    model, inputs = quantize(BufferModel(), Scaled), embeddings(steps=4)
+    with without_compiler():
+        outputs = run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.0)))
+    assert_close(outputs, oracle(model, inputs, 0.0))
+    (places,) = made
+    assert len(places.copied) == 5, "embeddings, positions, a mask and two small caches"
+
+
+TORCHAO = ["Int8WeightOnly", "Int8DynamicActivationInt8Weight", "Float8WeightOnly", "IntxWeightOnly"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("config", TORCHAO)
+def test_torchao(config):
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def build():
+        model = hf_model(num_hidden_layers=1)
+        quantization.quantize_(model, getattr(quantization, f"{config}Config")())
+        return model
+
+    how = prompt(padded=True) | {"max_new_tokens": 5, "do_sample": False}
+    with pruned_generation(0.5, 0.5, 4):
+        expected = build().generate(**how)
+    with without_compiler(), explain() as report:
+        model = build()
+        model.compile(backend="mustafar", options=options(0.5))
+        assert torch.equal(model.generate(**how), expected)
+    assert [entry.phases for entry in report.matched] == [("prefill", "decode")]

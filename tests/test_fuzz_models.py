@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from compilers import without_compiler
+from composed import ByFunction, Halves, Scaled, quantize
 from conftest import SHARDS, sharded
 from models import hf_model, prompt
 from mustafar_compile import explain
@@ -23,6 +24,7 @@ def cases(draw):
         "heads": kv_heads * draw(st.sampled_from([1, 2, 3])),
         "head_dim": draw(st.sampled_from([8, 16, 24])),
         "layers": draw(st.integers(1, 2)),
+        "weights": draw(st.sampled_from([None, None, Scaled, ByFunction, Halves])),
         "batch": draw(st.integers(1, 3)),
         "length": draw(st.integers(1, 20)),
         "padded": draw(st.booleans()),
@@ -41,17 +43,18 @@ def cases(draw):
 )
 @example(
     case={
-        "family": "llama", "kv_heads": 1, "heads": 3, "head_dim": 8, "layers": 1, "batch": 1, "length": 1,
-        "padded": False, "window": 1, "sparsity": 0.5, "static": True, "new_tokens": 3,
+        "family": "llama", "kv_heads": 1, "heads": 3, "head_dim": 8, "layers": 1, "weights": None, "batch": 1,
+        "length": 1, "padded": False, "window": 1, "sparsity": 0.5, "static": True, "new_tokens": 3,
     }
 )  # fmt: skip
 @given(case=cases())
 def test_tokens_equal_the_oracle(shard, case):
     def build():
-        return hf_model(
+        model = hf_model(
             case["family"], hidden_size=case["heads"] * case["head_dim"], num_hidden_layers=case["layers"],
             num_attention_heads=case["heads"], num_key_value_heads=case["kv_heads"], head_dim=case["head_dim"],
         )  # fmt: skip
+        return quantize(model, case["weights"]) if case["weights"] else model
 
     inputs = prompt(case["batch"], case["length"], case["padded"], seed=case["length"])
     how = {"max_new_tokens": case["new_tokens"], "do_sample": False}

@@ -47,7 +47,7 @@ class Causal(Decode):
 
 
 class Dropout(Decode):
-    reason = "dropout is active"
+    reason = "dropout is active; call model.eval()"
 
     def attend(self, q, k, v):
         torch.manual_seed(3)
@@ -330,7 +330,7 @@ class UnmaskedBuffer(Decode):
 
 
 class ParameterCache(UnmaskedBuffer):
-    reason = "the cache is a parameter"
+    reason = "the cache is a parameter; make it a buffer"
 
     def inputs(self):
         *rest, past = super().inputs()

@@ -206,6 +206,30 @@ def test_a_short_prompt_on_a_static_cache():
     assert "For a prompt that is as it should be; steps of drafts need a window of at least 8" in line
 
 
+def test_layers_that_stay_dense():
+    model, inputs = TupleModel(head_dim=12), embeddings(steps=3)
+    with warnings.catch_warnings(record=True) as caught, explain() as report:
+        warnings.simplefilter("always")
+        run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
+    assert report.graphs > 1
+    noticed(report, caught, "1 of 1 attention layers of a graph run dense: head_dim 12 is not a multiple of 8")
+
+
+def test_where_nothing_is_lost_nothing_is_said():
+    """The first layer is to stay dense, the second has no cache."""
+    model = TupleModel()
+
+    def step(x):
+        x, past = model.step(x, None)
+        return F.scaled_dot_product_attention(*[x.view(2, 2, 7, 16)] * 3), past
+
+    with warnings.catch_warnings(), explain() as report:
+        warnings.simplefilter("error")
+        torch.compile(step, backend="mustafar", options={"skip_layers": [0]})(*embeddings(steps=0))
+    assert len(report.missed) == 2
+    assert report.notices == []
+
+
 def test_ordinary_generation_says_nothing():
     model, inputs = TupleModel(), embeddings(steps=6)
     with warnings.catch_warnings(), explain() as report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,13 @@ def record_decompression(found: Sequence[Match | NoMatch]) -> None:
     why = "; ".join(dict.fromkeys(_why_dense(m) for m in dense))
     why = why or "a graph break lies between its update and its attention"
     notify(f"a compiled step decompresses the KV cache each time it runs: {why}")
+
+
+def record_loss(found: Sequence[Match | NoMatch]) -> None:
+    """Say of attention that a graph does not compress why that is, unless there is nothing to compress."""
+    lost = Counter(m.reason for m in found if isinstance(m, NoMatch) and m.lost)
+    for reason, count in lost.items():
+        notify(f"{count} of {len(found)} attention layers of a graph run dense: {reason}")
 
 
 def record_failure(gm: GraphModule, error: StageError) -> None:

@@ -37,4 +37,4 @@ def read_sdpa(node: Node) -> Attention:
 def _sdpa_problem(query: Node, dropout: float) -> str | None:
     if query.meta["val"].dim() != 4:
         return f"the query has {query.meta['val'].dim()} dimensions; accepted are [B, H, L, D]"
-    return "dropout is active" if dropout else None
+    return "dropout is active; call model.eval()" if dropout else None

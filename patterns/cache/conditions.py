@@ -52,10 +52,14 @@ class Reason(Exception):
     """Why an attention does not match. Raised and caught while one attention is judged."""
 
 
-def require(condition: Any, reason: str) -> None:
+class NothingLost(Reason):
+    """Why an attention is not to match: its cache does not grow with the text, it has none, or the user said so."""
+
+
+def require(condition: Any, reason: str | Reason) -> None:
     """Raise ``Reason`` where ``condition`` does not hold."""
     if not condition:
-        raise Reason(reason)
+        raise reason if isinstance(reason, Reason) else Reason(reason)
 
 
 def check_cache(attention: Attention, update: CacheUpdate, functional: Functional, context: Context) -> None:
@@ -66,11 +70,11 @@ def check_cache(attention: Attention, update: CacheUpdate, functional: Functiona
     """
     dtype, head_dim = update.node.meta["val"].dtype, update.node.meta["val"].shape[-1]
     window = attention.window or sliding_window(update, functional)
-    require(window is None, f"cache is bounded by a sliding window of {window}")
+    require(window is None, NothingLost(f"cache is bounded by a sliding window of {window}"))
     accepted = ", ".join(str(d).removeprefix("torch.") for d in context.dtypes)
     require(dtype in context.dtypes, f"cache dtype {str(dtype).removeprefix('torch.')} is not one of {accepted}")
     require(isinstance(head_dim, int) and head_dim % 8 == 0, f"head_dim {head_dim} is not a multiple of 8")
-    require(update.base not in context.parameters, "the cache is a parameter")
+    require(update.base not in context.parameters, "the cache is a parameter; make it a buffer")
     written_back = is_written_back(update, functional)
     require(written_back or update.node in functional.outputs, "the updated cache does not leave the graph")
     in_place = written_back or update.grows or update.base is None
@@ -96,7 +100,7 @@ def format_for(update: CacheUpdate, role: str, layer: int | None, context: Conte
     """The format of a cache: its own, or the one that it is to have."""
     value = update.node.meta["val"]
     wanted = context.format_of(layer, role, value.shape[-1], value.dtype, value.device)
-    require(wanted is not None, f"layer {layer} is listed in skip_layers")
+    require(wanted is not None, NothingLost(f"layer {layer} is listed in skip_layers"))
     assert wanted is not None
     return context.caches[update.base].format if update.base in context.caches else wanted
 

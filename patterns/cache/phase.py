@@ -8,7 +8,7 @@ from ..attention.attention import Attention
 from ..graph.nodes import computed_alike
 from ..graph.symbols import expression, same_size
 from ..graph.views import Read
-from .conditions import Context, require
+from .conditions import Context, NothingLost, require
 from .update import CacheUpdate, end_of, is_run
 
 Cached = tuple[CacheUpdate, Read]
@@ -51,9 +51,9 @@ def _check_beginning(attention: Attention, key: CacheUpdate) -> None:
     """A cache begins here; tell self-attention over it from attention to something else."""
     own = same_size(key.new.meta["val"].shape[key.tokens_dim], attention.query_length)
     own = own and _token_inputs(attention.query, attention) <= _token_inputs(key.new, attention)
-    require(own, "its keys are not those of the query's own tokens, as in cross-attention")
+    require(own, NothingLost("its keys are not those of the query's own tokens, as in cross-attention"))
     causal = attention.is_causal or attention.mask is not None or same_size(attention.query_length, 1)
-    require(causal, "its attention is not causal")
+    require(causal, NothingLost("its attention is not causal"))
 
 
 def _check_chunk(attention: Attention, key: CacheUpdate, context: Context) -> None:
@@ -61,7 +61,7 @@ def _check_chunk(attention: Attention, key: CacheUpdate, context: Context) -> No
     if key.grows or key.base in context.caches or context.release_dense:
         require(attention.is_causal or attention.mask is not None, "its attention is not causal")
         own = same_size(key.new.meta["val"].shape[key.tokens_dim], attention.query_length)
-        require(own, "its keys are not those of the query's own tokens, as in cross-attention")
+        require(own, NothingLost("its keys are not those of the query's own tokens, as in cross-attention"))
 
 
 def _token_inputs(node: Node, attention: Attention) -> set[Node]:
