@@ -15,6 +15,7 @@ from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, run_st
 from mustafar_compile import explain
 from mustafar_compile.calling.recordable import Places
 from mustafar_compile.reporting import notices
+from nightly import mostly_at_night
 from reference import pruned_generation
 from stand_in_graphs import record_on_a_cpu
 from test_own_loops import assert_close, embeddings, options, oracle
@@ -28,7 +29,10 @@ def _fresh(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize(("kind", "form"), [(Scaled, SliceModel), (ByFunction, BufferModel), (Halves, TupleModel)])
+CASES = [(ByFunction, BufferModel), (Halves, TupleModel), (Scaled, SliceModel)]
+
+
+@pytest.mark.parametrize(("kind", "form"), mostly_at_night(CASES, 2))
 def test_outputs_equal_the_oracle(kind, form):
     model, inputs = quantize(form(), kind), embeddings(steps=6)
     with without_compiler(), explain() as report, warnings.catch_warnings():
