@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_compiler
+from compilers import without_compiler, without_inductor
 from composed import ByFunction, Halves, Scaled, quantize
 from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import explain
@@ -68,6 +68,22 @@ def test_a_part_that_the_graph_writes():
         outputs = run_steps(mine, inputs, torch.compile(mine.step, backend="mustafar", options=options(0.0)))
     assert_close(outputs, run_steps(other, inputs))
     assert torch.equal(mine.o.weight.scales, other.o.weight.scales)
+    assert report.matched
+
+
+class Reading(TupleModel):
+    """It takes a part of a weight beside the weight."""
+
+    def step(self, x, past):
+        out, past = super().step(x, past)
+        return out * self.o.weight.scales.mean(), past
+
+
+def test_a_part_that_the_graph_takes_by_itself_too():
+    model, (x, *_) = quantize(Reading(), Scaled), embeddings(steps=0)
+    with without_inductor(), explain() as report:
+        out, _ = torch.compile(model.step, backend="mustafar", options=options(0.0))(x, None)
+    assert_close([out], [model.step(x, None)[0]])
     assert report.matched
 
 

@@ -74,7 +74,7 @@ class Places:
     def of(cls, plan: Plan, examples: Sequence[Any], lengths: Sequence[Length], parameters: Collection[int]) -> Places:
         """Those of the inputs of ``plan``.
 
-        lengths: those that its graph is free of. parameters: arguments that stay where they are, of which there are many.
+        lengths: those that its graph is free of. parameters: arguments that are weights, of which there are many.
         """
         nodes = [node for node in plan.module.graph.nodes if node.op == "placeholder"]
         tensors = {i: x for i, x in enumerate(examples) if isinstance(x, Tensor)}
