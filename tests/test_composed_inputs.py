@@ -177,3 +177,22 @@ def test_torchao(config):
         model.compile(backend="mustafar", options=options(0.5))
         assert torch.equal(model.generate(**how), expected)
     assert [entry.phases for entry in report.matched] == [("prefill", "decode")]
+
+
+@pytest.mark.nightly
+def test_tensor_parallelism():
+    """Weights are DTensors; what goes between the layers is plain."""
+    parallel = pytest.importorskip("torch.distributed.tensor.parallel")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model, inputs = TupleModel(), embeddings(steps=6)
+        expected = oracle(model, inputs, 0.5)
+        styles = {name: parallel.ColwiseParallel() for name in "qkv"} | {"o": parallel.RowwiseParallel()}
+        parallel.parallelize_module(model, mesh, styles)
+        with without_compiler(), explain() as report:
+            outputs = run_steps(model, inputs, torch.compile(model.step, backend="mustafar", options=options(0.5)))
+        assert_close(outputs, expected)
+        assert [entry.phases for entry in report.matched] == [("prefill", "decode")]
+    finally:
+        torch.distributed.destroy_process_group()
