@@ -54,12 +54,12 @@ class Scaled(_Composed):
         return integers.shape
 
     @classmethod
-    def of(cls, x, bias=0.0):
+    def of(cls, x):
         scales = x.abs().amax(1, keepdim=True) / 127
-        return cls((x / scales).round().to(torch.int8), scales, bias=bias)
+        return cls((x / scales).round().to(torch.int8), scales)
 
     def dense(self):
-        return self.integers.to(torch.float32) * self.scales + self.bias
+        return self.integers.to(torch.float32) * self.scales
 
     @classmethod
     def rule(cls, func, args, kwargs):
@@ -74,6 +74,23 @@ class Scaled(_Composed):
     def on_values(cls, func, args, kwargs):
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
         return func(*args, **kwargs)
+
+
+class Shifted(Scaled):
+    """[n, m] of values, smaller by the bias."""
+
+    parts = ("smaller",)
+
+    @staticmethod
+    def shape_of(smaller):
+        return smaller.shape
+
+    @classmethod
+    def of(cls, x, bias):
+        return cls(x - bias, bias=bias)
+
+    def dense(self):
+        return self.smaller + self.bias
 
 
 class Halves(_Composed):

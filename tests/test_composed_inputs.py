@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from compilers import without_compiler, without_inductor
-from composed import ByFunction, Halves, Scaled, quantize
+from composed import ByFunction, Halves, Scaled, Shifted, quantize
 from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import explain
 from mustafar_compile.calling.recordable import Places
@@ -47,7 +47,7 @@ def test_weights_that_differ_in_what_is_not_a_tensor_do_not_share_a_graph():
     with without_compiler(), explain() as report:
         step = torch.compile(model.step, backend="mustafar", options=options(0.5))
         for bias in (0.0, 0.5, 0.0):
-            model.o.weight = torch.nn.Parameter(Scaled.of(torch.randn(32, 64), bias=bias), requires_grad=False)
+            model.o.weight = torch.nn.Parameter(Shifted.of(torch.randn(32, 64), bias), requires_grad=False)
             assert_close(step(x, None)[:1], model.step(x, None)[:1])
     assert report.graphs == 2
 
