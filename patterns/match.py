@@ -236,7 +236,9 @@ def _no_cache_reason(name: str, operand: Node, functional: Functional) -> Reason
     if cached and any(is_call(node, *_PRODUCTS) for node in between):
         return Reason(f"{name} are computed from what is cached, as in latent attention")
     if cached:
-        return Reason(f"{name} are changed once they are cached, as by a rotary embedding; cache them as attention takes them")
+        return Reason(
+            f"{name} are changed once they are cached, as by a rotary embedding; cache them as attention takes them"
+        )
     if unmoved(operand).op == "placeholder":
         return NothingLost("no token enters its cache, as in cross-attention")
     return NothingLost("keys and values do not come from a KV cache")
