@@ -336,14 +336,13 @@ def bind_to_module() -> None:
 def runs_in_a_wrapper() -> bool:
     """Whether what is compiled now is a decorator's wrapper of ``forward``: one function for all that it decorates."""
     translator = _InstructionTranslator.current_tx()
-    given = (*translator.f_locals.values(), *translator.f_locals.get("args", ()))
-    return any(isinstance(x, torch.nn.Module) and _wraps_forward(translator.f_code, type(x)) for x in given)
+    given = [x for value in translator.f_locals.values() for x in (value if isinstance(value, tuple) else (value,))]
+    return any(isinstance(x, torch.nn.Module) and _wraps(translator.f_code, type(x).forward) for x in given)
 
 
-def _wraps_forward(code: CodeType, module: type[torch.nn.Module]) -> bool:
-    function: Any = module.forward
+def _wraps(code: CodeType, function: Any) -> bool:
     while hasattr(function, "__wrapped__"):
-        if function.__code__ is code:
+        if getattr(function, "__code__", None) is code:
             return True
         function = function.__wrapped__
     return False
