@@ -136,7 +136,7 @@ def test_errors_for_users_are_raised(owner, name, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (normalise._Interpreter, "call_function"),
+        (normalise.Interpreter, "call_function"),
         (find, "read_sdpa"),
         (match, "find_update"),
         (match, "check_cache"),
