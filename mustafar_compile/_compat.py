@@ -114,26 +114,30 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
     return mode, fakes
 
 
-class _FunctionalMode(_FunctionalTensorMode):
-    """As torch's, and tensors that are made of others act by their own rules, at the place where they do in eager mode.
+def _functional_mode() -> Any:
+    """Torch's mode, in which tensors that are made of others act by their own rules, at the place where they do in eager.
 
     Torch's would refuse them here. An op of another library that consists of others is replaced by them; torch's would
-    keep it and warn.
+    keep it and warn. It is an object of torch's very class, by which ops that take functions (flex_attention) know it.
     """
+    mode = _FunctionalTensorMode(pre_dispatch=True, export=True)
+    mode.__torch_dispatch__ = functools.partial(_functionally, mode)
+    return mode
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if composed := _with_parts(types):
-            if func is torch.ops.aten.scaled_dot_product_attention.default:
-                raise TypeError(f"attention takes a {composed[0].__name__}, {_MADE_OF_OTHERS}; give it plain tensors")
-            with self, _without_keys(_keys(_pre_dispatch)), _BackBeforeAutograd():
-                return func(*args, **kwargs)
-        if func.namespace not in ("aten", "prim"):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return super().__torch_dispatch__(func, types, args, kwargs)
+
+def _functionally(mode: Any, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+    kwargs = kwargs or {}
+    if composed := _with_parts(types):
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            raise TypeError(f"attention takes a {composed[0].__name__}, {_MADE_OF_OTHERS}; give it plain tensors")
+        with mode, _without_keys(_keys(_pre_dispatch)), _BackBeforeAutograd():
+            return func(*args, **kwargs)
+    if func.namespace not in ("aten", "prim"):
+        with mode:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return _FunctionalTensorMode.__torch_dispatch__(mode, func, types, args, kwargs)
 
 
 class _BackBeforeAutograd(_TorchDispatchMode):
@@ -167,8 +171,7 @@ def _with_parts(types: Sequence[type]) -> list[type]:
 @contextmanager
 def tracing_functionally(fake_mode: Any) -> Iterator[None]:
     """Within it, ``make_functional_fx`` can trace."""
-    mode = _FunctionalMode(pre_dispatch=True, export=True)
-    with _tracing_anew(fake_mode), mode:
+    with _tracing_anew(fake_mode), _functional_mode():
         yield
 
 
@@ -410,8 +413,7 @@ _limits: WeakKeyDictionary[CodeType, int] = WeakKeyDictionary()
 
 def note_recompile_limit() -> None:
     """Note the limit of the function whose compilation is in progress."""
-    code = _InstructionTranslator.current_tx().f_code
-    _limits[code] = max(_limits.get(code, 0), dynamo_config.recompile_limit)
+    _limits[_InstructionTranslator.current_tx().f_code] = dynamo_config.recompile_limit
 
 
 def functions_at_recompile_limit() -> list[str]:

@@ -342,7 +342,7 @@ def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
     kernel = compiled(module.attend, step.dtype, step.mask, gluon=True, **how)
     registers, stack, local = usage(kernel, tmp_path)
     assert registers <= tuned.registers
-    assert (stack <= 8, local) == (True, 0), "two registers, as newer assemblers need, do no harm"
+    assert (stack <= 16, local) == (True, 0), "four registers, as newer assemblers need, do no harm"
     assert kernel.metadata.shared + tuned.decode.shared_bytes <= 48 * 1024
     sparse, dense = (len(re.findall(rf"mma\.{kind}", kernel.asm["ptx"])) for kind in ("sp::", "sync"))
     keys, values = tuned.decode.keys.words, tuned.decode.values.words

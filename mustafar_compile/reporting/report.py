@@ -41,17 +41,12 @@ NOTHING_RAN = (
     "model.get_base_model().compile(backend='mustafar'), or "
     "model.forward = torch.compile(model.forward, backend='mustafar')"
 )
-
-
-NOTHING_NEW = (
-    "mustafar: nothing was compiled here and nothing ran compressed. What was compiled before is in the report of its "
-    "own block only; what did not match then runs as it is"
-)
+_BEFORE = "What was compiled before is in the report of its own block only; what did not match then runs as it is"
 
 
 def nothing_ran() -> str:
     """What there is to say where nothing ran compressed and nothing was compiled."""
-    return NOTHING_NEW if asked.is_set() else NOTHING_RAN
+    return f"{NOTHING_RAN}. {_BEFORE}" if asked.is_set() else NOTHING_RAN
 
 
 @dataclass(eq=False)
