@@ -115,7 +115,7 @@ def fakify(example_inputs: Sequence[Any], stand_in: Callable[[int, Any], Any | N
 
 
 def _functional_mode() -> Any:
-    """Torch's mode, in which tensors that are made of others act by their own rules, at the place where they do in eager.
+    """Torch's mode, in which tensors that are made of others act by their own rules, where they do in eager mode.
 
     Torch's would refuse them here. An op of another library that consists of others is replaced by them; torch's would
     keep it and warn. It is an object of torch's very class, by which ops that take functions (flex_attention) know it.
