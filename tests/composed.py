@@ -132,7 +132,8 @@ class ByFunction(Scaled):
 
 
 def quantize(module: nn.Module, kind: type) -> nn.Module:
-    """``module`` with the weights of all its linear layers as a ``kind``."""
-    for linear in [m for m in module.modules() if isinstance(m, nn.Linear)]:
-        linear.weight = nn.Parameter(kind.of(linear.weight.detach()), requires_grad=False)
+    """``module`` with the weights of its linear layers as a ``kind``, but for the head, which takes a strided input."""
+    linear = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    for layer in linear:
+        layer.weight = nn.Parameter(kind.of(layer.weight.detach()), requires_grad=False)
     return module
