@@ -291,6 +291,10 @@ def _fresh():
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("how", at_night([{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}]))
 def test_a_model_generates_what_the_oracle_does(how):
+    if "prompt_lookup_num_tokens" in how and torch.__version__ < "2.12":
+        pytest.skip(
+            "Inductor of torch 2.11 makes C++ of the mask that does not compile: a bound uses an undeclared name"
+        )
     inputs, sparsity = prompt(batch=1 if "prompt_lookup_num_tokens" in how else 2, padded=not how), 0.5
     expected = oracle(hf_model(), inputs, sparsity)
     model = hf_model()
