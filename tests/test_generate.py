@@ -79,7 +79,7 @@ def test_dynamic_cache(family, sparsity):
     assert isinstance(result.past_key_values.layers[-1].keys, CompressedKV)
 
 
-@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("static")[::-1], 2))
+@pytest.mark.parametrize(("family", "sparsity"), mostly_at_night(cases("static")[::-1], 1))
 def test_static_cache_with_compiled_prefill(family, sparsity):
     model = hf_model(family)
     with without_compiler():
@@ -229,6 +229,7 @@ def test_half_precision_models_run_compressed(dtype):
     assert result.past_key_values.layers[0].keys.dtype == dtype
 
 
+@pytest.mark.nightly  # by day test_layers.py skips layers
 def test_skipped_layers_stay_dense():
     model = hf_model()
     with without_compiler(), explain() as report:
