@@ -92,7 +92,7 @@ class CudaGraphs:
             return self._plain(inputs)
         device = _device(self.index)
         with device.lock, device.active():
-            recording = self._recording(self._key(inputs), inputs)
+            recording = self._recording(inputs)
             if recording is not None:
                 stream, before = torch.cuda.current_stream(), self.stream
                 if before is not None and before != stream:
@@ -116,38 +116,41 @@ class CudaGraphs:
         for element, length in zip(elements, self.places.lengths, strict=True):
             element.fill_(length.of(inputs))
 
-    def _key(self, inputs: Sequence[Any]) -> Key:
-        """What the recording of a call is found by. What moves alone at two calls in a row is copied from now on.
+    def _recording(self, inputs: Sequence[Any]) -> Recording | None:
+        """The recording of a call, made where the kernels are compiled by then and it will serve again.
+
+        That is where the call before had the same key, and where nothing but addresses is new and the last recording
+        served: a new cache takes the place of another one.
+        """
+        key = self.places.form(inputs), self.places.addresses(inputs)
+        recording = self.recordings.get(key)
+        if recording is None:
+            key = self._without_moved(key, inputs)
+            again = key == self.latest
+            if again or (self.served > 1 and self.latest is not None and key[0] == self.latest[0]):
+                recording = self._try_to_record(key, inputs, again)
+        else:
+            self.moved = frozenset()
+        if recording is not None:
+            self.recordings.move_to_end(key)
+            self.served += 1
+        self.latest = key
+        return recording
+
+    def _without_moved(self, key: Key, inputs: Sequence[Any]) -> Key:
+        """The new key of a call. What moves alone at two calls in a row is copied from now on, so it is not in it.
 
         That is a large mask, say, which the caller makes anew for each step.
         """
-        key = self.places.form(inputs), self.places.addresses(inputs)
-        if key in self.recordings or self.latest is None or key[0] != self.latest[0]:
-            self.moved = frozenset()
-            return key
-        before, self.moved = self.moved, self.places.moved(self.latest[1], key[1])
+        before, self.moved = self.moved, frozenset()
+        if self.latest is not None and key[0] == self.latest[0]:
+            self.moved = self.places.moved(self.latest[1], key[1])
         moved = before & self.moved
         if moved:
             self.places = self.places.copying(moved)
             self.recordings.clear()
             self.latest = key = key[0], self.places.addresses(inputs)
         return key
-
-    def _recording(self, key: Key, inputs: Sequence[Any]) -> Recording | None:
-        """The recording of a call, made where the kernels are compiled by then and it will serve again.
-
-        That is where the call before had the same key, and where nothing but addresses is new and the last recording
-        served: a new cache takes the place of another one.
-        """
-        recording = self.recordings.get(key)
-        again = key == self.latest
-        if recording is None and (again or (self.served > 1 and self.latest is not None and key[0] == self.latest[0])):
-            recording = self._try_to_record(key, inputs, again)
-        if recording is not None:
-            self.recordings.move_to_end(key)
-            self.served += 1
-        self.latest = key
-        return recording
 
     def _try_to_record(self, key: Key, inputs: Sequence[Any], again: bool) -> Recording | None:
         self.served = 0
