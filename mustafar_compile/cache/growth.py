@@ -114,8 +114,9 @@ class Handle(WithoutMemory):
         Raises StaleCacheError if this handle was extended before, or some of its tokens were given up.
         """
         tokens = self.tokens
-        if self.counts.is_inference() and not torch.is_inference_mode_enabled():  # where nothing may write them
-            self.buffers = tuple(buffer.clone() for buffer in self.buffers)
+        if self.counts.is_inference() and not torch.is_inference_mode_enabled():  # where nothing may write them as such
+            for buffer in self.buffers:
+                _compat.give_version_counter(buffer)
         if not self.is_latest():
             self._check_standing()
             if not self.cropped:
