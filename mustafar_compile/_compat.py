@@ -418,7 +418,11 @@ def note_recompile_limit() -> None:
 
 def functions_at_recompile_limit() -> list[str]:
     """The functions of which the backend was given as many graphs as Dynamo makes versions."""
-    return [_described(code) for code, limit in _limits.items() if len(_compiled_versions(code)) >= limit]
+    return [_described(code) for code in _limits if _is_at_limit(code)]
+
+
+def _is_at_limit(code: CodeType) -> bool:
+    return len(_compiled_versions(code)) >= _limits.get(code, dynamo_config.recompile_limit)
 
 
 def recompile_limit_hits() -> int:
@@ -431,8 +435,7 @@ def function_at_recompile_limit() -> str | None:
     """The function on the Python stack that Dynamo gave up on, if any."""
     frame = sys._getframe(1) if recompile_limit_hits() else None
     while frame is not None:
-        code = frame.f_code
-        if len(_compiled_versions(code)) >= dynamo_config.recompile_limit:
-            return _described(code)
+        if _is_at_limit(frame.f_code):
+            return _described(frame.f_code)
         frame = frame.f_back
     return None
