@@ -24,7 +24,7 @@ from .errors import NothingMatchedError
 from .lowering import ops
 from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
 from .patterns.cache.conditions import CacheInput, Context
-from .patterns.graph.nodes import drop_meta
+from .patterns.graph.nodes import drop_meta, may_be_attention
 from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
 from .patterns.rewriting.free_of_lengths import LengthError
@@ -167,8 +167,7 @@ def _gives_gradients(gm: GraphModule) -> bool:
 
 
 def _may_hold_attention(gm: GraphModule) -> bool:
-    names = ("scaled_dot_product_attention", "softmax", "flex_attention")
-    return any(name in str(node.target) for node in gm.graph.nodes if node.op.startswith("call") for name in names)
+    return any(map(may_be_attention, gm.graph.nodes))
 
 
 def _dense_stand_in(placeholder: Node) -> Callable[[], torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -39,8 +40,13 @@ def places(nodes: Sequence[Node]) -> list[tuple[int | None, str]]:
     A layer's number is what it says itself, or what its path says. Several layers without one are numbered by their
     places; that of a single one is None, as it may be any layer of a model.
     """
+    return _places(nodes, numbered_modules(nodes))
+
+
+def _places(nodes: Sequence[Node], modules: Sequence[Any]) -> list[tuple[int | None, str]]:
+    """modules: ``numbered_modules`` of the nodes."""
     paths = [module_path(node) for node in nodes]
-    own = map(own_number, numbered_modules(nodes))
+    own = map(own_number, modules)
     numbers = [by_path if said is None else said for by_path, said in zip(layer_numbers(paths), own, strict=True)]
     if len(nodes) > 1:
         numbers = [place if number is None else number for place, number in enumerate(numbers)]
@@ -51,6 +57,7 @@ def find_attention(graph: Graph) -> list[Attention]:
     """Every attention of the graph, in order, with its layer and what is said of it."""
     found = list(_find(graph))
     nodes = [attention.node for attention in found]
-    for attention, (layer, name), module in zip(found, places(nodes), numbered_modules(nodes), strict=True):
+    modules = numbered_modules(nodes)
+    for attention, (layer, name), module in zip(found, _places(nodes, modules), modules, strict=True):
         attention.layer, attention.name, attention.window = layer, name, stated_window(module)
     return found

@@ -21,7 +21,7 @@ from .write import Write, index_copy, index_put, reads_back, slice_write
 
 aten = torch.ops.aten
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-_CASTS = (aten._to_copy.default, aten.alias.default, aten.detach.default)
+_CASTS = (aten._to_copy.default, aten.detach.default)
 _ALLOCATIONS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default)
 
 

@@ -12,7 +12,7 @@ from mustafar_compile import _compat
 from .nodes import is_call
 
 aten = torch.ops.aten
-_CASTS = (aten._to_copy.default, aten.type_as.default, aten.to.dtype, aten.alias.default, aten.detach.default)
+_CASTS = (aten._to_copy.default, aten.type_as.default, aten.to.dtype, aten.detach.default)
 
 _PRODUCTS, _QUOTIENTS = (aten.mul.Tensor, aten.mul.Scalar), (aten.div.Tensor, aten.div.Scalar)
 

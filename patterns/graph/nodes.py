@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from .symbols import same_size
 
 _TORCH = Path(torch.__file__).parent
+_ATTENTION = ("scaled_dot_product_attention", "flex_attention", "softmax")
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -52,6 +53,11 @@ def drop_meta(graph: Graph) -> None:
     """Let go of what is noted about nodes: fake tensors and with them all that was traced."""
     for node in graph.nodes:
         node.meta.clear()
+
+
+def may_be_attention(node: Node) -> bool:
+    """Whether a call of Dynamo's graph is attention or a part of it that tells it, by its name alone."""
+    return node.op.startswith("call") and any(name in str(node.target) for name in _ATTENTION)
 
 
 def source_line(node: Node) -> str:

@@ -111,7 +111,6 @@ def _repeat(dims: Dims, node: Node) -> Dims | None:
 
 
 _MOVES: dict[Any, Callable[[Dims, Node], Dims | None]] = {
-    aten.alias.default: _keep,
     aten.clone.default: _keep,
     aten.contiguous.default: _keep,
     aten.detach.default: _keep,

@@ -14,9 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from mustafar_compile import _compat
 
 from .interpreter import Interpreter
-from .nodes import located
-
-_ATTENTION = ("scaled_dot_product_attention", "flex_attention", "softmax")
+from .nodes import located, may_be_attention
 
 
 def without_vmap(gm: GraphModule) -> Graph:
@@ -71,12 +69,8 @@ def _traced(gm: GraphModule, region: Sequence[Node], given: Sequence[Node], resu
     copies = {node: graph.placeholder(node.name) for node in given}
     for node in region:
         with located(node):
-            _refuse_attention(node)
+            if may_be_attention(node):
+                raise RuntimeError("there is attention in a vmap")
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in results])
     return _compat.make_dispatched_fx(Interpreter(gm, graph).run, [node.meta["example_value"] for node in given])
-
-
-def _refuse_attention(node: Node) -> None:
-    if any(name in str(node.target) for name in _ATTENTION):
-        raise RuntimeError("there is attention in a vmap")

@@ -42,7 +42,6 @@ _POINTWISE = {  # that torch does not tag
     aten.where.ScalarSelf,
 }
 _OF_SIZES = {  # and of nothing else that could depend on a length
-    aten.alias.default,
     aten.arange.default,
     aten.contiguous.default,
     aten.detach.default,
