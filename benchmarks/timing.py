@@ -174,13 +174,18 @@ def read(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
-def write(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Save rows, with environment and command line, and print them as a table."""
+def save(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Save rows, with environment and command line."""
     content = {"environment": environment(), "command": sys.argv, "copy_bandwidth": copy_bandwidth(), "rows": rows}
     OUT.mkdir(exist_ok=True)
     path_of(name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Save rows, with environment and command line, and print them as a table."""
+    save(name, rows)
     show(name, rows)
-    print(f"{content['environment']}\ncopy: {copy_bandwidth() / 1e12:.2f} TB/s. Written to {path_of(name)}", flush=True)
+    print(f"{environment()}\ncopy: {copy_bandwidth() / 1e12:.2f} TB/s. Written to {path_of(name)}", flush=True)
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
