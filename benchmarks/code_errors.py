@@ -4,6 +4,7 @@
 
 On random rows, and on keys and values of the models of accuracy/models.py. code_losses.py tells what it comes to in the
 model. ``bytes`` are those of a row of 128 channels with its bitmap; dense it has 256.
+What the file has already is not computed again.
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ class Pruned:
         return code.function(self.x, self.keep)
 
 
-def layer_errors(layer: Layer, sparsity: float) -> dict[str, Row]:
+def layer_errors(layer: Layer, sparsity: float, codes: dict[str, Code]) -> dict[str, Row]:
     """Of each code the errors of rows; of attention over what is stored, against what is pruned, then against dense."""
     keys, values = Pruned(layer.k, sparsity), Pruned(layer.v, sparsity)
     pruned, dense = layer.attended(keys.exact, values.exact), layer.attended(layer.k, layer.v)
     found = {}
-    for name, code in CODES.items():
+    for name, code in codes.items():
         k, v = keys.stored(code), values.stored(code)
         attended = layer.attended(k, v)
         found[name] = {
@@ -95,10 +96,10 @@ def layer_errors(layer: Layer, sparsity: float) -> dict[str, Row]:
     return found
 
 
-def row_errors(x: Tensor, sparsity: float) -> dict[str, Row]:
+def row_errors(x: Tensor, sparsity: float, codes: dict[str, Code]) -> dict[str, Row]:
     """Of each code the errors of rows."""
     rows = Pruned(x, sparsity)
-    return {name: {"rows": relative(rows.stored(code), rows.exact)} for name, code in CODES.items()}
+    return {name: {"rows": relative(rows.stored(code), rows.exact)} for name, code in codes.items()}
 
 
 def random_rows(outliers: bool) -> Tensor:
@@ -111,19 +112,18 @@ def random_rows(outliers: bool) -> Tensor:
 
 def mean(found: list[dict[str, Row]]) -> dict[str, Row]:
     """Over layers."""
-    return {
-        name: {key: statistics.fmean(errors[name][key] for errors in found) for key in found[0][name]} for name in CODES
-    }
+    errors = {name: [of_layer[name] for of_layer in found] for name in found[0]}
+    return {name: {key: statistics.fmean(row[key] for row in rows) for key in rows[0]} for name, rows in errors.items()}
 
 
-def table(data: str) -> list[Row]:
-    """Errors of all codes at all sparsities on some data."""
+def table(data: str, codes: dict[str, Code]) -> list[Row]:
+    """Errors of codes at all sparsities on some data."""
     if data in SUBJECTS:
         subject = SUBJECTS[data]()
         layers = layers_of(subject.model, subject.texts[0])
-        by_sparsity = {s: mean([layer_errors(layer, s) for layer in layers[::LAYER_STEP]]) for s in SPARSITIES}
+        by_sparsity = {s: mean([layer_errors(layer, s, codes) for layer in layers[::LAYER_STEP]]) for s in SPARSITIES}
     else:
-        by_sparsity = {s: row_errors(random_rows(data == "outliers"), s) for s in SPARSITIES}
+        by_sparsity = {s: row_errors(random_rows(data == "outliers"), s, codes) for s in SPARSITIES}
     rows = []
     for sparsity, found in by_sparsity.items():
         kept = kept_elements(128, sparsity)
@@ -141,8 +141,11 @@ def main() -> None:
     arguments.add_argument("--data", nargs="+", choices=known, default=known, help="what rows (default: all)")
     args = arguments.parse_args()
     for data in args.data:
-        rows = [row for row in read("code_errors") if row["data"] != data]
-        save("code_errors", [*rows, *table(data)])
+        rows = read("code_errors")
+        known_codes = {row["code"] for row in rows if row["data"] == data}
+        missing = {name: code for name, code in CODES.items() if name not in known_codes}
+        if missing:
+            save("code_errors", rows + table(data, missing))
     show("code_errors", read("code_errors"))
 
 

@@ -60,22 +60,23 @@ class Case:
 
 def cases() -> list[Case]:
     """Those of interest, the most interesting first."""
-    main = "none", "int8", "int4 log", "int4 uniform"
+    main = "none", "int8", "int4 log", "int4 uniform", "int4 growing"
     more = "fp8, row scale", "int4 log, 1/8 steps", "int4 asymmetric, groups", "fp8"
-    unpruned = "int8", "int4 symmetric, groups", "int4 asymmetric, groups", "int4 symmetric", "fp8, row scale", "fp8"
+    even = "int4 symmetric, groups", "int4 asymmetric, groups", "int4 symmetric"
+    unpruned = "int8", "int4 growing", *even, "fp8, row scale", "fp8"
     kivi = "int4 per channel", "int4 asymmetric, groups"
     return [
         *both(main, 0.5, 0.7),
-        *alone(main[2:], 0.5),
+        *both(unpruned[:4], 0.0),
         *both(["int4 symmetric"], 0.5, 0.7),
-        *both(unpruned[:3], 0.0),
+        *alone(main[2:], 0.5),
         Case(*kivi, 0.0),
         *alone(main[:2], 0.5),
         Case("int8", "int4 log", 0.5),
         Case("int8", "int4 symmetric, groups", 0.0),
         *both(more, 0.5, 0.7),
         *(Case(*kivi, sparsity) for sparsity in (0.5, 0.7)),
-        *both(unpruned[3:], 0.0),
+        *both(unpruned[4:], 0.0),
         *alone(main, 0.7),
         Case("dense", "dense", 0.0),
     ]

@@ -134,6 +134,18 @@ def _odd(rows: Tensor) -> Tensor:
     return _nearest(rows, [high * (2 * code + 1) / 15 for code in range(8)])
 
 
+def _growing(rows: Tensor) -> Tensor:
+    """Steps that grow from the least to the largest, in units of the largest / 127: between even and logarithmic.
+
+    Level i is floor + (127 - floor) i (8 i + floor) / (7 (56 + floor)), rounded, where floor is the least magnitude.
+    """
+    low, high = _between(rows)
+    unit = high / _INT8
+    floor = (low / unit.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    exact = (floor + (_INT8 - floor) * code * (8 * code + floor) / (7 * (56 + floor)) for code in range(8))
+    return _nearest(rows, [(level + 0.5).floor() * unit for level in exact])
+
+
 def _log_levels(rows: Tensor, parts: int, from_top: bool, octaves: float | None = None) -> list[Tensor]:
     """Evenly spaced in the bit patterns of bfloat16 from the least magnitude to the largest.
 
@@ -202,6 +214,7 @@ CODES = {
     "int4 log, by bits": _log_variant(by_bits=True),
     "int4 log, 3 octaves": _log_variant(octaves=3),
     "int4 log, 4 octaves": _log_variant(octaves=4),
+    "int4 growing": Code(_of_rows(_growing), 4, 3),
     "int4 uniform": Code(_of_rows(_uniform), 4, 4),
     "int4 symmetric": Code(_scaled(_INT4, torch.bfloat16), 4, 2),
     "int4 symmetric, groups": Code(_of_rows(_grouped(lambda r: _symmetric(r, _INT4, torch.bfloat16))), 4, 2, "group"),
