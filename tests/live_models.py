@@ -20,6 +20,9 @@ from models import _Attention
 
 WIDTH = 32
 GROWING = ("cat", "cat to nothing")
+KEEPERS = ("the caller", "one tensor", "buffers", "attributes")
+"""What keeps the caches: the caller, as pairs of tensors or as one tensor for all layers, of which it makes new views
+at each step; or each layer, as registered buffers or as plain attributes."""
 
 
 @dataclass(eq=False)
@@ -41,6 +44,11 @@ class Live:
     @property
     def tokens(self) -> int:
         return self.kept.shape[1]
+
+    @property
+    def room(self) -> int | None:
+        """Slots of a static cache."""
+        return self.histories[0].room
 
     def crop(self, tokens: int) -> None:
         """Forget later tokens, in the oracle."""
@@ -108,8 +116,13 @@ def weigh(scores, mask, softcap, sinks):
 SPELLINGS = {"sdpa": by_sdpa, "repeating": by_repeating, "softmax": by_softmax, "einsum": by_einsum}
 
 
+def held_by(layer):
+    """The K and V that a layer has, if any."""
+    return None if layer.keys is None else (layer.keys, layer.values)
+
+
 class Decoder(nn.Module):
-    """Attention layers over embeddings [B, L, E]; their caches come and go as pairs of tensors."""
+    """Attention layers over embeddings [B, L, E]; their caches come and go as pairs of tensors, or stay with them."""
 
     def __init__(self, choose: random.Random, shape: Shape, form: str) -> None:
         super().__init__()
@@ -127,6 +140,11 @@ class Decoder(nn.Module):
         self.slots = None if self.grows else choose.choice([40, 64])
         self.reads_prefix = form == "slice" and choose.random() < 0.5
         self.shares = choose.random() < 0.3  # a second attention reads the cache of each layer
+        self.keeper = choose.choice([keeper for keeper in KEEPERS if not (self.grows and keeper == "one tensor")])
+        self.held_by_layers = self.keeper in ("buffers", "attributes")
+        for layer in self.layers if self.keeper == "buffers" else ():
+            layer.register_buffer("keys", None, persistent=False)
+            layer.register_buffer("values", None, persistent=False)
         self.to(shape.dtype)
 
     def forward(self, x, caches, start, mask):
@@ -134,13 +152,17 @@ class Decoder(nn.Module):
         passed, after = [], []
         for i, layer in enumerate(self.layers):
             q, *new = layer.project(x)
-            pair = self.updated(caches[i] if caches else None, [self.swapped(t) for t in new], start)
+            past = held_by(layer) if self.held_by_layers else caches[i] if caches else None
+            pair = self.updated(past, [self.swapped(t) for t in new], start)
             k, v = (self.swapped(t) for t in self.read(pair, start, x.shape[1]))
             k, v = (t.transpose(1, 2) for t in (k, v))
             queries = self.queries(q.transpose(1, 2))
-            results = [layer.merge(self.attend(y, k, v, start, mask, begins=not caches)) for y in queries]
+            results = [layer.merge(self.attend(y, k, v, start, mask, begins=past is None)) for y in queries]
             passed.append((x, results))
-            after.append(pair)
+            if self.held_by_layers:
+                layer.keys, layer.values = pair
+            else:
+                after.append(pair)
             x = torch.tanh(x + sum(results))
         return passed, after
 
@@ -172,7 +194,7 @@ class Decoder(nn.Module):
 
 
 class OwnModel:
-    """A ``Decoder`` under the compiler. Static caches are buffers of the caller."""
+    """A ``Decoder`` under the compiler. Static caches are allocated by the caller."""
 
     def __init__(self, choose: random.Random, shape: Shape, form: str) -> None:
         self.model = Decoder(choose, shape, form).eval()
@@ -181,12 +203,17 @@ class OwnModel:
     def compile(self, **how) -> None:
         self.step = torch.compile(self.model, backend="mustafar", **how)
 
-    def fresh(self, batch: int) -> Live:
-        shape, slots = self.shape, self.room or 0
-        layout = [batch, shape.heads, slots] if self.tokens_dim == 2 else [batch, slots, shape.heads]
-        dims = shape.key_dim, shape.value_dim
-        caches = [[torch.zeros(*layout, dim, dtype=shape.dtype) for dim in dims] for _ in self.model.layers]
-        histories = [History.empty(shape, batch, self.room, of_caller=not self.model.grows) for _ in caches]
+    def fresh(self, batch: int, spare: int = 0) -> Live:
+        """An empty cache; a static one has so many slots more than ``room``."""
+        shape, room = self.shape, None if self.room is None else self.room + spare
+        layout = [batch, shape.heads, room or 0] if self.tokens_dim == 2 else [batch, room or 0, shape.heads]
+        dims = [shape.key_dim, shape.value_dim]
+        if self.model.keeper == "one tensor":
+            whole = torch.zeros(len(self.model.layers), *layout, sum(dims), dtype=shape.dtype)
+            caches = [layer.split(dims, dim=-1) for layer in whole]
+        else:
+            caches = [[torch.zeros(*layout, dim, dtype=shape.dtype) for dim in dims] for _ in self.model.layers]
+        histories = [History.empty(shape, batch, room, of_caller=not self.model.grows) for _ in caches]
         return Live.empty(None if self.model.form == "cat" else caches, histories)
 
     def call(self, live: Live, count: int, at: int, seed: int, eager: bool) -> list[tuple[Tensor, Tensor]]:
@@ -196,7 +223,7 @@ class OwnModel:
         x = torch.randn(live.batch, count, WIDTH, generator=generator).to(self.shape.dtype)
         mask = self._mask(live.batch, count, at, generator)
         start = at if self.model.form == "slice" else torch.tensor([at])
-        passed, live.cache = (self.model if eager else self.step)(x, live.cache, start, self._padded(mask))
+        passed = self._run(self.model if eager else self.step, live, x, start, self._padded(mask, live.room))
         live.kept = F.pad(live.kept, (0, count), value=True)
         how = {"scale": self.model.scale, "softcap": self.model.softcap, "sinks": self.model.sinks}
         results = []
@@ -206,6 +233,19 @@ class OwnModel:
             for actual, query, oracle in zip(given, self.model.queries(q), oracles, strict=True):
                 results.append((actual, layer.merge(oracle.attend(query, [k, v], at, mask, eager, **how))))
         return results
+
+    def _run(self, step, live: Live, x: Tensor, start: Any, mask: Tensor | None) -> list:
+        """What attention takes and gives in each layer, after the caches were put where the model looks for them."""
+        if self.model.keeper == "one tensor":
+            return step(x, [[t[:] for t in pair] for pair in live.cache], start, mask)[0]
+        if self.model.keeper == "the caller":
+            passed, live.cache = step(x, live.cache, start, mask)
+            return passed
+        for i, layer in enumerate(self.model.layers):
+            layer.keys, layer.values = live.cache[i] if live.cache else (None, None)
+        passed, _ = step(x, None, start, mask)
+        live.cache = [held_by(layer) for layer in self.model.layers]
+        return passed
 
     def _mask(self, batch: int, count: int, at: int, generator: torch.Generator) -> Tensor | None:
         """A causal mask [B, 1 or Hq, L, n] with holes, though no token is hidden from itself; None: made inside."""
@@ -219,11 +259,11 @@ class OwnModel:
         bias = torch.randn(heads, 1, 1, generator=generator)
         return mask if kind == "boolean" else torch.where(mask, bias, float("-inf")).to(self.shape.dtype)
 
-    def _padded(self, mask: Tensor | None) -> Tensor | None:
+    def _padded(self, mask: Tensor | None, room: int | None) -> Tensor | None:
         """``mask`` with a column for each slot that attention reads."""
-        if mask is None or self.room is None or self.model.reads_prefix:
+        if mask is None or room is None or self.model.reads_prefix:
             return mask
-        return F.pad(mask, (0, self.room - mask.shape[3]), value=False if mask.dtype == torch.bool else float("-inf"))
+        return F.pad(mask, (0, room - mask.shape[3]), value=False if mask.dtype == torch.bool else float("-inf"))
 
     def tensors(self, live: Live) -> list:
         """K and V of each layer."""

@@ -104,13 +104,14 @@ class TransformersModel:
         logits = self.model(input_ids=ids, past_key_values=cache, attention_mask=mask, use_cache=True).logits
         return logits, list(self.passed)
 
-    def fresh(self, batch: int) -> Live:
-        shape, config = self.shape, self.model.config
-        cache = StaticCache(config=config, max_cache_len=self.room) if self.room else DynamicCache(config=config)
+    def fresh(self, batch: int, spare: int = 0) -> Live:
+        """An empty cache; a static one has so many slots more than ``room``."""
+        shape, config, room = self.shape, self.model.config, None if self.room is None else self.room + spare
+        cache = StaticCache(config=config, max_cache_len=room) if room else DynamicCache(config=config)
         of_caller = self.form == "StaticCache of the caller"
         if of_caller:
             cache.early_initialization(batch, shape.heads, shape.key_dim, shape.dtype, torch.device("cpu"))
-        histories = [History.empty(shape, batch, self.room, of_caller) for _ in _attentions(self.twin)]
+        histories = [History.empty(shape, batch, room, of_caller) for _ in _attentions(self.twin)]
         return Live.empty(cache, histories)
 
     def call(self, live: Live, count: int, at: int, seed: int, eager: bool) -> list[tuple[Tensor, Tensor]]:

@@ -30,6 +30,7 @@ from test_fuzz_cache import TOLERANCE, saved_and_loaded
 
 ARCHITECTURES = max(3, settings().max_examples // 20)
 RUNS = min(20, settings().max_examples // 10)
+STEPS = min(15, settings().max_examples // 2)
 FORMS = (
     "cat", "index_put", "DynamicCache", "slice", "StaticCache", "cat to nothing", "where", "index_copy",
     "StaticCache of the caller",
@@ -91,7 +92,7 @@ class LiveModels(RuleBasedStateMachine):
 
     def call(self, live, count, seed, at=None, eager=False):
         at = live.tokens if at is None else at
-        if at + count > (self.model.room or MOST_TOKENS):
+        if at + count > (live.room or MOST_TOKENS):
             return
         results = self.model.call(live, count, at, seed, eager)
         if self.report.missed or (self.report.notices and not self.may_decompress()):
@@ -104,9 +105,16 @@ class LiveModels(RuleBasedStateMachine):
         """A step on a compressed static cache that is longer than the window."""
         return self.model.room is not None and self.model.shape.window < 16
 
-    @rule(target=caches, batch=st.integers(1, 3), tokens=st.integers(1, 35), eager=st.booleans(), seed=seeds)
-    def prefill(self, batch, tokens, eager, seed):
-        live = self.add(self.model.fresh(min(batch, self.architecture.largest_batch)))
+    @rule(
+        target=caches,
+        batch=st.integers(1, 3),
+        spare=st.sampled_from([0, 0, 1, 8, 25]),
+        tokens=st.integers(1, 35),
+        eager=st.booleans(),
+        seed=seeds,
+    )
+    def prefill(self, batch, spare, tokens, eager, seed):
+        live = self.add(self.model.fresh(min(batch, self.architecture.largest_batch), spare))
         self.call(live, tokens, seed, eager=eager and self.architecture.eager_prompts)
         return live
 
@@ -180,5 +188,5 @@ def test_live_caches_of_a_compiled_model(number):
     ):
         architecture.compile()
         machine = type("Machine", (LiveModels,), {"architecture": architecture, "report": report, "missed": []})
-        run_state_machine_as_test(machine, settings=settings(max_examples=RUNS, stateful_step_count=15))
+        run_state_machine_as_test(machine, settings=settings(max_examples=RUNS, stateful_step_count=STEPS))
     assert not machine.missed, machine.missed[0]

@@ -1,4 +1,4 @@
-"""Random models, prompts and settings: tokens equal dense at sparsity 0 and the pruned oracle at 0.5."""
+"""Random models, settings and prompts, of lengths that change: tokens equal dense ones, or the oracle at 0.5."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ def cases(draw):
         "layers": draw(st.integers(1, 2)),
         "weights": draw(st.sampled_from([None, None, Scaled, ByFunction, Halves])),
         "batch": draw(st.integers(1, 3)),
-        "length": draw(st.integers(1, 20)),
+        "lengths": draw(st.lists(st.integers(1, 20), min_size=1, max_size=3)),
         "padded": draw(st.booleans()),
         "window": draw(st.integers(1, 12)),
         "sparsity": draw(st.sampled_from([0.0, 0.5])),
         "static": draw(st.booleans()),
         "new_tokens": draw(st.integers(2, 8)),
     }
+
+
+def generated(model, prompts, **how):
+    """The tokens of all ``prompts``, one after the other."""
+    return torch.cat([model.generate(**inputs, **how).flatten() for inputs in prompts])
 
 
 @pytest.mark.nightly
@@ -44,7 +49,7 @@ def cases(draw):
 @example(
     case={
         "family": "llama", "kv_heads": 1, "heads": 3, "head_dim": 8, "layers": 1, "weights": None, "batch": 1,
-        "length": 1, "padded": False, "window": 1, "sparsity": 0.5, "static": True, "new_tokens": 3,
+        "lengths": [1], "padded": False, "window": 1, "sparsity": 0.5, "static": True, "new_tokens": 3,
     }
 )  # fmt: skip
 @given(case=cases())
@@ -56,18 +61,19 @@ def test_tokens_equal_the_oracle(shard, case):
         )  # fmt: skip
         return quantize(model, case["weights"]) if case["weights"] else model
 
-    inputs = prompt(case["batch"], case["length"], case["padded"], seed=case["length"])
+    prompts = [prompt(case["batch"], length, case["padded"], seed=length) for length in case["lengths"]]
     how = {"max_new_tokens": case["new_tokens"], "do_sample": False}
     sparsity, window = case["sparsity"], case["window"]
     with torch.no_grad():
         with pruned_generation(sparsity, sparsity, window):
-            expected = build().generate(**inputs, **how)
+            expected = generated(build(), prompts, **how)
         if not sparsity:
-            assert torch.equal(expected, build().generate(**inputs, **how))
+            assert torch.equal(expected, generated(build(), prompts, **how))
         model = build()
         with without_compiler(), explain() as report:
             options = {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": window}
             model.compile(backend="mustafar", options=options)
             cache = {"cache_implementation": "static"} if case["static"] else {}
-            assert torch.equal(model.generate(**inputs, **how, **cache), expected)
+            assert torch.equal(generated(model, prompts, **how, **cache), expected)
     assert len(report.matched) == case["layers"], str(report)
+    assert not report.missed, str(report)
