@@ -455,6 +455,7 @@ def check_steps(
     dtype=torch.float32,
     device="cpu",
     order="blocks",
+    batch=2,
 ):
     """Steps of so many tokens each, at the end (1.0) or the start (0.0) of what is written, or between: rewinding.
 
@@ -464,14 +465,14 @@ def check_steps(
     oracles = [TokenByToken(kept, window) for _ in range(2)]
     caches = []
     for i, oracle in enumerate(oracles):
-        prompt = randn(2, 1, start + 1, head_dim, seed=seed - i - 1, dtype=dtype)
+        prompt = randn(batch, 1, start + 1, head_dim, seed=seed - i - 1, dtype=dtype)
         if start:
             oracle.write(prompt[:, :, :start], 0)
         capacity = start + sum(count for _, count in moves)
         caches.append(compressed(prompt.to(device), start, kept, window, capacity, order=order))
     for n, (fraction, count) in enumerate(moves):
         position = round(fraction * len(oracles[0].rows))
-        query, *new = (randn(2, h, count, head_dim, seed=seed + 10 * n + h, dtype=dtype) for h in (2, 1, 1))
+        query, *new = (randn(batch, h, count, head_dim, seed=seed + 10 * n + h, dtype=dtype) for h in (2, 1, 1))
         seen = [oracle.write(rows, position) for oracle, rows in zip(oracles, new, strict=True)]
         arguments = [x.to(device) for x in (query, *new)]
         at = torch.tensor([position], device=device)
@@ -480,7 +481,7 @@ def check_steps(
             case = Case(query[:, :, i : i + 1], keys, values, 0.0, 0.0, scale=0.2)
             assert_close(out[:, :, i : i + 1], case, rounds_weights=True)
         for mine, oracle in zip(caches, oracles, strict=True):
-            assert mine.counts.tolist() == 2 * [[position + count, oracle.held, 0]]
+            assert mine.counts.tolist() == batch * [[position + count, oracle.held, 0]]
             assert_same_bits(decompressed(mine, position + count).cpu(), oracle.seen())
 
 

@@ -140,14 +140,13 @@ def check_decompress(by, dtype=torch.float32, device="cpu", order="blocks"):
 
 def check_compress(by, dtype=torch.float32, device="cpu", order="blocks"):
     """The same of compressing: with any number of tokens, what ``portable`` makes of as many as there are."""
-
-    for head_dim, length, capacity in ((HEAD_DIM, 40, 32), (24, 33, 64)):
+    sizes = (HEAD_DIM, 40, 32), (24, 33, 64)
+    for (head_dim, length, capacity), which, sentinel in pairwise(sizes, range(4), SENTINELS):
         dense = randn(2, 1, length, head_dim, seed=length, dtype=dtype)
-        for tokens in ((-(2**40), 2**33 + 5), (-3, length + 1), (length + 200, 0), (20, length)):
-            written = torch.tensor(tokens)
-            expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, portable, order)
-            for sentinel in SENTINELS:
-                with Zones(sentinel) as zones:
-                    given = zones.guarded(dense.to(device)), zones.guarded(written.to(device))
-                    made = compressed(*given, KEPT, WINDOW, capacity, by, order)
-                assert_same_cache(made, expected)
+        tokens = ((-(2**40), 2**33 + 5), (-3, length + 1), (length + 200, 0), (20, length))[which]
+        written = torch.tensor(tokens)
+        expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, portable, order)
+        with Zones(sentinel) as zones:
+            given = zones.guarded(dense.to(device)), zones.guarded(written.to(device))
+            made = compressed(*given, KEPT, WINDOW, capacity, by, order)
+        assert_same_cache(made, expected)

@@ -30,17 +30,24 @@ def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def test_the_name_works_without_an_import():
+def test_the_name_works_without_an_import_and_changes_nothing():
     result = in_fresh_python(
         """
-        import sys, torch
+        import sys, torch, torch.nn.functional as F, torch._functorch.config, torch._inductor.config
+        def state():
+            configs = torch._inductor.config, torch._functorch.config, torch._dynamo.config
+            return F.scaled_dot_product_attention, [config.get_config_copy() for config in configs]
         assert "mustafar" in torch._dynamo.list_backends()
         assert "mustafar_compile" not in sys.modules
-        compiled = torch.compile(lambda x: x + 1, backend="mustafar", options={"cpp_wrapper": False})
-        print(compiled(torch.ones(2)).tolist())
+        before = state()
+        compiled = torch.compile(torch.mm, backend="mustafar", options={"cpp_wrapper": False})
+        print(compiled(torch.ones(1, 2), torch.ones(2, 1)).tolist())
+        import mustafar_compile
+        assert state() == before
+        assert not torch.cuda.is_initialized()
         """
     )
-    assert result.stdout.strip().endswith("[2.0, 2.0]")
+    assert result.stdout.strip().endswith("[[2.0]]")
     assert "nothing was compiled" not in result.stderr
 
 
@@ -54,22 +61,6 @@ def test_a_backend_chosen_in_vain_is_noticed():
         """
     )
     assert "torch.compile(model).generate() calls the original module" in result.stderr
-
-
-def test_importing_changes_nothing():
-    in_fresh_python(
-        """
-        import torch, torch.nn.functional as F, torch._inductor.config as inductor, torch._functorch.config as functorch
-        import torch._dynamo.config as dynamo
-        before = F.scaled_dot_product_attention, inductor.get_config_copy(), functorch.get_config_copy(), \\
-            dynamo.get_config_copy()
-        import mustafar_compile, mustafar_compile.backend
-        after = F.scaled_dot_product_attention, inductor.get_config_copy(), functorch.get_config_copy(), \\
-            dynamo.get_config_copy()
-        assert before == after
-        assert not torch.cuda.is_initialized()
-        """
-    )
 
 
 def test_the_public_names_resolve():
@@ -182,15 +173,15 @@ def test_a_step_that_turns_gradients_off_itself(decorator, around):
 
 
 def test_inference_mode_generates_compressed():
-    model = hf_model()
+    model = hf_model(num_hidden_layers=1)
     with torch.inference_mode(), without_compiler(), explain() as report:
         model.compile(backend="mustafar")
         model.generate(**prompt(), max_new_tokens=4, do_sample=False)
-    assert len(report.matched) == 2
+    assert len(report.matched) == 1
 
 
 def test_writing_through_a_view_of_a_compressed_cache_is_refused():
-    model = hf_model()
+    model = hf_model(num_hidden_layers=1)
     with without_compiler():
         model.compile(backend="mustafar")
         result = model.generate(**prompt(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
@@ -202,7 +193,7 @@ def test_writing_through_a_view_of_a_compressed_cache_is_refused():
 
 
 def test_a_write_in_a_graph_that_cannot_be_followed_is_refused():
-    model = hf_model()
+    model = hf_model(num_hidden_layers=1)
 
     def scale(cache):
         cache.mul_(2)

@@ -180,13 +180,13 @@ def test_autocast():
 def test_beam_search():
     how = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
     with pruned_generation(0.5, 0.5, WINDOW):
-        expected = hf_model().generate(**prompt(padded=True), **how)
-    model = hf_model()
+        expected = hf_model(num_hidden_layers=1).generate(**prompt(padded=True), **how)
+    model = hf_model(num_hidden_layers=1)
     model.compile(backend="mustafar", options=options(0.5))
     with explain() as report:
         result = model.generate(**prompt(padded=True), **how, return_dict_in_generate=True)
     assert torch.equal(result.sequences, expected)
-    assert len(report.matched) == 2
+    assert len(report.matched) == 1
     assert isinstance(result.past_key_values.layers[0].keys, CompressedKV)
 
 
@@ -195,9 +195,9 @@ def test_sequences_that_end_early():
     """The first token that a row generates ends it; the other row goes on."""
     inputs, how = prompt(), {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     with pruned_generation(0.5, 0.5, WINDOW):
-        ends = hf_model().generate(**inputs, **how)[0, -7].item()
-        expected = hf_model().generate(**inputs, **how, eos_token_id=ends)
+        ends = hf_model(num_hidden_layers=1).generate(**inputs, **how)[0, -7].item()
+        expected = hf_model(num_hidden_layers=1).generate(**inputs, **how, eos_token_id=ends)
     assert (expected == 0).any()
-    model = hf_model()
+    model = hf_model(num_hidden_layers=1)
     model.compile(backend="mustafar", options=options(0.5))
     assert torch.equal(model.generate(**inputs, **how, eos_token_id=ends), expected)

@@ -218,13 +218,13 @@ def test_a_step_that_returns_a_view_of_an_input_is_not_recorded(of, monkeypatch)
 
 
 def test_preparing_a_model_on_a_cpu_compiles_it():
-    model, inputs = hf_model(), prompt(padded=True)
+    model, inputs = hf_model(num_hidden_layers=1), prompt(padded=True)
     with pruned_generation(0.7, 0.5, WINDOW):
-        expected = hf_model().generate(**inputs, **HOW)
+        expected = hf_model(num_hidden_layers=1).generate(**inputs, **HOW)
     with without_compiler(), explain() as report:
         assert prepare(model, key_sparsity=0.7, window=WINDOW, mode="default") is model
         assert torch.equal(model.generate(**inputs, **HOW), expected)
-    assert len(report.matched) == 2
+    assert len(report.matched) == 1
     assert report.launching == [], "there is nothing to say on a CPU"
 
 

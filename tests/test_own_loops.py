@@ -323,14 +323,14 @@ def greedy(model, ids, steps, eos=None):
 
 @pytest.mark.parametrize("wrap", [torch.no_grad(), *at_night([lambda f: f])])
 def test_compile_loop(wrap):
-    model, ids = hf_model(), prompt()["input_ids"]
+    model, ids = hf_model(num_hidden_layers=1), prompt()["input_ids"]
     with pruned_generation(0.5, 0.5, WINDOW):
-        expected = greedy(hf_model(), ids, 20)
+        expected = greedy(hf_model(num_hidden_layers=1), ids, 20)
     with without_compiler():
         loop = compile_loop(**options(0.5))(wrap(greedy))
         with explain() as report:
             assert torch.equal(loop(model, ids, 12), expected[:, :21])
-        assert len(report.matched) == 2
+        assert len(report.matched) == 1
         assert report.graphs <= 3
         with explain() as report:
             assert torch.equal(loop(model, ids, 20), expected)

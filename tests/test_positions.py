@@ -233,7 +233,7 @@ def test_the_end_of_a_static_cache_of_transformers():
     from transformers import StaticCache
 
     def steps(compiled):
-        model = hf_model()
+        model = hf_model(num_hidden_layers=1)
         cache = StaticCache(config=model.config, max_cache_len=SLOTS)
         forward = torch.compile(model.forward, backend="mustafar", options=OPTIONS) if compiled else model.forward
         outputs, ids = [], prompt(2, 8)["input_ids"]

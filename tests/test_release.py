@@ -132,16 +132,16 @@ def test_caches_of_any_length_through_inductor(poisoned):
 def test_a_static_cache_of_transformers(poisoned):
     from transformers import StaticCache
 
-    model, inputs = hf_model(), prompt(padded=True)
+    model, inputs = hf_model(num_hidden_layers=1), prompt(padded=True)
     with pruned_generation(0.5, 0.5, WINDOW):
-        expected = hf_model().generate(**inputs, max_new_tokens=8, do_sample=False)
+        expected = hf_model(num_hidden_layers=1).generate(**inputs, max_new_tokens=8, do_sample=False)
     cache = StaticCache(config=model.config, max_cache_len=32)
     cache.early_initialization(batch_size=2, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
     with without_compiler():
         model.compile(backend="mustafar", options=options(0.5) | RELEASE)
         tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, past_key_values=cache)
     assert torch.equal(tokens, expected)
-    assert len(poisoned) == 4
+    assert len(poisoned) == 2
     assert all(x.isnan().all() for x in poisoned)
 
 

@@ -57,7 +57,7 @@ def test_our_code_is_part_of_the_key():
         torch._dynamo.reset()
         counters.clear()
         with _compat.inductor_options({}, digest):
-            torch.compile(lambda x: x + 1)(torch.ones(2))
+            torch.compile(torch.mm)(torch.ones(1, 1), torch.ones(1, 1))  # needs no C++
         assert looked_up() == expected
 
 
