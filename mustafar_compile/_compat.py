@@ -11,7 +11,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
 from typing import Any, cast
@@ -269,7 +269,7 @@ def takes_static_cache(model: Any) -> bool:
     return getattr(model, flag)
 
 
-def fake_mode_of(values: Sequence[Any]) -> Any:
+def fake_mode_of(values: Iterable[Any]) -> Any:
     """The mode that the fake tensors among ``values`` belong to, a context manager."""
     return next(x for x in values if isinstance(x, FakeTensor)).fake_mode
 

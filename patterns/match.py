@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -31,13 +32,17 @@ _ROWS = (
 
 @dataclass(frozen=True)
 class Match:
-    """An attention whose cache is compressed. phase: "prefill" or "decode". formats: of K and of V."""
+    """An attention whose cache is compressed.
+
+    phase: "prefill" or "decode". formats: of K and of V. prefix: how many, where only the first slots are attended.
+    """
 
     attention: Attention
     key: CacheUpdate
     value: CacheUpdate
     phase: str
     formats: tuple[Format, Format]
+    prefix: Any | None = None
 
     @property
     def updates(self) -> Iterator[tuple[CacheUpdate, Format]]:
@@ -194,7 +199,7 @@ def _judge(
             window = formats[0].window
             phase = phase_of(attention, (key, reads[0]), (value, reads[1]), window, functional.graph, context)
         attention = replace(attention, scale=attention.scale * reads[0].factor)
-        return Match(attention, key, value, phase, (formats[0], formats[1]))
+        return Match(attention, key, value, phase, (formats[0], formats[1]), reads[0].prefix)
     except Reason as reason:
         return _no_match(attention, reason, key, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -91,6 +92,13 @@ MASKS = {  # of the tokens before and of all, [total]
     "gathered": lambda past, total: torch.gather(TABLE[None], 1, (past - slots(total))[None]),
     "selected": lambda past, total: torch.index_select(TABLE, 0, past - slots(total)),
     "embedded": lambda past, total: F.embedding(past - slots(total), TABLE[:, None]).view(1, 1, 1, total),
+    "written into a table": lambda past, total: TABLE.slice_scatter(slots(total) * 1.0, 0, 0, total)[:total],
+    "written into rows of tables": lambda past, total: (
+        TABLE.expand(2, 3, SLOTS)
+        .transpose(1, 2)
+        .slice_scatter(slots(total)[:, None].expand(2, total, 3) * 1.0, 1, 3, total + 3)[:, :total]
+        .transpose(1, 2)
+    ),
     "summed so far": lambda past, total: torch.cumsum(TABLE[:total], 0) / total,
     "the last of a sum": lambda past, total: slots(total) * torch.cumsum(TABLE[:total], 0)[-1],
     "all but the last": lambda past, total: slots(total) != slots(total)[-1:],
@@ -240,6 +248,41 @@ def test_a_place_that_is_a_number_is_no_part_of_a_recording(recorded):
         for x, start in zip(inputs, starts, strict=True):
             torch.testing.assert_close(step(x, start), eager(x, start), rtol=1e-5, atol=1e-6)
     assert torch.equal(model.k, eager.k), "the dense cache is written where the token goes"
+    assert report.launching == [AS_GRAPHS]
+    assert 2 <= len(recorded) <= 4
+
+
+class Cut(Static):
+    """Written at a place on the device; of keys, values and mask only the first part is used, up to a number."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x, places, upto: int):
+        x = x + self.places(places)
+        self.k[:, :, places] = x
+        self.v[:, :, places] = x
+        keys, values = self.k[:, :, :upto], self.v[:, :, :upto]
+        return F.scaled_dot_product_attention(x, keys, values, attn_mask=self.mask(self, places, upto))
+
+
+CUT_MASKS = {
+    "cut": lambda model, places, upto: model.causal[places, :upto],
+    "made": lambda model, places, upto: torch.where(slots(upto) <= places[:, None], 0.0, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("kind", mostly_at_night(CUT_MASKS, 1))
+def test_where_a_mask_is_cut_is_no_part_of_a_recording(kind, recorded):
+    torch.manual_seed(0)
+    model = Cut(CUT_MASKS[kind])
+    eager = copy.deepcopy(model)
+    with without_compiler(), explain() as report:
+        step = torch.compile(model, backend="mustafar", options=OPTIONS)
+        for x, start in zip(embeddings(steps=20, prefill=17), [0, *range(17, 37)], strict=True):
+            given = x, torch.arange(start, start + x.shape[2]), start + x.shape[2]
+            torch.testing.assert_close(step(*given), eager(*given), rtol=1e-5, atol=1e-6)
     assert report.launching == [AS_GRAPHS]
     assert 2 <= len(recorded) <= 4
 

@@ -439,11 +439,65 @@ class OutOfPlaceBuffer(UnmaskedBuffer):
 
 
 class WrongPart(UnmaskedBuffer):
-    reason = "the part of the buffer that is attended does not end with the new tokens"
+    reason = (
+        "a part of the buffer is attended without a mask, and nothing shows that it ends with the new tokens; give "
+        "attention a mask, or write at a Python number and attend up to the last token written"
+    )
 
     def forward(self, q, k, v, past):
         past[0][:, :, 3:4], past[1][:, :, 3:4] = k, v
         return self.attend(q, past[0][:, :, :5], past[1][:, :, :5])
+
+
+class CutUnmasked(UnmaskedBuffer):
+    """Written at a position that only the device knows."""
+
+    reason = WrongPart.reason
+
+    def inputs(self):
+        return *super().inputs(), torch.tensor([3])
+
+    def forward(self, q, k, v, past, position):
+        past[0][:, :, position], past[1][:, :, position] = k, v
+        return self.attended(q, past[0][:, :, :4], past[1][:, :, :4])
+
+    def attended(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class CutUnderOneColumn(CutUnmasked):
+    """A mask that is the same for all columns says of none that nothing is written there."""
+
+    def attended(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(1, 1, 1, 1))
+
+
+class CutAtRowsApart(CutUnmasked):
+    """Places that numbers of the host make, other ones for each row."""
+
+    def forward(self, q, k, v, past, position):
+        position = torch.arange(2)[:, None] + 2
+        for cache, new in zip(past, (k, v), strict=True):
+            cache[torch.arange(2)[:, None], :, position] = new.transpose(1, 2)
+        return self.attended(q, past[0][:, :, :3], past[1][:, :, :3])
+
+
+class HeadsCut(CutUnmasked):
+    """One of two KV heads, of which there are as many tokens as of the mask."""
+
+    reason = "only a part of the cache is attended"
+
+    def forward(self, q, k, v, past, position):
+        past[0][:, :, position], past[1][:, :, position] = k, v
+        mask = torch.arange(6)[None] <= position
+        return F.scaled_dot_product_attention(q, past[0][:, :1], past[1][:, :1], attn_mask=mask, enable_gqa=True)
+
+
+class ChannelsCut(HeadsCut):
+    def forward(self, q, k, v, past, position):
+        past[0][:, :, position], past[1][:, :, position] = k, v
+        mask = torch.arange(6)[None] <= position
+        return F.scaled_dot_product_attention(q[..., :8], past[0][..., :8], past[1], attn_mask=mask)
 
 
 class BroadcastToken(UnmaskedBuffer):
@@ -545,6 +599,8 @@ class NotAttended(Decode):
 COUNTER_EXAMPLES = [c for c in Decode.__subclasses__() if c is not Plain]
 COUNTER_EXAMPLES += [
     *UnmaskedBuffer.__subclasses__(),
+    *CutUnmasked.__subclasses__(),
+    ChannelsCut,
     BufferRotatedLate,
     RandomPositions,
     *MovedPast.__subclasses__(),

@@ -118,7 +118,8 @@ def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attenti
         known_size(attention.query.meta["val"].shape[1]),
     )
     require(query_heads % kv_heads == 0, f"{query_heads} query heads are no multiple of {kv_heads} KV heads")
-    require(update.op != "cat" or read.prefix is None, "only a part of the cache is attended")
+    of_tokens = update.op != "cat" and read.cut == tokens
+    require(read.prefix is None or of_tokens, "only a part of the cache is attended")
     return read
 
 

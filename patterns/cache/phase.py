@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Graph, Node
 
 from ..attention.attention import Attention
@@ -9,9 +11,16 @@ from ..graph.nodes import computed_alike
 from ..graph.symbols import expression, same_size
 from ..graph.views import Read
 from .conditions import Context, NothingLost, require
-from .update import CacheUpdate, end_of, is_run
+from .positions import is_run
+from .update import CacheUpdate
 
 Cached = tuple[CacheUpdate, Read]
+
+_UNMASKED = "the whole buffer is attended without a mask, also where nothing is written"
+_CUT_UNMASKED = (
+    "a part of the buffer is attended without a mask, and nothing shows that it ends with the new tokens; give "
+    "attention a mask, or write at a Python number and attend up to the last token written"
+)
 
 
 def phase_of(attention: Attention, key: Cached, value: Cached, window: int, graph: Graph, context: Context) -> str:
@@ -113,11 +122,13 @@ def _check_step(attention: Attention, update: CacheUpdate, read: Read) -> None:
     require(all(same_size(new[d], cache[d]) for d in others), "the new token is broadcast into the cache")
     if update.grows:
         return
-    if read.prefix is None:
-        reason = "the whole buffer is attended without a mask, also where nothing is written"
-        require(attention.mask is not None, reason)
-        slots, masked = cache[update.tokens_dim], attention.mask.meta["val"].shape[-1]
-        require(same_size(slots, 1) or not same_size(masked, 1), reason)
-    else:
-        reason = "the part of the buffer that is attended does not end with the new tokens"
-        require(expression(read.prefix) == end_of(update), reason)
+    whole = read.prefix is None
+    if whole or expression(read.prefix) != update.end:
+        attended = cache[update.tokens_dim] if whole else read.prefix
+        require(_tells_columns_apart(attention, attended), _UNMASKED if whole else _CUT_UNMASKED)
+
+
+def _tells_columns_apart(attention: Attention, columns: Any) -> bool:
+    """Whether the mask can say of each column that is attended that nothing is written there."""
+    sizes = attention.mask.meta["val"].shape[-1:] if attention.mask is not None else ()
+    return any(same_size(columns, 1) or not same_size(size, 1) for size in sizes)

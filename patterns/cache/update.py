@@ -11,17 +11,16 @@ from torch.fx import Node
 
 from ..attention.operand import Operand, leading_axes
 from ..graph.calls import factor_of
-from ..graph.nodes import is_call, is_single, is_tensor
+from ..graph.nodes import is_call, is_tensor
 from ..graph.normalise import Functional
-from ..graph.symbols import expression, same_size
-from ..graph.views import changes_nothing, is_move, is_regrouping, read_through, slice_bounds, unmoved
+from ..graph.symbols import same_size
+from ..graph.views import changes_nothing, is_move, read_through, slice_bounds, unmoved
 from .masked_write import masked_write
+from .positions import end_of
 from .rows import indexed_by_row, scattered, written_one_by_one
 from .write import Write, index_copy, index_put, reads_back, slice_write
 
 aten = torch.ops.aten
-_ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-_CASTS = (aten._to_copy.default, aten.detach.default)
 _ALLOCATIONS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default)
 
 
@@ -54,6 +53,11 @@ class CacheUpdate:
         """Whether each row of the batch has a position of its own."""
         shape = self.position.meta["val"].shape if is_tensor(self.position) else ()
         return len(shape) == 2 and not same_size(shape[0], 1)
+
+    @property
+    def end(self) -> Any:
+        """Tokens written afterwards, as a sympy expression; None where the graph does not show it."""
+        return end_of(self.position, self.new.meta["val"].shape[self.tokens_dim])
 
 
 def _is_empty(node: Any) -> bool:
@@ -213,39 +217,3 @@ def sliding_window(update: CacheUpdate, functional: Functional) -> int | None:
             if isinstance(start, int) and start < 0:
                 return 1 - start
     return None
-
-
-def end_of(update: CacheUpdate) -> Any:
-    """Tokens written after the update, as a sympy expression where the position is known on the host."""
-    start, count = expression(update.position), expression(update.new.meta["val"].shape[update.tokens_dim])
-    return None if start is None or count is None else start + count
-
-
-def is_run(position: Any) -> bool:
-    """Whether tokens written at ``position`` are known to stand side by side, in order, in each row of the batch."""
-    while is_tensor(position) and not is_single(position):
-        if position.target in _ARANGES:
-            return len(position.args) < 3 or position.args[2] == 1
-        if position.target is aten.add.Tensor and not position.kwargs:
-            shifted = [x for x in position.args if is_tensor(x) and not _is_single_token(x)]
-            if len(shifted) != 1:
-                return False
-            position = shifted[0]
-        elif position.target in _CASTS or _repeats_rows(position):
-            position = position.args[0]
-        else:
-            return False
-    return True
-
-
-def _is_single_token(position: Node) -> bool:
-    """Whether ``position`` has at most one number for each row of the batch."""
-    return all(same_size(size, 1) for size in position.meta["val"].shape[-1:])
-
-
-def _repeats_rows(position: Node) -> bool:
-    """Whether an op leaves the last dimension of ``position`` as it is and at most repeats it."""
-    if not is_regrouping(position) and position.target is not aten.expand.default:
-        return False
-    last = [x.meta["val"].shape[-1:] for x in (position, position.args[0])]
-    return all(last) and same_size(last[0][0], last[1][0])

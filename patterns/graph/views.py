@@ -38,11 +38,13 @@ Dims = list[list[Axis]]
 class Read:
     """How attention sees a cache.
 
-    dims: at the attention. prefix: how many, where only the first tokens are read. factor: what they are multiplied by.
+    dims: at the attention. prefix: how many, where only the first of dimension ``cut`` of the cache are read. factor:
+    what they are multiplied by.
     """
 
     dims: Dims
     prefix: Any | None = None
+    cut: int | None = None
     factor: float = 1.0
 
 
@@ -188,7 +190,7 @@ def read_through(chain: Sequence[Node], source: Node) -> Read | None:
             size = node.meta["val"].shape[dim]
             dims = list(read.dims)
             dims[dim] = [] if same_size(size, 1) else [Axis(axes[0].source, size)]
-            read = replace(read, dims=dims, prefix=size)
+            read = replace(read, dims=dims, prefix=size, cut=axes[0].source)
             continue
         factor = factor_of(node)
         if factor is not None:

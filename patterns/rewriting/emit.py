@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch.fx import Graph, Node, Proxy
 
 from ...lowering.format import Format
 from ..cache.update import CacheUpdate
+from ..graph.calls import call_before
 from ..graph.nodes import is_tensor, symbolic_size
 
 aten = torch.ops.aten
@@ -38,6 +40,17 @@ class Emitter:
     def swapped(self, node: Node, tokens_dim: int) -> Node:
         """``node`` between [B, S, H, D] and [B, H, S, D]; as it is where ``tokens_dim`` says that the cache is so."""
         return self.call(aten.permute.default, node, [0, 2, 1, 3]) if tokens_dim == 1 else node
+
+    def over_all_slots(self, mask: Node, slots: Any, place: Node) -> Node:
+        """``mask``, of the first slots of a cache, over all ``slots``, the others left out; made before ``place``."""
+        value = mask.meta["val"]
+        dtype = value.dtype if value.dtype == torch.bool or value.is_floating_point() else torch.float32
+        if value.dtype != dtype:
+            mask = call_before(place, aten._to_copy.default, mask, dtype=dtype)
+        *rows, columns = (self.size(mask, dim) for dim in range(value.dim()))
+        out, how = False if dtype == torch.bool else -math.inf, {"dtype": dtype, "device": value.device}
+        whole = call_before(place, aten.full.default, [*rows, slots], out, **how)
+        return call_before(place, aten.slice_scatter.default, whole, mask, len(rows), 0, columns)
 
     def new_rows(self, update: CacheUpdate) -> Node:
         """The new tokens [B, H, L, D] in the dtype of the cache."""

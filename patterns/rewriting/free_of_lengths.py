@@ -38,6 +38,7 @@ _POINTWISE = {  # that torch does not tag
     aten.cumsum.default,  # whose columns follow from the ones ahead of them
     aten.floor_divide.default,
     aten.masked_fill.Tensor,
+    aten.where.Scalar,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
 }
@@ -240,7 +241,21 @@ class FreeOfLengths:
         if step != 1 or self._changing(node):
             raise _unfit(node)
         value, count = self._value(node, _from_start(start, _shape(x)[dim])), _shape(new)[dim]
+        if self._changes(count):
+            length = self._value(node, count)
+            return lambda: self._written(x, dim, value(), length(), new)
         return lambda: self._call(aten.index_copy.default, x, dim, self._places(value(), count), new)
+
+    def _written(self, x: Node, dim: int, start: Any, count: Any, new: Node) -> Node:
+        """``x`` with ``count`` columns of ``new``, which has more, from ``start`` on."""
+        size, device = self._call(aten.sym_size.int, x, dim), self.values.meta["val"].device
+        places = self._call(aten.arange.default, size, dtype=torch.int64, device=device)
+        columns = self._call(aten.sub.Tensor, places, start)
+        ahead, behind = self._call(aten.lt.Scalar, columns, 0), self._call(aten.ge.Tensor, columns, count)
+        kept = self._call(aten.logical_or.default, ahead, behind)
+        new = self._call(aten.index_select.default, new, dim, self._call(aten.masked_fill.Scalar, columns, kept, 0))
+        kept = self._call(aten.view.default, kept, [-1, *[1] * (len(_shape(x)) - 1 - dim)])
+        return self._call(aten.where.self, kept, x, new)
 
     def _select(self, node: Node) -> Edit | None:
         x, dim, place = node.args
