@@ -340,6 +340,16 @@ class ParameterCache(UnmaskedBuffer):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(1, 6, dtype=torch.bool))
 
 
+class TokenAtManyPlaces(UnmaskedBuffer):
+    """One token, repeated, the newest of its places not the first."""
+
+    reason = "its cache is written by aten.index_put.default in a way that is not recognised"
+
+    def forward(self, q, k, v, past):
+        past[0][:, :, torch.tensor([3, 1])], past[1][:, :, torch.tensor([3, 1])] = k, v
+        return F.scaled_dot_product_attention(q, *past, attn_mask=torch.arange(6)[None] < 4)
+
+
 class DifferentPositions(UnmaskedBuffer):
     reason = "keys and values are written at different positions"
 

@@ -45,8 +45,7 @@ def _of_tokens(position: Node, place: Node) -> Node:
 
 def _of_as_many(write: Write) -> Write | None:
     """``write``, if it has a position for each of its tokens."""
-    same = same_size(write.new.meta["val"].shape[write.dim], write.position.meta["val"].shape[1])
-    return write if same else None
+    return write if write.is_of_as_many(write.position.meta["val"].shape[1]) else None
 
 
 def indexed_by_row(node: Node) -> Write | None:

@@ -34,6 +34,11 @@ class Write:
     position: Any
     in_part: bool = False
 
+    def is_of_as_many(self, positions: Any) -> bool:
+        """Whether each of as many ``positions`` has a token of its own: an assignment repeats a single one."""
+        shape = self.new.meta["val"].shape
+        return len(shape) == self.cache.meta["val"].dim() and same_size(shape[self.dim], positions)
+
 
 def index_copy(node: Node) -> Write:
     """``cache.index_copy(dim, position, new)``."""
@@ -47,7 +52,9 @@ def index_put(node: Node) -> Write | None:
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or accumulates(node) or not is_index(given[0][1]) or given[0][1].meta["val"].dim() != 1:
         return None
-    return Write("index_put", cache, with_leading_ones(new), *given[0])
+    dim, position = given[0]
+    write = Write("index_put", cache, with_leading_ones(new), dim, position)
+    return write if write.is_of_as_many(position.meta["val"].shape[0]) else None
 
 
 def accumulates(node: Node) -> bool:
