@@ -252,6 +252,21 @@ def test_a_place_that_is_a_number_is_no_part_of_a_recording(recorded):
     assert 2 <= len(recorded) <= 4
 
 
+@pytest.mark.nightly
+def test_numbers_of_tokens_that_differ_are_recorded_apart(recorded):
+    torch.manual_seed(0)
+    model, start = Static(), 0
+    eager = copy.deepcopy(model)
+    with without_compiler(), explain() as report:
+        step = torch.compile(model, backend="mustafar", options=OPTIONS)
+        for tokens in (17, 2, 3, 3, 3, 2, 2, 2, 4, 3, 3):
+            x = torch.randn(1, HEADS, tokens, DIM)
+            torch.testing.assert_close(step(x, start), eager(x, start), rtol=1e-5, atol=1e-6)
+            start += tokens
+    assert report.launching == [AS_GRAPHS]
+    assert 2 <= len(recorded) <= 6
+
+
 class Cut(Static):
     """Written at a place on the device; of keys, values and mask only the first part is used, up to a number."""
 

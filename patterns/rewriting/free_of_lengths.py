@@ -80,6 +80,7 @@ class FreeOfLengths:
         self.graph = graph
         self.numbers = numbers
         self.values = values
+        self.held = _held(graph) | {symbol: (node, None) for symbol, node in numbers.items()}
         self.computed: dict[sympy.Expr, Any] = {}
         self.replaced: dict[Node, Node] = {}
         self.rules: dict[Any, Callable[[Node], Edit | None]] = {
@@ -142,13 +143,22 @@ class FreeOfLengths:
         """An edit may name nodes that one before it replaced."""
         return self.graph.call_function(target, map_arg(args, lambda node: self.replaced.get(node, node)), kwargs)
 
+    def _known(self, node: Node, size: Any) -> Any:
+        """``size``, if ``_number`` can make it. Raises LengthError otherwise."""
+        e = expression(size)
+        if e is None or not (e.is_Integer or (_is_plain(size) and e.free_symbols <= self.held.keys())):
+            raise _unfit(node)
+        return size
+
     def _number(self, size: Any) -> Any:
-        """A plain size, rounded up."""
+        """A plain size, rounded up if it changes."""
         e = expression(size)
         if e.is_Integer:
             return int(e)
         (symbol,) = e.free_symbols
-        return self._call(operator.add, self.numbers[symbol], int(e - symbol))
+        node, dim = self.held[symbol]
+        whole = node if dim is None else self._call(aten.sym_size.int, node, dim)
+        return self._call(operator.add, whole, int(e - symbol))
 
     def _value(self, node: Node, size: Any) -> Callable[[], Any]:
         """What makes the true value of a size: an int or a tensor []. Raises LengthError for no sum of lengths."""
@@ -211,7 +221,7 @@ class FreeOfLengths:
             return None
         if step != 1:
             raise _unfit(node)
-        value, (count,) = self._value(node, start), _shape(node)
+        value, count = self._value(node, start), self._known(node, _shape(node)[0])
         columns = aten.arange.default
         return lambda: self._call(aten.add.Tensor, self._call(columns, self._number(count), **node.kwargs), value())
 
@@ -232,7 +242,7 @@ class FreeOfLengths:
             return None
         if step != 1:
             raise _unfit(node)
-        value = self._value(node, _from_start(start, size))
+        value, count = self._value(node, _from_start(start, size)), self._known(node, count)
         return lambda: self._call(aten.index_select.default, x, dim, self._places(value(), count))
 
     def _slice_scatter(self, node: Node) -> Edit | None:
@@ -240,7 +250,7 @@ class FreeOfLengths:
         x, new = node.args[:2]
         if step != 1 or self._changing(node):
             raise _unfit(node)
-        value, count = self._value(node, _from_start(start, _shape(x)[dim])), _shape(new)[dim]
+        value, count = self._value(node, _from_start(start, _shape(x)[dim])), self._known(node, _shape(new)[dim])
         if self._changes(count):
             length = self._value(node, count)
             return lambda: self._written(x, dim, value(), length(), new)
@@ -313,6 +323,16 @@ class FreeOfLengths:
         mask = node.args[_MASK]
         if any(x is not mask or dim != len(_shape(x)) - 1 for x, dim in self._all_changing(node)):
             raise _unfit(node)
+
+
+def _held(graph: Graph) -> dict[Any, tuple[Node, int | None]]:
+    """For each size of an input, symbols above all, that input and its dimension, None where it is the size."""
+    held: dict[Any, tuple[Node, int | None]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        sizes = enumerate(_shape(node)) if is_tensor(node) else [(None, node)]
+        for dim, size in sizes:
+            held.setdefault(expression(size), (node, dim))
+    return held
 
 
 def _unfit(node: Node) -> LengthError:
