@@ -1,4 +1,4 @@
-# make demo | test | fuzz | architectures | nightly | lint | clean. `make` alone lists them.
+# make demo | test | fuzz | architectures | peers | nightly | lint | clean. `make` alone lists them.
 #
 # PYTHON       interpreter that makes the environment, 3.11 or newer
 # VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
@@ -7,6 +7,8 @@
 # MODEL        model of the demo, such as smollm2, which is downloaded (98 MB), or a name on the Hugging Face Hub
 # DEMO, TEST   further arguments of the demo and of pytest
 # RUN          script of `make benchmark` and its arguments, such as "attention.py --quick"
+# SOURCE       of `make peers`: a source tree of transformers at the tag of the installed version
+# MODELS       of `make peers`: models whose tests of generation are run, too, such as "llama gpt2"
 # EXAMPLES     how far `make fuzz` searches: 2000 is some 25,000 examples and 4,000 sequences of operations, half of them on
 #              the caches of 100 compiled models
 
@@ -18,6 +20,8 @@ MODEL ?=
 DEMO ?=
 TEST ?=
 RUN ?= generate.py
+SOURCE ?=
+MODELS ?=
 EXAMPLES ?= 2000
 
 ifeq ($(strip $(VENV)),)
@@ -34,13 +38,14 @@ else
   lint := $(VENV)/.installed-dev
 endif
 
-.PHONY: help demo test fuzz architectures nightly benchmark lint clean
+.PHONY: help demo test fuzz architectures peers nightly benchmark lint clean
 
 help:
 	@echo "make demo    compare dense and compressed generation with a small model; MODEL=smollm2 with a pretrained one"
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
 	@echo "make fuzz    random models, caches and operations, thousands of them"
 	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
+	@echo "make peers SOURCE=DIR  transformers' own tests of generation, from its source, with each generate compiled"
 	@echo "make nightly the tests that \`make test\` leaves out, whether that table still holds, a tenth of \`make fuzz\`"
 	@echo "make benchmark RUN=\"attention.py --quick\"  a script of benchmarks/, see its README"
 	@echo "make lint    ruff and mypy"
@@ -63,6 +68,9 @@ fuzz: $(test)
 
 architectures: $(test)
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) --write docs/architectures.md
+
+peers: $(test)
+	OMP_NUM_THREADS=1 $(python) tests/peers.py --source $(SOURCE) $(if $(MODELS),--models $(MODELS)) $(if $(TEST),-- $(TEST))
 
 # What takes too long for every change. The new table is left in build/.
 nightly: $(test)

@@ -24,9 +24,9 @@ _FIRST = {  # which argument is the first of what is made
 
 
 def end_of(position: Any, count: Any) -> sympy.Expr | None:
-    """Tokens written once ``count`` of them are at ``position``, where that is made of numbers of the host."""
+    """Tokens written once ``count`` of them, side by side, are at ``position``, if numbers of the host say so."""
     start, count = _start_of(position), expression(count)
-    return None if start is None or count is None or not is_run(position) else start + count
+    return None if start is None or count is None else start + count
 
 
 def _start_of(position: Any) -> sympy.Expr | None:
