@@ -110,8 +110,9 @@ def run(source: Path, models: Sequence[str], more: Sequence[str] = ()) -> dict[s
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        how = ["-p", "peers", "-q", "--disable-warnings", f"--rootdir={source}", f"--junitxml={results}"]
-        command = [sys.executable, "-m", "pytest", *how, *more, *tests]
+        how = ["-p", "peers", "-q", "--disable-warnings", "--continue-on-collection-errors"]
+        where = [f"--rootdir={source}", f"--junitxml={results}"]
+        command = [sys.executable, "-m", "pytest", *how, *where, *more, *tests]
         subprocess.run(command, cwd=source, env=os.environ | {"PYTHONPATH": paths}, check=False)
         if not results.is_file():
             raise SourceError("pytest ran no tests, see above")
