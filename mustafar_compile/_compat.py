@@ -275,6 +275,16 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
 
 
 @contextmanager
+def fake_results(values: Iterable[Any]) -> Iterator[None]:
+    """Within it, ops give fake results, in the mode of the fake tensors among ``values``.
+
+    Without Python's dispatcher, matmul of torch 2.11 asks for each size as a number, which a symbolic one then is.
+    """
+    with fake_mode_of(values), _enable_python_dispatcher():
+        yield
+
+
+@contextmanager
 def inductor_options(options: dict[str, Any], digest: str) -> Iterator[None]:
     """Inductor's config with ``options`` set, and ``digest`` in the keys of its caches on disk.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
 from mustafar_compile import _compat
+from mustafar_compile.patterns.graph.calls import call_before
 
 
 def writes_through_views(x, y):
@@ -77,3 +79,14 @@ def test_an_input_that_is_laid_out_anew_is_refused(relay):
         pytest.raises(RuntimeError, match="an input gets another shape or storage"),
     ):
         _compat.make_functional_fx(lambda x, y: (relay(x) * 2, y), given)
+
+
+def test_calls_that_are_added_leave_sizes_symbolic():
+    _, (x, *_) = fakes(symbolic=True)
+    graph = torch.fx.Graph()
+    given = graph.placeholder("x")
+    given.meta["val"] = x
+    place = graph.output(given)
+    columns = call_before(place, torch.ops.aten.permute.default, given, [1, 0])
+    product = call_before(place, torch.ops.aten.matmul.default, given, columns)
+    assert all(isinstance(_compat.symbolic_expression(size), sympy.Symbol) for size in product.meta["val"].shape)
