@@ -41,9 +41,9 @@ def _kept_below(group: Tensor, bit: Tensor | int) -> Tensor:
 def _kept_before(words: Tensor, order: str) -> Tensor:
     """Kept channels before each group of four, in a narrow type: [..., w] -> [..., w, 8].
 
-    A buffer of its own: expanding a row then takes three loads and under 30 operations an element, few enough for
-    Inductor to do it inside the loop of each query head instead of storing dense rows (``should_realize_on_reuse`` and
-    ``has_large_inner_fn`` in torch/_inductor/ir.py).
+    A buffer of its own: expanding a row then takes three loads and under 50 operations an element (under 30 in the
+    order of a GPU), few enough for Inductor to do it inside the loop of each query head instead of storing dense rows
+    (``should_realize_on_reuse`` and ``has_large_inner_fn`` in torch/_inductor/ir.py).
     """
     dtype = torch.uint8 if words.shape[-1] <= 8 else torch.int16
     earlier = _kept_below(_groups(words, order), 32).flatten(-2)[..., :-1].to(dtype)

@@ -296,6 +296,14 @@ def inductor_options(options: dict[str, Any], digest: str) -> Iterator[None]:
         yield
 
 
+def loops_of_cpus() -> dict[str, int]:
+    """Options of Inductor for a graph on a CPU: as long a loop as newer torch admits there by itself.
+
+    That of torch 2.11, 30 operations, is short of what expands a packed row, which would be stored as a dense one.
+    """
+    return {"realize_opcount_threshold": 50} if inductor_config.realize_opcount_threshold == 30 else {}
+
+
 def symbolic_expression(size: torch.SymInt) -> Any:
     """The sympy expression of a symbolic size."""
     return size.node.expr

@@ -71,7 +71,9 @@ def mustafar(
             return _compat.compile_fx(gm, example_inputs)
         plan, inputs, given = rewritten
         wrap = _launching(plan, inputs, given) if inductor.get("triton.cudagraphs", True) else None
-        with _compat.inductor_config.patch({"triton.cudagraphs": False}), torch.set_grad_enabled(_gives_gradients(gm)):
+        loops = _compat.loops_of_cpus() if graph_device(inputs) is None else {}
+        changes = {"triton.cudagraphs": False, **loops}
+        with _compat.inductor_config.patch(changes), torch.set_grad_enabled(_gives_gradients(gm)):
             compiled = _compat.compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, cache in given.caches.items() if cache.grows]
