@@ -29,12 +29,14 @@ ifeq ($(strip $(VENV)),)
   base := build/site/.installed
   demo := $(base)
   test := $(base)
+  quantizer := $(base)
   lint := $(base)
 else
   python := $(VENV)/bin/python
   base := $(VENV)/.installed
   demo := $(base)
   test := $(VENV)/.installed-test
+  quantizer := $(VENV)/.installed-architectures
   lint := $(VENV)/.installed-dev
 endif
 
@@ -44,9 +46,9 @@ help:
 	@echo "make demo    compare dense and compressed generation with a small model; MODEL=smollm2 with a pretrained one"
 	@echo "make test    run the tests; on a machine with a GPU also those for it"
 	@echo "make fuzz    random models, caches and operations, thousands of them"
-	@echo "make architectures  write docs/architectures.md, the table of what is compressed in which architecture"
+	@echo "make architectures  write docs/architectures.md, the tables of what is compressed in which architecture"
 	@echo "make peers SOURCE=DIR  transformers' own tests of generation, from its source, with each generate compiled"
-	@echo "make nightly the tests that \`make test\` leaves out, whether that table still holds, a tenth of \`make fuzz\`"
+	@echo "make nightly the tests that \`make test\` leaves out, whether those tables still hold, a tenth of \`make fuzz\`"
 	@echo "make benchmark RUN=\"attention.py --quick\"  a script of benchmarks/, see its README"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what the other targets made"
@@ -66,14 +68,14 @@ fuzz: $(test)
 		$(python) -m pytest -m '' tests/test_fuzz_*.py tests/test_portable_ops.py tests/test_native.py \
 		$(if $(WORKERS),-n $(WORKERS) --dist worksteal) --durations=15 $(TEST)
 
-architectures: $(test)
+architectures: $(test) $(quantizer)
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) --write docs/architectures.md
 
 peers: $(test)
 	OMP_NUM_THREADS=1 $(python) tests/peers.py --source $(SOURCE) $(if $(MODELS),--models $(MODELS)) $(if $(TEST),-- $(TEST))
 
-# What takes too long for every change. The new table is left in build/.
-nightly: $(test)
+# What takes too long for every change. The new tables are left in build/.
+nightly: $(test) $(quantizer)
 	$(MAKE) test TEST="-m nightly $(TEST)"
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) \

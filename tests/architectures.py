@@ -1,31 +1,32 @@
 """What becomes of each architecture of transformers: a table, made with tiny random models.
 
 ``python tests/architectures.py`` prints an outcome for each architecture, attention and cache; ``--write FILE`` also
-writes them as a table, ``--only NAME ...`` leaves the others out, ``--workers N`` measures with N processes.
+writes them as tables, ``--only NAME ...`` leaves the others out, ``--workers N`` measures with N processes. A table of
+which nothing is measured stays as it is in the file. A name with " int8" behind it is that with weights of torchao.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import warnings
-from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from architectures_page import ATTENTIONS, CACHES, INT8, Outcome, Row, changes, rewritten
 from compilers import without_compiler
 from models import prompt
 from mustafar_compile import explain
 from mustafar_compile.lowering import native
 from reference import pruned_generation
 
-ATTENTIONS, CACHES = ("sdpa", "eager"), ("dynamic", "static")
 WINDOW, NEW_TOKENS = 4, 8
 TOLERANCE = 1e-3  # of logits, in their standard deviations
 
@@ -135,31 +136,7 @@ SPEECH_TO_TEXT: dict[str, dict[str, Any]] = {
                 "begin_suppress_tokens": None, "suppress_tokens": None},
 }  # fmt: skip
 ARCHITECTURES = CAUSAL | TEXT_TO_TEXT | SPEECH_TO_TEXT
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one architecture, attention and cache.
-
-    found, compressed: attention layers in the compiled graphs, and those that run compressed in all of them. exact:
-    whether sparsity 0 gives what eager dense code gives. pruned: whether sparsity 0.5 gives what the oracle gives.
-    reasons: why layers run as they are. error: why transformers does not run it, compiled or not; else "".
-    """
-
-    found: int = 0
-    compressed: int = 0
-    exact: bool = False
-    pruned: bool = False
-    reasons: tuple[str, ...] = ()
-    error: str = ""
-
-    @property
-    def is_wrong(self) -> bool:
-        return not self.error and not (self.exact and self.pruned)
-
-
-Row = tuple[str, str, str, Outcome]
-"""Architecture, attention, cache and what became of them."""
+QUANTIZED = [name + INT8 for name in ("llama", "mistral", "mixtral")]
 
 
 @dataclass(frozen=True)
@@ -179,6 +156,8 @@ class Generated:
 
 def build(name: str, attention: str):
     """A tiny random model in eval mode. Its weights are large enough for attention, so pruning, to matter."""
+    if name in QUANTIZED:
+        return _quantized(build(name.removesuffix(INT8), attention))
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
     changes = _COMMON | CAUSAL[name] if name in CAUSAL else ARCHITECTURES[name]
@@ -191,6 +170,13 @@ def build(name: str, attention: str):
             torch.nn.init.normal_(parameter, std=0.12)
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def _quantized(model):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
 
 
 def generate(model, **how) -> Generated:
@@ -260,92 +246,36 @@ def _row(name: str, attention: str, cache: str) -> Row:
         return name, attention, cache, measure(name, attention, cache)
 
 
-def render(rows: list[Row]) -> str:
-    """The table in Markdown: combinations with the same outcome share a line, those that do not run come last."""
-    import transformers
-
-    lines, missing = [], []
-    for name, of_name in groupby(rows, key=lambda row: row[0]):
-        combinations: dict[Outcome, list[str]] = {}
-        for _, attention, cache, outcome in of_name:
-            combinations.setdefault(outcome, []).append(f"{attention} {cache}")
-        for outcome, found_in in combinations.items():
-            where = "all" if len(found_in) == len(ATTENTIONS) * len(CACHES) else ", ".join(found_in)
-            if outcome.error:
-                missing.append(f"| {name} | {where} | {outcome.error} |")
-                continue
-            agreement = " | ".join("yes" if same else "**no**" for same in (outcome.exact, outcome.pruned))
-            reasons = "; ".join(outcome.reasons)
-            lines.append(f"| {name} | {where} | {outcome.found} | {outcome.compressed} | {agreement} | {reasons} |")
-    return _PAGE.format(
-        torch=torch.__version__.split("+")[0],
-        transformers=transformers.__version__,
-        lines="\n".join(lines),
-        missing="\n".join(missing),
-    )
-
-
-_PAGE = """# Architectures
-
-What becomes of each architecture of Hugging Face transformers, made by `make architectures` (tests/architectures.py)
-with torch {torch} and transformers {transformers}. The models are tiny and random; two prompts, one of them padded, are
-continued greedily in float32 after `model.compile(backend="mustafar")`.
-
-- runs: `attn_implementation` and `cache_implementation`; "all" are sdpa and eager, each dynamic and static.
-- layers: attention layers in the compiled graphs; of an encoder-decoder the decoder's, self- and cross-attention apart.
-- compressed: those that run compressed in every graph. The others run as they are; where only the graph of the prompt
-  could not be traced (Jamba's scan), decode is compressed all the same.
-- exact: at sparsity 0, tokens and logits are those of eager dense code.
-- pruned: at sparsity 0.5, tokens and logits are those of the oracle, eager code that prunes what decodes compressed.
-
-| architecture | runs | layers | compressed | exact | pruned | why not all |
-| --- | --- | --- | --- | --- | --- | --- |
-{lines}
-
-## What transformers itself does not run, or not right
-
-| architecture | runs | what it says |
-| --- | --- | --- |
-{missing}
-"""
-
-
-def read_table(page: str) -> dict[tuple[str, ...], tuple[int, int]]:
-    """(layers, compressed) of each architecture, attention and cache that a page says to run."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
-    everything = ", ".join(f"{attention} {cache}" for attention, cache in product(ATTENTIONS, CACHES))
-    return {
-        (row[0], *run.split()): (int(row[2]), int(row[3]))
-        for row in cells
-        if len(row) == 7 and row[2].isdigit()
-        for run in (everything if row[1] == "all" else row[1]).split(", ")
-    }
-
-
-def changes(page: str, earlier: str, names: Collection[str]) -> list[str]:
-    """Where a page says otherwise than an earlier one which layers of the architectures ``names`` are compressed."""
-    new, old = read_table(page), read_table(earlier)
-    return [
-        f"{' '.join(run)}: (layers, compressed) were {old.get(run, 'not run')}, are {new.get(run, 'not run')}"
-        for run in sorted(new.keys() | old.keys())
-        if run[0] in names and new.get(run) != old.get(run)
-    ]
-
-
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
+    names = [*ARCHITECTURES, *QUANTIZED]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="where to write the table")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="a table that must say the same")
-    parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, metavar="NAME", default=list(ARCHITECTURES))
+    parser.add_argument("--write", type=Path, metavar="FILE", help="where to write the tables")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="tables that must say the same")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help='such as llama "llama int8"')
     parser.add_argument("--workers", type=int, metavar="N", default=1, help="processes to measure with")
-    arguments = parser.parse_args()
-    rows = measure_all(arguments.only, arguments.workers)
-    if arguments.write:
-        arguments.write.write_text(render(rows))
+    arguments = parser.parse_args(given)
+    if not _has_torchao():
+        needed = f"torchao is not installed, which {', '.join(QUANTIZED)} need: pip install '.[architectures]'"
+        if set(arguments.only or ()) & set(QUANTIZED):
+            parser.error(needed)
+        if not arguments.only:
+            print(f"left out: {needed}")
+            names = list(ARCHITECTURES)
+    _report(measure_all(arguments.only or names, arguments.workers), arguments.write, arguments.compare)
+
+
+def _has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
+
+
+def _report(rows: list[Row], write: Path | None, compare: Path | None) -> None:
+    """Write the tables and end with what is wrong in them or not as in others."""
+    if write:
+        write.write_text(rewritten(write.read_text() if write.exists() else "", rows))
     problems = [f"wrong: {' '.join(row[:3])}" for row in rows if row[3].is_wrong]
-    if arguments.compare:
-        changed = changes(render(rows), arguments.compare.read_text(), arguments.only)
-        problems += [f"not as in {arguments.compare}: {change}" for change in changed]
+    if compare:
+        changed = changes(rewritten("", rows), compare.read_text(), {row[0] for row in rows})
+        problems += [f"not as in {compare}: {change}" for change in changed]
     if problems:
         raise SystemExit("\n".join(problems))
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures import ARCHITECTURES, Generated, build, changes, generate, measure, read_table
+import architectures
+import architectures_page
+from architectures import ARCHITECTURES, QUANTIZED, Generated, build, generate, main, measure
+from architectures_page import INT8, Outcome, changes, read_table, rewritten
 from nightly import at_night
 from reference import pruned_generation
 
@@ -89,9 +92,58 @@ def test_changes_of_the_table():
     assert changes(fewer, page, ["mistral"]) == []
 
 
-def test_the_table_holds_every_architecture_and_nothing_wrong():
+def test_a_table_of_which_nothing_is_measured_stays(monkeypatch):
+    monkeypatch.setattr(architectures_page, "version", lambda package: "1.0")
+    found = Outcome(found=3, compressed=1, exact=True, pruned=True, reasons=("why",))
+    rows = [("llama", "sdpa", "static", found), ("llama", "eager", "static", Outcome(error="not so"))]
+    plain, heading, quantized = TABLE.read_text().partition("## With int8 weights\n")
+    page = rewritten(plain + heading + quantized, rows)
+    assert page.endswith(heading + quantized)
+    assert "| llama | sdpa static | 3 | 1 | yes | yes | why |\n" in page
+    assert "| llama | eager static | not so |\n" in page
+    page = rewritten(plain + heading + quantized, [(name + INT8, *rest) for name, *rest in rows])
+    assert page.startswith(plain + heading)
+    assert page.endswith(
+        "| llama int8 | sdpa static | 3 | 1 | yes | yes | why |\n"
+        "| llama int8 | eager static | - | - | - | - | not so |\n"
+    )
+
+
+@pytest.fixture
+def without_torchao(monkeypatch):
+    """And nothing is measured."""
+    measured = []
+    monkeypatch.setattr(architectures, "_has_torchao", lambda: False)
+    monkeypatch.setattr(architectures, "measure_all", lambda names, workers: measured.extend(names) or [])
+    return measured
+
+
+def test_without_torchao_what_needs_it_is_left_out(without_torchao, capsys):
+    main([])
+    assert without_torchao == list(ARCHITECTURES)
+    assert "left out: torchao is not installed, which llama int8, " in capsys.readouterr().out
+
+
+def test_without_torchao_what_needs_it_is_refused(without_torchao, capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "llama", "llama int8"])
+    assert "pip install '.[architectures]'" in capsys.readouterr().err
+    assert not without_torchao
+
+
+@pytest.mark.nightly
+def test_quantized_weights():
+    pytest.importorskip("torchao")
+    outcome = measure("llama int8", "sdpa", "static")
+    assert (outcome.found, outcome.compressed) == (2, 2)
+    assert not outcome.is_wrong
+    plain, quantized = (generate(build(name, "sdpa")) for name in ("llama", "llama int8"))
+    assert not plain.agrees(quantized)
+
+
+def test_the_tables_hold_every_architecture_and_nothing_wrong():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.read_text().splitlines()]
     rows = [row for row in cells if len(row) == 7 and re.match("all|sdpa|eager", row[1])]
-    assert {row[0] for row in rows} == set(ARCHITECTURES)
+    assert {row[0] for row in rows} == {*ARCHITECTURES, *QUANTIZED}
     assert {answer for row in rows for answer in row[4:6]} == {"yes"}
     assert all(row[6] for row in rows if row[2] != row[3])
