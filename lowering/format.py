@@ -23,6 +23,17 @@ one in each byte. Bits of channels past ``D`` are 0.
 That is the order "blocks". In the order "rows", for CPUs, values are ``[B, H, N, 32, kept]``, those of a token side by
 side, and channel ``32 * w + i`` is bit ``i`` of word ``w``: what an instruction that expands a row by a bitmap takes.
 
+Kept elements may be stored in fewer bits, by a code (``codes.py`` says what the numbers mean). Then ``values`` holds an
+int8 for each, or a byte for two of them (of eight elements, byte ``j`` has the ``j``-th in its lower and the ``j + 4``-th
+in its upper half), and there is a number or two for each row:
+
+======  ==========================  =====  =====================================================================
+peaks   [B, H, N, 32, 1]            dtype  the largest magnitude of the row; NaN where that is not finite
+floors  [B, H, N, 32, 1]            uint8  int4 only: the level of the smallest kept magnitude of the row, up to 127
+======  ==========================  =====  =====================================================================
+
+A coded cache that keeps all channels has no bitmap.
+
 The ring has room for the window and for ``MAX_QUERY_TOKENS`` tokens that have left it. With ``tokens`` written and the
 ring holding those from ``held`` on, the tokens below ``max(held, tokens - window)`` count as pruned and are packed in
 ``values`` and ``bitmap``; slots from there on hold nothing that is read, and may hold anything. A cache that is rewound
@@ -60,8 +71,10 @@ MAX_QUERY_TOKENS = 16
 EXTREME = 2.0**97
 """NaN, infinities and magnitudes from here on are extreme: tricks of fast kernels are not exact with them."""
 
-CODES = ("none",)
-"""How kept elements may be stored. none: in the dtype of the cache."""
+CODES = ("none", "int8", "int4")
+"""How kept elements may be stored. none: in the dtype of the cache; int8, int4: see ``codes``."""
+
+_VALUES = {"none": None, "int8": torch.int8, "int4": torch.uint8}  # dtypes of the buffer ``values``
 
 ORDERS = ("blocks", "rows")
 """How kept elements and bits stand."""
@@ -175,9 +188,11 @@ class Format:
         return _interned(cls(head_dim, kept, window, code, order))
 
     @classmethod
-    def of(cls, head_dim: int, sparsity: float, window: int, order: str = "blocks") -> Format:
+    def of(
+        cls, head_dim: int, sparsity: float, window: int, order: str = "blocks", code: str = "none"
+    ) -> Format:
         """The format for a sparsity in [0, 1)."""
-        return cls.interned(head_dim, kept_elements(head_dim, sparsity), window, order=order)
+        return cls.interned(head_dim, kept_elements(head_dim, sparsity), window, code, order)
 
     def ordered(self, order: str) -> Format:
         """This format with its elements in another order."""
@@ -212,6 +227,11 @@ class Format:
         return -(-self.head_dim // WORD_CHANNELS)
 
     @property
+    def has_bitmap(self) -> bool:
+        """Whether it is stored which channels were kept. A coded row that keeps all of them does without."""
+        return self.code == "none" or self.kept < self.head_dim
+
+    @property
     def ring(self) -> int:
         """Slots of the ring of exact tokens."""
         return self.window + MAX_QUERY_TOKENS
@@ -219,13 +239,18 @@ class Format:
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """What a cache consists of, in the order in which the ops take it."""
-        values = (self.kept // CHUNK, "tokens", CHUNK) if self.order == "blocks" else ("tokens", self.kept)
-        return (
-            Buffer("values", ("batch", "heads", "blocks", *values)),
-            Buffer("bitmap", ("batch", "heads", "blocks", "tokens", self.words), torch.int32),
-            Buffer("window", ("batch", "heads", self.ring, self.head_dim)),
-            Buffer("counts", ("batch", 3), torch.int64),
-        )
+        chunk = CHUNK // 2 if self.code == "int4" else CHUNK
+        chunks = self.kept // CHUNK
+        row = (chunks, "tokens", chunk) if self.order == "blocks" else ("tokens", chunks * chunk)
+        of_rows = [Buffer("values", _in_blocks(*row), _VALUES[self.code])]
+        if self.has_bitmap:
+            of_rows.append(Buffer("bitmap", _in_blocks("tokens", self.words), torch.int32))
+        if self.code != "none":
+            of_rows.append(Buffer("peaks", _in_blocks("tokens", 1)))
+        if self.code == "int4":
+            of_rows.append(Buffer("floors", _in_blocks("tokens", 1), torch.uint8))
+        window = Buffer("window", ("batch", "heads", self.ring, self.head_dim))
+        return (*of_rows, window, Buffer("counts", ("batch", 3), torch.int64))
 
     @property
     def packed(self) -> tuple[Buffer, ...]:
@@ -260,29 +285,33 @@ class Format:
 
     def capacity_of(self, buffers: Sequence[Tensor]) -> int:
         """Tokens that the packed part of a cache has room for."""
-        return BLOCK_TOKENS * buffers[self.place("bitmap")].shape[2]
+        return BLOCK_TOKENS * buffers[0].shape[2]
 
     def check(self, buffers: Sequence[Tensor]) -> None:
         """Raise FormatError unless these tensors are the buffers of one cache: names, shapes, dtypes, one device."""
         if len(buffers) != len(self.buffers) or not all(isinstance(b, Tensor) and b.dim() for b in buffers):
             names = ", ".join(buffer.name for buffer in self.buffers)
             raise FormatError(f"a compressed cache has the tensors {names}; given are {len(buffers)} things")
-        bitmap, window = (buffers[self.place(name)] for name in ("bitmap", "window"))
-        if bitmap.dim() != 5 or not bitmap.shape[2] or window.dtype not in CACHE_DTYPES:
-            raise FormatError(f"{_described(bitmap)} and {_described(window)} are no bitmap and window of {self}")
-        sizes = _sizes(*bitmap.shape[:3])
+        values, window = buffers[0], self.window_of(buffers)
+        if values.dim() != len(self.buffers[0].dims) or not values.shape[2] or window.dtype not in CACHE_DTYPES:
+            raise FormatError(f"{_described(values)} and {_described(window)} are no values and window of {self}")
+        sizes = _sizes(*values.shape[:3])
         for buffer, given in zip(self.buffers, buffers, strict=True):
-            wanted = buffer.shape(sizes), buffer.dtype or window.dtype, bitmap.device
+            wanted = buffer.shape(sizes), buffer.dtype or window.dtype, values.device
             if (tuple(given.shape), given.dtype, given.device) != wanted:
                 raise FormatError(
                     f"the buffer {buffer.name} of a compressed cache is {_described(given)}; accepted is "
-                    f"{list(wanted[0])} {wanted[1]} on {wanted[2]}, as {self} and its bitmap ask for"
+                    f"{list(wanted[0])} {wanted[1]} on {wanted[2]}, as {self} and its values ask for"
                 )
 
 
 @functools.cache
 def _interned(format: Format) -> Format:
     return format
+
+
+def _in_blocks(*dims: int | str) -> tuple[int | str, ...]:
+    return ("batch", "heads", "blocks", *dims)
 
 
 def _sizes(batch: Any, heads: Any, blocks: Any) -> dict[str, Any]:

@@ -114,9 +114,11 @@ def _blocked(rows: Tensor, buffer: Buffer) -> Tensor:
 def reordered(buffers: Sequence[Tensor], format: Format, order: str) -> list[Tensor]:
     """The buffers of the same cache with its elements in another order."""
     cache, wanted = _Cache(buffers, format), format.ordered(order)
-    values, words = (rows.flatten(2, 3) for rows in cache.all_rows())
-    rows = values, packing.reordered_words(words, format.order, order)
-    packed = (_blocked(x, buffer) for x, buffer in zip(rows, wanted.packed, strict=True))
+    rows = dict(zip(cache.packed, (rows.flatten(2, 3) for rows in cache.all_rows()), strict=True))
+    packed = (
+        _blocked(packing.reordered_words(x, format.order, order) if buffer.name == "bitmap" else x, into)
+        for (buffer, x), into in zip(rows.items(), wanted.packed, strict=True)
+    )
     return [*packed, cache.window, cache.counts]
 
 
@@ -145,7 +147,7 @@ def decompress(buffers: Sequence[Tensor], format: Format, length: int) -> Tensor
     tokens, held = cache.counts[:, 0:1], cache.counts[:, 1:2]
     written = torch.where((token < tokens)[:, None, :, None], in_ring, 0)
     first_exact = torch.maximum(held, tokens - format.window)
-    return torch.where((token < first_exact)[:, None, :, None], pruned, written).contiguous()
+    return torch.where((token < first_exact)[:, None, :, None], pruned.to(written.dtype), written).contiguous()
 
 
 def append(rows: Tensor, buffers: Sequence[Tensor], format: Format, position: Tensor | None) -> None:
@@ -259,7 +261,7 @@ def attend(
     weights = packing.computed_once(_softmax(torch.cat(scores, dim=-1)))
     split, end = key.slots, key.slots + key_format.ring
     # What no token attends to may hold anything, and 0 * NaN is NaN.
-    rows = packing.cleared(value.all_rows(), pruned[:, -1].view(batch, 1, -1, BLOCK_TOKENS))
+    rows = packing.cleared(value.all_rows(), pruned[:, -1].view(batch, 1, -1, BLOCK_TOKENS), value_format)
     past = packing.expand(rows, value_format)
     recent = torch.where(exact.any(1)[:, None, :, None], value.window, 0).unsqueeze(2)
     differ = not (isinstance(count, int) and count == 1)

@@ -1,7 +1,7 @@
 """Rows in plain PyTorch: pruning, packing, expanding. They know nothing of blocks.
 
 A row is one token of one KV head. Packed, it is one tensor for each buffer of its format that grows, in their order:
-values [..., K] and bitmap words [..., w], int32.
+values [..., K] and bitmap words [..., w], int32; with a code, fewer or narrower values, and what ``codes`` adds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import codes
 from .format import EXTREME, WORD_CHANNELS, Format
 
 _EACH_BYTE = 0x01010101  # a group of four channels, all kept
@@ -59,17 +60,26 @@ def channel_ranks(words: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def expand(packed: Sequence[Tensor], format: Format) -> Tensor:
-    """Dense rows [..., D] of packed ones, zero where pruned."""
-    values, words = packed
-    kept, rank = channel_ranks(words, format)
-    gathered = values.gather(-1, rank.clamp(max=format.kept - 1))
-    return torch.where(kept, gathered, 0)
+    """Dense rows [..., D] of packed ones, zero where pruned. Of a code they are float32, else of the cache's dtype."""
+    row = _named(packed, format)
+    if not format.has_bitmap:
+        return codes.decoded(row, torch.arange(format.head_dim, device=packed[0].device), format.code)
+    kept, rank = channel_ranks(row["bitmap"], format)
+    rank = rank.clamp(max=format.kept - 1)
+    elements = row["values"].gather(-1, rank) if format.code == "none" else codes.decoded(row, rank, format.code)
+    return torch.where(kept, elements, 0)
 
 
-def cleared(packed: Sequence[Tensor], stays: Tensor) -> tuple[Tensor, ...]:
+def cleared(packed: Sequence[Tensor], stays: Tensor, format: Format) -> list[Tensor]:
     """Packed rows that are all zero but where ``stays`` [...]: cheaper than to clear what they are expanded to."""
-    values, words = packed
-    return values, computed_once(torch.where(stays.unsqueeze(-1), words, 0))
+    row = _named(packed, format)
+    decides = "bitmap" if format.code == "none" else "peaks"
+    row[decides] = computed_once(torch.where(stays.unsqueeze(-1), row[decides], 0))
+    return list(row.values())
+
+
+def _named(packed: Sequence[Tensor], format: Format) -> dict[str, Tensor]:
+    return {buffer.name: x for buffer, x in zip(format.packed, packed, strict=True)}
 
 
 def _ranking_keys(x: Tensor) -> Tensor:
@@ -107,14 +117,17 @@ def reordered_words(words: Tensor, order: str, wanted: str) -> Tensor:
     return (kept << channel_bits(wanted, words.device)).sum(-1, dtype=torch.int32)
 
 
-def pack(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Prune and pack rows [..., D]: values [..., K] and words [..., w] int32."""
+def pack(x: Tensor, format: Format) -> list[Tensor]:
+    """Prune and pack rows [..., D]: values, words of the bitmap and what a code adds, where the format has them."""
+    if not format.has_bitmap:
+        return codes.encoded(x, format.code)
     mask = keep_mask(x, format.kept)
     words = _words(mask, format.order)
     _, rank = channel_ranks(words, format)
     slot = torch.where(mask, rank, format.kept)  # pruned elements all go to one slot that is cut off
-    values = x.new_zeros(*x.shape[:-1], format.kept + 1).scatter(-1, slot, x)
-    return values[..., : format.kept].contiguous(), words
+    kept = x.new_zeros(*x.shape[:-1], format.kept + 1).scatter(-1, slot, x)
+    values, *others = codes.encoded(kept[..., : format.kept].contiguous(), format.code)
+    return [values, words, *others]
 
 
 def extreme(x: Tensor) -> Tensor:

@@ -28,6 +28,6 @@ def policy(settings: Settings) -> FormatOf:
             )
         if layer in settings.skip_layers:
             return None
-        return Format.of(head_dim, settings.sparsity(role), settings.window, order_for(device))
+        return Format.of(head_dim, settings.sparsity(role), settings.window, order_for(device), settings.code(role))
 
     return format_of

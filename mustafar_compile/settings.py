@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .lowering.format import CODES
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -13,6 +15,9 @@ class Settings:
 
     key_sparsity: fraction of each pruned key that is dropped, in [0, 1). 0 keeps everything.
     value_sparsity: the same for values.
+    key_code: how kept elements of keys are stored: "none" as they are, "int8" or "int4" in so many bits, relative to the
+        largest magnitude of their row.
+    value_code: the same for values.
     window: latest tokens that stay dense and exact, at least 1.
     skip_layers: numbers of the attention layers that are left dense, counted from 0.
     strict: raise NothingMatchedError for a graph in which no attention could be rewritten. A graph with neither
@@ -25,6 +30,8 @@ class Settings:
 
     key_sparsity: float = 0.5
     value_sparsity: float = 0.5
+    key_code: str = "none"
+    value_code: str = "none"
     window: int = 32
     skip_layers: frozenset[int] = field(default_factory=frozenset)
     strict: bool = False
@@ -35,6 +42,9 @@ class Settings:
         for name in ("key_sparsity", "value_sparsity"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+        for name in ("key_code", "value_code"):
+            value = getattr(self, name)
+            _check(name, value, value in CODES, f"one of {', '.join(map(repr, CODES))}")
         _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
         for name in ("strict", "release_dense", "raise_errors"):
             value = getattr(self, name)
@@ -48,6 +58,10 @@ class Settings:
     def sparsity(self, role: str) -> float:
         """The sparsity of "key" or "value"."""
         return self.key_sparsity if role == "key" else self.value_sparsity
+
+    def code(self, role: str) -> str:
+        """The code of "key" or "value"."""
+        return self.key_code if role == "key" else self.value_code
 
 
 def _is_number(value: Any) -> bool:

@@ -69,9 +69,9 @@ class Cache(list):
         return self.changed(lambda x: x.to(device))
 
 
-def compressed(dense, tokens, kept, window, capacity, by=ops, order="blocks"):
+def compressed(dense, tokens, kept, window, capacity, by=ops, order="blocks", code="none"):
     """``by.compress``; ``by`` is ``ops`` or one that carries them out. tokens: a number, or one for each row."""
-    format = Format.interned(dense.shape[3], kept, window, order=order)
+    format = Format.interned(dense.shape[3], kept, window, code, order)
     tokens = torch.as_tensor(tokens, device=dense.device).reshape(-1)
     return Cache(by.compress(dense, tokens, format.encode() if by is ops else format, capacity), format)
 

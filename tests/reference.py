@@ -29,10 +29,27 @@ def prune(x: Tensor, kept: int) -> Tensor:
     return torch.where(kept_mask(x, kept), x, torch.zeros_like(x))
 
 
-def pruned_cache(x: Tensor, sparsity: float, window: int) -> Tensor:
-    """A cache tensor [B, H, n, D] in which all tokens but the last ``window`` are pruned."""
-    pruned = max(x.shape[2] - window, 0)
-    return torch.cat([prune(x[:, :, :pruned], kept_count(x.shape[3], sparsity)), x[:, :, pruned:]], dim=2)
+def quantized(x: Tensor, kept: int, code: str) -> Tensor:
+    """What rows [..., D] are once they are pruned and stored in a code, in float32."""
+    row = prune(x, kept).float()
+    peak = row.abs().amax(-1, keepdim=True)
+    level = (row.abs() * (127 / peak)).round().where(peak >= 2.0**-119, 0)
+    if code == "int4":
+        floor = level.masked_fill(~kept_mask(x, kept), 127).amin(-1, keepdim=True).double()
+        levels = [(floor + (127 - floor) * i * (8 * i + floor) / (7 * (56 + floor)) + 0.5).floor() for i in range(8)]
+        levels = torch.cat(levels, -1).unsqueeze(-2)
+        distance = (level.double().unsqueeze(-1) - levels).abs()
+        level = levels.expand(distance.shape).gather(-1, distance.argmin(-1, keepdim=True)).squeeze(-1).float()
+    row = (level.copysign(row) * (peak * (1 / 127))).masked_fill(~peak.isfinite(), math.nan)
+    return row.where(kept_mask(x, kept), 0)
+
+
+def pruned_cache(x: Tensor, sparsity: float, window: int, code: str = "none") -> Tensor:
+    """A cache tensor [B, H, n, D] in which all tokens but the last ``window`` are pruned; float32 with a code."""
+    first_exact = max(x.shape[2] - window, 0)
+    kept, past = kept_count(x.shape[3], sparsity), x[:, :, :first_exact]
+    pruned = prune(past, kept) if code == "none" else quantized(past, kept, code)
+    return torch.cat([pruned, x[:, :, first_exact:].to(pruned.dtype)], dim=2)
 
 
 def reference_attention(

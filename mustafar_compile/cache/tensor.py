@@ -81,16 +81,18 @@ class CompressedKV(Handle):
         return cache
 
     @classmethod
-    def from_dense(cls, dense: Tensor, sparsity: float, window: int, tokens: int | None = None) -> CompressedKV:
+    def from_dense(
+        cls, dense: Tensor, sparsity: float, window: int, tokens: int | None = None, code: str = "none"
+    ) -> CompressedKV:
         """Compress a dense [B, H, S, D] of which ``tokens`` are written (default: all, and the cache can grow).
 
-        dense: float32, float16 or bfloat16, D a multiple of 8. sparsity: in [0, 1). window: at least 1. Raises
-        ValueError for anything else.
+        dense: float32, float16 or bfloat16, D a multiple of 8. sparsity: in [0, 1). window: at least 1. code: how kept
+        elements are stored, one of ``lowering.format.CODES``. Raises ValueError for anything else.
         """
         _check_dense(dense, tokens)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity!r} is not accepted; it must be a number in [0, 1)")
-        format = Format.of(dense.shape[3], sparsity, window, order_for(dense.device))
+        format = Format.of(dense.shape[3], sparsity, window, order_for(dense.device), code)
         grows = tokens is None
         length = dense.shape[2]
         capacity = grown_capacity(length) if grows else length
@@ -175,6 +177,7 @@ class CompressedKV(Handle):
 
     def __repr__(self) -> str:
         kept = f"{self.format.kept} of {self.format.head_dim} kept"
+        kept += f" in {self.format.code}" if self.format.code != "none" else ""
         return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"
 
     @classmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SavedCacheError
+from ..lowering.codes import TOP
 from ..lowering.format import BLOCK_TOKENS, Format, FormatError, blocks_for
 from ..lowering.rows import channel_bits
 
@@ -25,7 +26,10 @@ def check_saved(format: Any, buffers: Any, tokens: Any, grows: Any, tokens_dim: 
     _require(type(tokens_dim) is int and tokens_dim in (1, 2), f"its tokens are dimension {tokens_dim!r}, not 1 or 2")
     if known.window_of(buffers).device.type != "meta":  # where there is nothing to look at
         _check_counts(known, buffers, tokens, grows)
-        _check_bitmap(known, buffers)
+        if known.has_bitmap:
+            _check_bitmap(known, buffers)
+        if "floors" in (names := [buffer.name for buffer in known.packed]):
+            _require(bool((buffers[names.index("floors")] <= TOP).all()), f"a floor of some row is above {TOP}")
 
 
 def _require(holds: bool, problem: str) -> None:
