@@ -1,16 +1,18 @@
 """Codes: how kept elements are stored in fewer bits than the cache's dtype. The contract, in plain PyTorch.
 
-An element becomes a level, an integer from -127 to 127, relative to the largest magnitude of its row, the peak. It stands
-for ``level * peak / 127``. Signs stay, what is larger never gets a smaller level, and the peak is exact (in float32 to a
-unit in the last place).
+An element becomes a level, an integer from -127 to 127, relative to the largest magnitude of its row, the peak. It
+stands for ``level * peak / 127``. Signs stay, what is larger never gets a smaller level, and the peak is exact (in
+float32 to a unit in the last place).
 
 - **int8**: the nearest level.
 - **int4**: a sign and the nearest of eight levels of the row's own. They run from the floor, the level of the smallest
-  kept magnitude, to 127, in steps that grow: level i is ``floor + (127 - floor) * i * (8 i + floor) / (7 (56 + floor))``,
-  rounded. Kept magnitudes span one to four binades, in which that is near to the best eight levels for Gaussian rows, and
-  for rows with outliers it beats even steps by far. With a floor of 0 the steps are those of a square, and zeros stay zeros.
+  kept magnitude, to 127, in steps that grow: level i is
+  ``floor + (127 - floor) * i * (8 i + floor) / (7 (56 + floor))``, rounded.
+  Kept magnitudes span one to four binades. There this is near to the best eight levels for Gaussian rows, and
+  with outliers far better than even steps. With a floor of 0 the steps are those of a square, and zeros stay zeros.
 
-A row that is not finite has a peak of NaN and is NaN as a whole. One without anything from ``TINY`` on is stored as zeros.
+A row that is not finite has a peak of NaN and is NaN as a whole. One without anything from ``TINY`` on is stored as
+zeros.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _HALF = CHUNK // 2
 
 
 def encoded(kept: Tensor, code: str) -> list[Tensor]:
-    """The kept elements [..., K] of rows, in the dtype of the cache, as the buffers have them: values, then the rest."""
+    """The kept elements [..., K] of rows, in the cache's dtype, as the buffers have them: values, then the rest."""
     if code == "none":
         return [kept]
     magnitudes = kept.float().abs()

@@ -24,8 +24,8 @@ That is the order "blocks". In the order "rows", for CPUs, values are ``[B, H, N
 side, and channel ``32 * w + i`` is bit ``i`` of word ``w``: what an instruction that expands a row by a bitmap takes.
 
 Kept elements may be stored in fewer bits, by a code (``codes.py`` says what the numbers mean). Then ``values`` holds an
-int8 for each, or a byte for two of them (of eight elements, byte ``j`` has the ``j``-th in its lower and the ``j + 4``-th
-in its upper half), and there is a number or two for each row:
+int8 for each, or a byte for two of them (of eight elements, byte ``j`` has the ``j``-th in its lower half and the
+``j + 4``-th in its upper half), and there is a number or two for each row:
 
 ======  ==========================  =====  =====================================================================
 peaks   [B, H, N, 32, 1]            dtype  the largest magnitude of the row; NaN where that is not finite
@@ -188,9 +188,7 @@ class Format:
         return _interned(cls(head_dim, kept, window, code, order))
 
     @classmethod
-    def of(
-        cls, head_dim: int, sparsity: float, window: int, order: str = "blocks", code: str = "none"
-    ) -> Format:
+    def of(cls, head_dim: int, sparsity: float, window: int, order: str = "blocks", code: str = "none") -> Format:
         """The format for a sparsity in [0, 1)."""
         return cls.interned(head_dim, kept_elements(head_dim, sparsity), window, code, order)
 

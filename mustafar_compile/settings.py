@@ -15,8 +15,8 @@ class Settings:
 
     key_sparsity: fraction of each pruned key that is dropped, in [0, 1). 0 keeps everything.
     value_sparsity: the same for values.
-    key_code: how kept elements of keys are stored: "none" as they are, "int8" or "int4" in so many bits, relative to the
-        largest magnitude of their row.
+    key_code: how kept elements of keys are stored: "none" as they are, "int8" or "int4" in so many bits, relative to
+        the largest magnitude of their row.
     value_code: the same for values.
     window: latest tokens that stay dense and exact, at least 1.
     skip_layers: numbers of the attention layers that are left dense, counted from 0.

@@ -91,8 +91,8 @@ def test_bytes_of_a_token(code, kept, share):
 
 
 @pytest.mark.parametrize("code", CODED)
-@pytest.mark.parametrize("kept", (16, 40))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("kept", [16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_cache_holds_coded_rows_before_the_window(code, kept, dtype):
     dense = randn(2, 3, 70, 40, seed=1, dtype=dtype)
     caches = [compressed(dense, 70, kept, 8, 70, portable, order, code) for order in ORDERS]
