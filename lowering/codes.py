@@ -22,8 +22,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .format import CHUNK
-
 TOP = 127
 """The level of the largest magnitude of a row."""
 
@@ -31,7 +29,6 @@ TINY = 2.0**-119
 """Rows of smaller magnitudes count as zero: 127 over them would overflow."""
 
 _LEVELS = 8  # of int4, without the sign
-_HALF = CHUNK // 2
 
 
 def encoded(kept: Tensor, code: str) -> list[Tensor]:
@@ -51,8 +48,8 @@ def encoded(kept: Tensor, code: str) -> list[Tensor]:
     index = torch.zeros_like(level)
     for i in range(1, _LEVELS):
         index = index + (2 * level > level_of(i - 1, floor) + level_of(i, floor)).to(torch.int32)
-    nibble = (index + _LEVELS * negative.to(torch.int32)).unflatten(-1, (-1, 2, _HALF))
-    values = (nibble[..., 0, :] | nibble[..., 1, :] << 4).flatten(-2).to(torch.uint8)
+    nibble = (index + _LEVELS * negative.to(torch.int32)).unflatten(-1, (-1, 2))
+    values = (nibble[..., 0] | nibble[..., 1] << 4).to(torch.uint8)
     return [values, peaks, floor.to(torch.uint8)]
 
 
@@ -63,7 +60,7 @@ def decoded(row: Mapping[str, Tensor], rank: Tensor, code: str) -> Tensor:
     if code == "int8":
         level = values.gather(-1, rank).float()
     else:
-        nibble = values.gather(-1, rank // CHUNK * _HALF + rank % _HALF).to(torch.int32) >> rank % CHUNK // _HALF * 4
+        nibble = values.gather(-1, rank // 2).to(torch.int32) >> rank % 2 * 4
         level = level_of((nibble & (_LEVELS - 1)), (row["floors"] & TOP).to(torch.int32)).float()
         level = torch.where((nibble & _LEVELS) != 0, -level, level)
     return level * (row["peaks"].float() * (1 / TOP))

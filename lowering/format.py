@@ -24,8 +24,8 @@ That is the order "blocks". In the order "rows", for CPUs, values are ``[B, H, N
 side, and channel ``32 * w + i`` is bit ``i`` of word ``w``: what an instruction that expands a row by a bitmap takes.
 
 Kept elements may be stored in fewer bits, by a code (``codes.py`` says what the numbers mean). Then ``values`` holds an
-int8 for each, or a byte for two of them (of eight elements, byte ``j`` has the ``j``-th in its lower half and the
-``j + 4``-th in its upper half), and there is a number or two for each row:
+int8 for each, or a byte for two of them (byte ``j`` of a row has its element ``2 j`` in the lower half and ``2 j + 1``
+in the upper one), and there is a number or two for each row:
 
 ======  ==========================  =====  =====================================================================
 peaks   [B, H, N, 32, 1]            dtype  the largest magnitude of the row; NaN where that is not finite
