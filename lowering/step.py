@@ -16,7 +16,7 @@ from .checks import OUT_OF_PLACE, UNWRITTEN
 from .format import Format
 from .masks import MASKED, decides_later
 from .ptx.decode import Decode
-from .ptx.decode_steps import Rows
+from .ptx.rows import Rows
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 STATIC_SHARED_BYTES = 48 * 1024
@@ -176,7 +176,7 @@ def _kernels(step: Step, template: str, **constants: Any) -> ModuleType:
 @functools.cache
 def _tuned(step: Step) -> Tuned | None:
     formats = step.key, step.value
-    if step.dtype == "fp32" or any(f.head_dim % 32 or f.code not in ptx.CODES for f in formats):
+    if step.dtype == "fp32" or any(f.head_dim % 32 for f in formats):
         return None
     return next((t for warps in (4, 2) if (t := Tuned(step, warps)).fits()), None)
 
@@ -192,7 +192,7 @@ class Tuned:
     def decode(self) -> Decode:
         """Its inline assembly."""
         step = self.step
-        keys, values = (Rows(f.words, f.kept) for f in (step.key, step.value))
+        keys, values = (Rows(f.words, f.kept, f.code) for f in (step.key, step.value))
         return Decode(keys, values, min(step.query_rows, _ROWS_A_PROGRAM), self.warps, _MMA_DTYPES[step.dtype])
 
     @property
@@ -205,7 +205,9 @@ class Tuned:
         """The most registers of a thread: 128 let 16 warps run on a multiprocessor, 168 let 12."""
         if max(self.step.key.head_dim, self.step.value.head_dim) > 128:
             return 255
-        prefetched = max(rows.words + rows.packed for rows in (self.decode.keys, self.decode.values))
+        prefetched = max(len(rows.registers()) for rows in (self.decode.keys, self.decode.values))
+        if not (self.decode.keys.has_bitmap and self.decode.values.has_bitmap) and prefetched > 24:
+            return 168  # nothing is staged: both rows are in registers at once
         return 128 if prefetched <= (24 if self.step.softcap else 44) else 168
 
     @property
@@ -234,6 +236,8 @@ class Tuned:
             "MERGE": decode.merge(),
         }
         constants = {"heads": decode.heads, "groups": decode.groups, "accumulators": decode.accumulators}
+        constants |= {"key_rows": decode.keys, "value_rows": decode.values}
+        constants |= {"has_table": decode.has_table, "normalised": decode.normalised}
         constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key.head_dim, 128)}
         return render.kernels("attend_nvidia", blocks=blocks, **constants, **self.step.constants(), overlap=overlap)
 

@@ -20,10 +20,10 @@ def listed(prefix: str, *indices: int) -> str:
     return "{" + ",".join(f"{prefix}{i}" for i in indices) + "}"
 
 
-def vectors(prefix: str, count: int) -> Iterator[tuple[int, str, str]]:
+def vectors(prefix: str, count: int, first: int = 0) -> Iterator[tuple[int, str, str]]:
     """Registers in the widest vectors that divide ``count``: the first index, the type (v4.b32), the operand."""
     width = next(n for n in (4, 2, 1) if count % n == 0)
-    for i in range(0, count, width):
+    for i in range(first, first + count, width):
         yield (i, "b32", f"{prefix}{i}") if width == 1 else (i, f"v{width}.b32", listed(prefix, *range(i, i + width)))
 
 

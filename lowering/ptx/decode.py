@@ -6,25 +6,20 @@ from dataclasses import dataclass
 
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
-    Rows,
     accumulate,
     exchange,
-    expand_setup,
-    expand_word,
-    locate_words,
     merge_warps,
-    prefetch,
+    normalise,
     rescale,
+    scale_scores,
     score_setup,
     score_word,
     share_partial,
-    stage,
     transpose,
     transposer,
     weigh,
 )
-
-_NEXT = {"bitmap": "l", "values": "l", "next": "r", "lane": "r"}  # what ``prefetch`` takes
+from .rows import LEVEL_TABLE_BYTES, Rows, expand_setup, expand_word, locate_words, prefetch, scales, stage
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,26 @@ class Decode:
     heads: int
     warps: int
     dtype: str
+
+    @property
+    def key_dtype(self) -> str:
+        """Of the products of the query and the keys."""
+        return "f16" if self.keys.coded else self.dtype
+
+    @property
+    def value_dtype(self) -> str:
+        """Of the products of the weights and the values."""
+        return "f16" if self.values.coded else self.dtype
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the query is brought into float16."""
+        return self.key_dtype != self.dtype
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the levels of int4 are needed."""
+        return "int4" in (self.keys.code, self.values.code)
 
     @property
     def groups(self) -> int:
@@ -69,16 +84,35 @@ class Decode:
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
         overread = max(self.keys.overread_bytes(), self.values.overread_bytes())
-        return self.warps * self.warp_bytes + max(self.query_bytes + 64 * self.warps, overread)
+        table = LEVEL_TABLE_BYTES * self.has_table
+        return self.warps * self.warp_bytes + max(self.query_bytes + 64 * self.warps + table, overread)
+
+    @property
+    def table_at(self) -> int:
+        """Where in it the levels of int4 stand."""
+        return self.warps * self.warp_bytes + self.query_bytes + 64 * self.warps
+
+    def _next(self, rows: Rows) -> dict[str, str]:
+        """What ``prefetch`` takes."""
+        return dict.fromkeys(rows.buffers, "l") | {"next": "r", "lane": "r"}
+
+    def _table(self, rows: Rows) -> dict[str, str]:
+        """What ``stage`` takes besides the row."""
+        return {"table": "r"} if rows.code == "int4" else {}
 
     def setup(self) -> Block:
-        """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``.
+        """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``; levels of int4 -> shared memory.
 
-        in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h. out: shared, stage, query, t0 ... t3.
+        in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h; levels. out: shared, stage, query, t0 ... t3;
+        g<i> (see ``normalise``), table, where they are needed.
         """
         chunks = -(-self.key_dim // 128)
         inputs = {f"q{c}_{h}_{k}": "r" for c in range(chunks) for h in range(4 * self.groups) for k in range(2)}
         outputs = {"shared": "r", "stage": "r", "query": "r"} | names("t", 4)
+        if self.normalised:
+            outputs |= names("g", 2 * self.groups, "f")
+        if self.has_table:
+            inputs, outputs = inputs | {"levels": "l"}, outputs | {"table": "r"}
         return Block.of(inputs, outputs, self._setup(chunks))
 
     def _setup(self, chunks: int) -> Lines:
@@ -87,6 +121,8 @@ class Decode:
         yield "mov.u32 shared, arena;"
         yield from locate_thread()
         yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared; mad.lo.u32 stage, lane, 4, stage;"
+        if self.normalised:
+            yield from normalise(self.groups, chunks)
         # Every warp writes the same words.
         yield f"add.u32 query, shared, {self.warps * self.warp_bytes}; mad.lo.u32 spot, lane, 32, query;"
         for c in range(chunks):
@@ -97,6 +133,11 @@ class Decode:
                     words = f"{{q{c}_{h[0]}_0,q{c}_{h[1]}_0,q{c}_{h[0]}_1,q{c}_{h[1]}_1}}"
                     offset = 8 * self.key_dim * g + 1024 * c + 16 * parity
                     yield f"@inside st.shared.v4.b32 [spot+{offset}], {words};"
+        if self.has_table:
+            yield f"add.u32 table, shared, {self.table_at}; .reg .b64 from; .reg .b32 v<2>;"
+            yield "mad.lo.u32 spot, warp, 32, lane; mad.wide.u32 from, spot, 8, levels; mad.lo.u32 spot, spot, 8, table;"
+            for at in range(0, LEVEL_TABLE_BYTES, 256 * self.warps):
+                yield f"ld.global.v2.b32 {{v0,v1}}, [from+{at}]; st.shared.v2.b32 [spot+{at}], {{v0,v1}};"
         # A lane's fragments: of heads 0 and 2 or 1 and 3 by r % 2, of the first or the last four channels by t // 2
         yield "bar.sync 0; and.b32 bit, lane, 4; mad.lo.u32 query, bit, 4, query;"
         yield "and.b32 bit, lane, 2; mad.lo.u32 query, bit, 16, query;"
@@ -104,62 +145,70 @@ class Decode:
 
     def first_keys(self) -> Block:
         """Loads the keys of the first block."""
-        return Block.of(_NEXT, self.keys.registers("n"), prefetch(self.keys))
+        return Block.of(self._next(self.keys), self.keys.registers("n"), prefetch(self.keys))
 
     def score(self) -> Block:
         """A block of 32 keys -> s; loads the values of the same block meanwhile."""
-        inputs = _NEXT | {"stage": "r", "query": "r"}
+        inputs = self._next(self.values) | {"stage": "r", "query": "r"} | self._table(self.keys)
         outputs = names("s", 4 * self.groups, "f") | self.values.registers("n")
         return Block.of(inputs | self.keys.registers(), outputs, self._score())
 
     def _score(self) -> Lines:
         yield from stage(self.keys)
         yield from locate_words(self.keys)
-        yield from expand_setup()
+        yield from expand_setup(self.keys)
         yield ".reg .f32 e<4>; .reg .b32 x<32>;"
         yield from score_setup()
         for s in self._score_sums():
             yield f"mov.f32 {s}, 0f00000000;"
         for w in range(self.keys.words):
-            yield from expand_word(w, 16 * (w % 2))
-            yield from score_word(w, 16 * (w % 2), self.groups, self.key_dim, self.dtype)
+            yield from expand_word(self.keys, w, 16 * (w % 2))
+            yield from score_word(w, 16 * (w % 2), self.groups, self.key_dim, self.key_dtype)
             if w == 0:  # later than at once: the registers are free by now
                 yield from prefetch(self.values)
         if self.groups == 1:
             yield " ".join(f"add.f32 s{i}, s{i}, e{i};" for i in range(4))
+        if self.keys.coded:
+            yield from scales(self.dtype)
+            yield from scale_scores(self.groups)
 
     def _score_sums(self) -> list[str]:
         return [f"s{i}" for i in range(4 * self.groups)] + [f"e{i}" for i in range(4) if self.groups == 1]
 
     def softmax(self) -> Block:
-        """s, and the running m, l, o -> p, and m, l, o brought up to date."""
+        """s, and the running m, l, o -> p, and m, l, o brought up to date. Of coded values it takes c as well."""
         heads = 2 * self.groups
         state = names("m", heads, "f") | names("l", heads, "f") | names("o", self.accumulators, "f")
-        return Block.of(names("s", 2 * heads, "f") | state, names("p", 4) | state, self._softmax())
+        scores = names("s", 2 * heads, "f") | ({"c": "r"} if self.values.coded else {})
+        return Block.of(scores | state, names("p", 4) | state, self._softmax())
 
     def _softmax(self) -> Lines:
-        yield from rescale(self.groups, self.accumulators)
-        yield from weigh(self.groups, self.dtype)
+        yield ".reg .b32 lane, bit; mov.u32 lane, %laneid;"
+        if self.values.coded:
+            yield from scales(self.dtype)
+        yield from rescale(self.groups, self.accumulators, self.values.coded)
+        yield from weigh(self.groups, self.value_dtype, self.values.coded)
         yield from exchange(self.groups)
 
     def weighted_sum(self) -> Block:
         """A block of 32 values, weighed by p -> added to o; loads the keys of the next block meanwhile."""
         o = names("o", self.accumulators, "f")
-        inputs = _NEXT | {"stage": "r"} | self.values.registers() | names("p", 4) | names("t", 4) | o
+        inputs = self._next(self.keys) | {"stage": "r"} | self._table(self.values) | self.values.registers()
+        inputs |= names("p", 4) | names("t", 4) | o
         return Block.of(inputs, o | self.keys.registers("n"), self._weighted_sum())
 
     def _weighted_sum(self) -> Lines:
         yield from stage(self.values)
         yield from locate_words(self.values)
-        yield from expand_setup()
+        yield from expand_setup(self.values)
         yield ".reg .b32 x<32>, y<8>, zero, tokens; mov.b32 zero, 0;"
         for w in range(self.values.words):
             first = 16 * (w % 2)
-            yield from expand_word(w, first)
+            yield from expand_word(self.values, w, first)
             for tile in range(2):
                 for half in range(2):
                     yield from transpose(first + 8 * tile + 4 * half, half)
-                yield from accumulate(2 * w + tile, self.dtype)
+                yield from accumulate(2 * w + tile, self.value_dtype)
             if w == 0:
                 yield from prefetch(self.keys)
 

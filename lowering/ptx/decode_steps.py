@@ -21,13 +21,12 @@ o<k>        accumulators: channel 16 (k // 4) + 8 (k // 2 % 2) + r of head 2 t +
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from .block import Lines, listed, locate_thread, names, vectors
+from .block import Lines, listed, locate_thread
 
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
+_LEAST_LOG = "0fC2C80000"  # -100
 HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
 
 
@@ -39,120 +38,6 @@ def mma(dtype: str) -> str:
 def sparse_mma(sums: str, dtype: str) -> str:
     """The mma whose A operand is sparse, two of four neighbouring columns, which the operand behind C tells."""
     return f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.{sums}.{dtype}.{dtype}.{sums}"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows of K or V: ``words`` bitmap words and ``kept`` values."""
-
-    words: int
-    kept: int
-
-    @property
-    def packed(self) -> int:
-        """32-bit words of packed values."""
-        return self.kept // 2
-
-    def registers(self, prefix: str = "") -> dict[str, str]:
-        """The registers that hold a row."""
-        return names(f"{prefix}b", self.words) | names(f"{prefix}v", self.packed)
-
-    def staged_bytes(self) -> int:
-        """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
-        return (self.kept + 1) * 128
-
-    @property
-    def clamped(self) -> bool:
-        """Whether addresses of values are kept near the row. That costs 2% of the kernel; where channels are few there
-        is shared memory enough to read from instead."""
-        return self.words > 4
-
-    def overread_bytes(self) -> int:
-        """Shared memory behind the staged rows that may be read because of a bitmap with more bits than values."""
-        return 128 * (32 if self.clamped else max(32 * self.words - self.kept, 0))
-
-
-def stage(rows: Rows) -> Lines:
-    """Lane: its packed row -> shared memory, as overlapping words (value s, value s + 1) at 128 s + 4 lane.
-
-    One 32-bit load then fetches the next two values wherever the lane stands in its row, without bank conflicts. A
-    lane reads only what it wrote itself, so no barrier is needed.
-    """
-    yield ".reg .b32 overlap;"
-    for j in range(rows.packed):
-        following = f"v{min(j + 1, rows.packed - 1)}"
-        yield f"st.shared.b32 [stage+{256 * j}], v{j};"
-        yield f"prmt.b32 overlap, v{j}, {following}, 0x5432; st.shared.b32 [stage+{256 * j + 128}], overlap;"
-
-
-def prefetch(rows: Rows) -> Lines:
-    """Lane: its row of block ``next`` of the buffers ``bitmap`` and ``values`` -> nb<w>, nv<j>.
-
-    The warp barriers keep ptxas from sinking the loads to their first use, an iteration later.
-    """
-    yield ".reg .b64 bitmap_row, values_row;"
-    yield f"mad.wide.u32 bitmap_row, next, {128 * rows.words}, bitmap;"
-    yield f"mad.wide.u32 bitmap_row, lane, {4 * rows.words}, bitmap_row;"
-    yield f"mad.wide.u32 values_row, next, {64 * rows.kept}, values; mad.wide.u32 values_row, lane, 16, values_row;"
-    load = "ld.global.L1::no_allocate"
-    yield "bar.warp.sync -1;"
-    for w, kind, target in vectors("nb", rows.words):
-        yield f"{load}.{kind} {target}, [bitmap_row+{4 * w}];"
-    for unit in range(rows.packed // 4):
-        yield f"{load}.v4.b32 {listed('nv', *range(4 * unit, 4 * unit + 4))}, [values_row+{512 * unit}];"
-    yield "bar.warp.sync -1;"
-
-
-def locate_words(rows: Rows) -> Lines:
-    """Lane: a<w> = the staged address of the first value of bitmap word w; if clamped, at most that behind the last.
-
-    A bitmap with more bits than the row has values thus reads at most ``overread_bytes`` past the row.
-    """
-    yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits, behind; mov.b32 a0, stage;"
-    if rows.clamped:
-        yield f"add.u32 behind, stage, {128 * rows.kept};"
-    for w in range(rows.words - 1):
-        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w};"
-        if rows.clamped:
-            yield f"min.u32 a{w + 1}, a{w + 1}, behind;"
-
-
-def expand_setup() -> Lines:
-    """Constants of ``expand_word``: dp2a weights that turn two bitmap bytes into a byte-permute selector.
-
-    Selector = 0x4444 + 8652 p - 13312 q for bits p, q: 0x3210 (both values), 0x6610 (the value, zero), 0x1044 (zero,
-    the value), 0x4444 (zeros); bytes 4 to 7 of the permuted pair are zero. The bits arrive as 0 or 2^k, so the
-    weights are scaled by 2^-k.
-    """
-    yield ".reg .b32 bytes, second, selector, pair, " + ", ".join(f"weights{k}" for k in range(3)) + ";"
-    for k in range(3):
-        yield f"mov.b32 weights{k}, {((-13312 >> k) & 0xFFFF) << 16 | (8652 >> k)};"
-
-
-def expand_word(w: int, first: int) -> Lines:
-    """Lane: the 32 channels of bitmap word w -> x<first> ... x<first + 15>, two channels to a register.
-
-    Four channels at a time: their bits are one byte each of ``word & 0x01010101 << k``. The staged address moves on
-    by 128 for each kept value, added up by dp4a. No branch, no predicate.
-    """
-    yield f"{{ .reg .b32 shifted; mov.b32 shifted, b{w};"
-    for i in range(8):
-        k, low, high = i % 3, f"x{first + 2 * i}", f"x{first + 2 * i + 1}"
-        if i and k == 0:
-            yield f"shr.u32 shifted, b{w}, {i};"
-        step = 128 >> k
-        yield f"and.b32 bytes, shifted, {0x01010101 << k};"
-        yield f"ld.shared.b32 pair, [a{w}]; dp2a.lo.s32.u32 selector, weights{k}, bytes, 0x4444;"
-        yield f"prmt.b32 {low}, pair, 0, selector;"
-        yield f"dp4a.u32.u32 second, bytes, {step | step << 8}, a{w}; ld.shared.b32 pair, [second];"
-        yield f"dp2a.hi.s32.u32 selector, weights{k}, bytes, 0x4444; prmt.b32 {high}, pair, 0, selector;"
-        if i < 7:
-            yield f"dp4a.u32.u32 a{w}, bytes, {_signed(step * 0x01010101)}, a{w};"
-    yield "}"
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
 
 
 def score_setup() -> Lines:
@@ -183,6 +68,38 @@ def score_word(w: int, first: int, groups: int, head_dim: int, dtype: str) -> Li
             yield f"@active ld.shared.v4.b32 {query}, [{address}];"
             scores = listed("e" if groups == 1 and i % 2 else "s", *range(4 * g, 4 * g + 4))
             yield f"{sparse_mma('f32', dtype)} {scores}, {query}, {b}, {scores}, tokens, 0;"
+
+
+def normalise(groups: int, chunks: int) -> Lines:
+    """Warp: the query q<c>_<h>_<k> from bfloat16 to float16, each head over a power of two of its own -> g<i>, that of
+    the head of s[2i].
+
+    Its largest element then is from 1 to 2, and the smallest ones lose less than float32 sums do.
+    """
+    heads = range(4 * groups)
+    yield f".reg .b32 size<{4 * groups}>, bits; .reg .f32 low, high, inverse; .reg .pred upper;"
+    for h in heads:
+        words = [f"q{c}_{h}_{k}" for c in range(chunks) for k in range(2)]
+        yield f"mov.b32 size{h}, 0;"
+        for q in words:
+            for shift in (f"shl.b32 bits, {q}, 16; and.b32 bits, bits", f"and.b32 bits, {q}"):
+                yield f"{shift}, 0x7FFF0000; max.u32 size{h}, size{h}, bits;"
+        yield f"redux.sync.max.u32 size{h}, size{h}, -1; and.b32 size{h}, size{h}, 0x7F800000;"
+        yield f"min.u32 size{h}, size{h}, 0x7E800000; max.u32 size{h}, size{h}, 0x00800000;"
+        yield f"sub.u32 bits, 0x7F000000, size{h}; mov.b32 inverse, bits;"
+        for q in words:
+            yield f"shl.b32 bits, {q}, 16; mov.b32 low, bits; mul.f32 low, low, inverse;"
+            yield f"and.b32 bits, {q}, 0xFFFF0000; mov.b32 high, bits; mul.f32 high, high, inverse;"
+            yield f"cvt.rn.f16x2.f32 {q}, high, low;"
+    yield "and.b32 bits, lane, 4; setp.ne.u32 upper, bits, 0;"
+    for i in range(2 * groups):
+        yield f"selp.b32 bits, size{2 * i + 1}, size{2 * i}, upper; mov.b32 g{i}, bits;"
+
+
+def scale_scores(groups: int) -> Lines:
+    """Lane: s, sums of levels, x what the levels of their tokens stand for."""
+    for k in range(4 * groups):
+        yield f"mul.f32 s{k}, s{k}, scale{k % 2};"
 
 
 def transposer() -> Lines:
@@ -223,13 +140,26 @@ def accumulate(tile: int, dtype: str) -> Lines:
     yield f"{mma(dtype)} {o}, {listed('y', 1, 5, 3, 7)}, {listed('p', 1, 3)}, {o};"
 
 
-def rescale(groups: int, accumulators: int) -> Lines:
-    """Warp: where a score exceeds the running maximum by more than 2^8, raise the maximum and rescale l and o."""
+def rescale(groups: int, accumulators: int, scaled: bool) -> Lines:
+    """Warp: where a score exceeds the running maximum by more than 2^8, raise the maximum and rescale l and o.
+
+    scaled: values are levels, which the weights are multiplied for by ``scale<k>``. Then the maximum is that of the
+    products, so that they fit in float16 whatever the values are. The weights themselves fit in float32 for scales
+    from 2^-100 on; below, they count as 2^-100.
+    """
     heads = 2 * groups
     yield f".reg .f32 other, f0, f1, {', '.join(f'top{i}, new{i}, factor{i}' for i in range(heads))};"
-    yield ".reg .pred over, any, odd, upper; .reg .b32 lane, bit; mov.u32 lane, %laneid;"
+    yield ".reg .pred over, any, odd, upper;"
+    if scaled:
+        yield ".reg .f32 log0, log1;"
+        for k in range(2):
+            yield f"lg2.approx.f32 log{k}, scale{k}; max.f32 log{k}, log{k}, {_LEAST_LOG};"
     for i in range(heads):
-        yield f"max.f32 top{i}, s{2 * i}, s{2 * i + 1}; add.f32 other, m{i}, {_LAZY_RESCALE};"
+        if scaled:
+            yield f"add.f32 top{i}, s{2 * i}, log0; add.f32 other, s{2 * i + 1}, log1; max.f32 top{i}, top{i}, other;"
+        else:
+            yield f"max.f32 top{i}, s{2 * i}, s{2 * i + 1};"
+        yield f"add.f32 other, m{i}, {_LAZY_RESCALE};"
         yield f"setp.gt.f32 over, top{i}, other;" if i == 0 else f"setp.gt.or.f32 over, top{i}, other, over;"
     yield "vote.sync.any.pred any, over, -1; @!any bra KEEP;"
     for distance in HEAD_LANES:
@@ -253,14 +183,16 @@ def rescale(groups: int, accumulators: int) -> Lines:
     yield "KEEP:"
 
 
-def weigh(groups: int, dtype: str) -> Lines:
-    """Lane: s -> weights 2^(s - m), added to l and packed as p<i> (two tokens of the head of s[2i])."""
+def weigh(groups: int, dtype: str, scaled: bool) -> Lines:
+    """Lane: s -> weights 2^(s - m), added to l and packed as p<i> (two tokens of the head of s[2i]), if so scaled."""
     heads = 2 * groups
     yield ".reg .f32 weight0, weight1, difference;"
     for i in range(heads):
         for token in range(2):
             yield f"sub.f32 difference, s{2 * i + token}, m{i}; ex2.approx.ftz.f32 weight{token}, difference;"
             yield f"add.f32 l{i}, l{i}, weight{token};"
+            if scaled:
+                yield f"mul.f32 weight{token}, weight{token}, scale{token};"
         yield f"cvt.rn.{dtype}x2.f32 p{i}, weight1, weight0;"
 
 

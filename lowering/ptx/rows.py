@@ -1,0 +1,250 @@
+"""Packed rows: from memory into registers, and there into two neighbouring channels to a register.
+
+The vocabulary is that of ``decode_steps``, and two registers more:
+
+==========  ==============================================================================================
+c           of coded rows: the largest magnitude of the lane's row, in the cache's dtype
+f           of int4: the floor of the lane's row
+==========  ==============================================================================================
+
+Coded rows come out as levels, integers in float16; ``scales`` has what to multiply a token's sums with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .block import Lines, listed, names, vectors
+
+LEVEL_TABLE_BYTES = 128 * 8
+"""Of the levels of int4: eight bytes for each floor."""
+
+_BITS = {"none": 16, "int8": 8, "int4": 4}  # of a kept element; also the bytes of eight of them
+_ZERO = "0x80808080"  # four levels of zero, 128 added to each
+_TOP = "0f3C010204"  # 1 / 127
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows of K or V, of ``32 * words`` channels of which ``kept`` are stored in ``code``."""
+
+    words: int
+    kept: int
+    code: str = "none"
+
+    @property
+    def coded(self) -> bool:
+        """Whether elements are levels."""
+        return self.code != "none"
+
+    @property
+    def has_bitmap(self) -> bool:
+        """As of ``Format``."""
+        return not self.coded or self.kept < 32 * self.words
+
+    @property
+    def buffers(self) -> list[str]:
+        """The buffers that a row is loaded from."""
+        return [*["bitmap"] * self.has_bitmap, "values", *["peaks"] * self.coded, *["floors"] * (self.code == "int4")]
+
+    @property
+    def packed(self) -> int:
+        """32-bit words of packed values."""
+        return self.kept * _BITS[self.code] // 32
+
+    @property
+    def deciding(self) -> int:
+        """Of its registers the first so many: a row in which they are zero counts as zero."""
+        return self.words * self.has_bitmap + self.coded
+
+    def registers(self, prefix: str = "") -> dict[str, str]:
+        """The registers that hold a row."""
+        bitmap = names(f"{prefix}b", self.words if self.has_bitmap else 0)
+        peak = {f"{prefix}c": "r"} if self.coded else {}
+        floor = {f"{prefix}f": "r"} if self.code == "int4" else {}
+        return bitmap | peak | names(f"{prefix}v", self.packed) | floor
+
+    def staged_bytes(self) -> int:
+        """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
+        return (self.kept + 1) * 128 * self.has_bitmap
+
+    @property
+    def clamped(self) -> bool:
+        """Whether addresses of values are kept near the row. That costs 2% of the kernel; where channels are few there
+        is shared memory enough to read from instead."""
+        return self.words > 4
+
+    def overread_bytes(self) -> int:
+        """Shared memory behind the staged rows that may be read because of a bitmap with more bits than values."""
+        return 128 * (32 if self.clamped else max(32 * self.words - self.kept, 0)) * self.has_bitmap
+
+
+def prefetch(rows: Rows) -> Lines:
+    """Lane: its row of block ``next`` of the buffers -> nb<w>, nv<j>, nc, nf.
+
+    The warp barriers keep ptxas from sinking the loads to their first use, an iteration later.
+    """
+    bits, load = _BITS[rows.code], "ld.global.L1::no_allocate"
+    row_bytes = {"bitmap": 4 * rows.words, "peaks": 2, "floors": 1}
+    yield f".reg .b64 {', '.join(f'{name}_row' for name in rows.buffers)};"
+    for name in rows.buffers:
+        block, lane = (4 * rows.kept * bits, bits) if name == "values" else (32 * row_bytes[name], row_bytes[name])
+        yield f"mad.wide.u32 {name}_row, next, {block}, {name}; mad.wide.u32 {name}_row, lane, {lane}, {name}_row;"
+    yield "bar.warp.sync -1;"
+    for w, kind, target in vectors("nb", rows.words if rows.has_bitmap else 0):
+        yield f"{load}.{kind} {target}, [bitmap_row+{4 * w}];"
+    if rows.coded:
+        yield f"{load}.u16 nc, [peaks_row];"
+    if rows.code == "int4":
+        yield f"{load}.u8 nf, [floors_row];"
+    for chunk in range(rows.kept // 8):
+        for j, kind, target in vectors("nv", bits // 4, bits // 4 * chunk):
+            yield f"{load}.{kind} {target}, [values_row+{32 * bits * chunk + 4 * (j - bits // 4 * chunk)}];"
+    yield "bar.warp.sync -1;"
+
+
+def level_setup(rows: Rows) -> Lines:
+    """Lane: what ``levels`` needs. Of int4 the eight levels of the lane's row."""
+    yield f".reg .b32 u<{rows.kept // 4}>;"
+    if rows.code == "int4":
+        yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
+        yield "ld.shared.v2.b32 {small,large}, [f];"
+
+
+def levels(rows: Rows, j: int) -> Lines:
+    """Lane: packed levels -> u<j>: those of kept elements 4 j ... 4 j + 3, 128 added to each.
+
+    Of int4, four codes in 16 bits are the selector of a byte permute. Its fourth bit, the sign, asks for the sign bits
+    of the byte, which are none: so one permute has the levels of the positive elements, with zeros between, and one
+    with all signs turned those of the negative ones.
+    """
+    if rows.code == "int8":
+        yield f"xor.b32 u{j}, v{j}, {_ZERO};"
+        return
+    yield f"mov.b32 codes, v{j // 2};" if j % 2 == 0 else f"shr.u32 codes, v{j // 2}, 16;"
+    yield f"xor.b32 turned, codes, 0x8888; prmt.b32 u{j}, small, large, codes; prmt.b32 minus, small, large, turned;"
+    yield f"sub.u32 minus, {_ZERO}, minus; add.u32 u{j}, u{j}, minus;"
+
+
+def stage(rows: Rows) -> Lines:
+    """Lane: its packed row -> shared memory, as overlapping words that begin with value s, at 128 s + 4 lane.
+
+    A word has two values, or four levels. One 32-bit load then fetches the next of them wherever the lane stands in its
+    row, without bank conflicts. A lane reads only what it wrote itself, so no barrier is needed.
+    """
+    if rows.coded:
+        yield from level_setup(rows)
+    source, shifts = ("u", ("0x4321", "0x5432", "0x6543")) if rows.coded else ("v", ("0x5432",))
+    count, step = (rows.kept // 4, 512) if rows.coded else (rows.packed, 256)
+    if rows.coded and rows.has_bitmap:
+        for j in range(count):
+            yield from levels(rows, j)
+    if rows.has_bitmap:
+        yield ".reg .b32 overlap;"
+        for j in range(count):
+            following = f"{source}{min(j + 1, count - 1)}"
+            yield f"st.shared.b32 [stage+{step * j}], {source}{j};"
+            for i, shift in enumerate(shifts, 1):
+                yield f"prmt.b32 overlap, {source}{j}, {following}, {shift};"
+                yield f"st.shared.b32 [stage+{step * j + 128 * i}], overlap;"
+
+
+def locate_words(rows: Rows) -> Lines:
+    """Lane: a<w> = the staged address of the first value of bitmap word w; if clamped, at most that behind the last.
+
+    A bitmap with more bits than the row has values thus reads at most ``overread_bytes`` past the row.
+    """
+    if not rows.has_bitmap:
+        return
+    yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits, behind; mov.b32 a0, stage;"
+    if rows.clamped:
+        yield f"add.u32 behind, stage, {128 * rows.kept};"
+    for w in range(rows.words - 1):
+        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w};"
+        if rows.clamped:
+            yield f"min.u32 a{w + 1}, a{w + 1}, behind;"
+
+
+def expand_setup(rows: Rows) -> Lines:
+    """Constants of ``expand_word``: dp2a weights that turn bitmap bytes into byte-permute selectors.
+
+    Two values: selector = 0x4444 + 8652 p - 13312 q for bits p, q: 0x3210 (both values), 0x6610 (the value, zero),
+    0x1044 (zero, the value), 0x4444 (zeros); bytes 4 to 7 of the permuted pair are zero. Four levels: digit c of the
+    selector is the number of kept channels before c, and 4 more where c is not kept itself. The bits arrive as 0 or
+    2^k, so the weights are scaled by 2^-k.
+    """
+    if rows.coded:
+        yield f".reg .b32 four, ones, zeros, bias; mov.b32 zeros, {_ZERO};"
+        yield "mov.b32 ones, 0x64646464; mov.b32 bias, 0xE480E480;"  # 0x64, x is 1024 + x in float16; -1152
+    weights = [("weights", 8652, -13312)]
+    if rows.coded:
+        weights = [("weights", 0x1110 - 0x0004, 0x1100 - 0x0040), ("others", 0x1000 - 0x0400, -0x4000)]
+    if rows.has_bitmap:
+        yield ".reg .b32 bytes, second, selector, pair;"
+        for name, low, high in weights:
+            yield ".reg .b32 " + ", ".join(f"{name}{k}" for k in range(3)) + ";"
+            for k in range(3):
+                yield f"mov.b32 {name}{k}, {((high >> k) & 0xFFFF) << 16 | (low >> k)};"
+
+
+def expand_word(rows: Rows, w: int, first: int) -> Lines:
+    """Lane: the 32 channels of bitmap word w -> x<first> ... x<first + 15>, two channels to a register.
+
+    Four channels at a time: their bits are one byte each of ``word & 0x01010101 << k``. The staged address moves on
+    by 128 for each kept value, added up by dp4a. No branch, no predicate.
+    """
+    if not rows.has_bitmap:
+        for i in range(8):
+            yield from levels(rows, 8 * w + i)
+            yield from _widen(f"u{8 * w + i}", first + 2 * i)
+        return
+    yield f"{{ .reg .b32 shifted; mov.b32 shifted, b{w};"
+    for i in range(8):
+        k = i % 3
+        if i and k == 0:
+            yield f"shr.u32 shifted, b{w}, {i};"
+        step = 128 >> k
+        yield f"and.b32 bytes, shifted, {0x01010101 << k}; ld.shared.b32 pair, [a{w}];"
+        yield from (_four_levels if rows.coded else _two_pairs)(w, k, first + 2 * i, step)
+        if i < 7:
+            yield f"dp4a.u32.u32 a{w}, bytes, {_signed(step * 0x01010101)}, a{w};"
+    yield "}"
+
+
+def _two_pairs(w: int, k: int, x: int, step: int) -> Iterator[str]:
+    yield f"dp2a.lo.s32.u32 selector, weights{k}, bytes, 0x4444; prmt.b32 x{x}, pair, 0, selector;"
+    yield f"dp4a.u32.u32 second, bytes, {step | step << 8}, a{w}; ld.shared.b32 pair, [second];"
+    yield f"dp2a.hi.s32.u32 selector, weights{k}, bytes, 0x4444; prmt.b32 x{x + 1}, pair, 0, selector;"
+
+
+def _four_levels(w: int, k: int, x: int, step: int) -> Iterator[str]:
+    yield f"dp2a.lo.s32.u32 selector, weights{k}, bytes, 0x4444; dp2a.hi.s32.u32 selector, others{k}, bytes, selector;"
+    yield "prmt.b32 four, pair, zeros, selector;"
+    yield from _widen("four", x)
+
+
+def _widen(four: str, x: int) -> Iterator[str]:
+    """Four levels, 128 added to each -> x<x> and x<x + 1> in float16."""
+    yield f"prmt.b32 x{x}, {four}, ones, 0x4140; prmt.b32 x{x + 1}, {four}, ones, 0x4342;"
+    yield f"add.rn.f16x2 x{x}, x{x}, bias; add.rn.f16x2 x{x + 1}, x{x + 1}, bias;"
+
+
+def scales(dtype: str) -> Lines:
+    """Warp: c -> scale0, scale1: what the levels are multiplied with of the two tokens that s<k> of this lane are for.
+
+    dtype: of the cache, "bf16" or "f16".
+    """
+    yield ".reg .b32 token, peak; .reg .f32 scale<2>; .reg .b16 half;"
+    yield "and.b32 token, lane, 3; shl.b32 token, token, 3; shr.u32 peak, lane, 3; add.u32 token, token, peak;"
+    for e in range(2):
+        yield "shfl.sync.idx.b32 peak, c, token, 31, -1;"
+        if dtype == "bf16":
+            yield f"shl.b32 peak, peak, 16; mov.b32 scale{e}, peak;"
+        else:
+            yield f"cvt.u16.u32 half, peak; cvt.f32.f16 scale{e}, half;"
+        yield f"mul.f32 scale{e}, scale{e}, {_TOP};" + (" add.u32 token, token, 4;" if e == 0 else "")
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
