@@ -24,6 +24,7 @@ from .masks import with_four_dims
 from .ptx.prune import Prune
 from .step import COMBINE_REGISTERS, DTYPE_NAMES, MASK_PIECE, STATIC_SHARED_BYTES, Step, Tuned, cdiv, padded
 
+_PACKED = ("values", "bitmap", "peaks", "floors")  # what formats have of packed rows, some of them
 _COMPRESS_WARPS = 4
 _PORTABLE_PROGRAMS = 4  # to a multiprocessor
 _APPENDING_IN_PLACE = 5  # programs of ``append``, by their registers, where one of ``attend`` would run
@@ -146,12 +147,12 @@ def decode_attention(
     sinks = None if sinks is None else sinks.contiguous()
     step = Step.of(key_format, value_format, query_heads // heads, queries, query.dtype, mask, sinks, softcap)
     cache = _by_name("key", key_format, keys) | _by_name("value", value_format, values)
-    packed = {name: x for name, x in cache.items() if not name.endswith(("window", "counts"))}
+    packed = {name: x for name, x in cache.items() if name.endswith(_PACKED)}
     blocks = {
         f"{role}_blocks": format.capacity_of(buffers) // BLOCK_TOKENS
         for role, format, buffers in (("key", key_format, keys), ("value", value_format, values))
     }
-    aligned = all(x.data_ptr() % 16 == 0 for x in packed.values())
+    aligned = all(x is None or x.data_ptr() % 16 == 0 for x in packed.values())
     usable = aligned and len(set(blocks.values())) == 1 and runs_ptx(device)
     tuned = step.tuned() if variant == "tuned" and usable else None
     overlap = overlap and tuned is not None and _overlaps(device)
@@ -198,9 +199,10 @@ def decode_attention(
     return result
 
 
-def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The buffers of K or V as the kernels call them."""
-    return {f"{role}_{buffer.name}": x for buffer, x in zip(format.buffers, buffers, strict=True)}
+def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, Any]:
+    """The buffers of K or V as the kernels of a step call them: None in place of what the format does not have."""
+    named = {f"{role}_{buffer.name}": x for buffer, x in zip(format.buffers, buffers, strict=True)}
+    return {f"{role}_{name}": None for name in _PACKED} | named
 
 
 def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device) -> dict[str, Tensor]:

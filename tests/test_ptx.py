@@ -268,6 +268,7 @@ FLOATS = {"sums", "states"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 ROWS = {"query", "key", "value", "key_values", "value_values", "key_window", "value_window"}
 ROWS |= {"values", "window", "dense", "result", "sinks"}
+OF_CODES = {"key_peaks", "key_floors", "value_peaks", "value_floors"}
 
 
 def type_of(name, dtype, mask, packed_query):
@@ -288,6 +289,7 @@ def compiled(function, dtype, mask="none", sinks=False, gluon=False, **options):
     """The kernel as Triton compiles it for sm_90, with the arguments that ``kernels`` gives it."""
     types = {name: type_of(name, dtype, mask, gluon) for name in function.arg_names}
     constants = {"stride_channel": 1} | ({"mask": None} if mask == "none" else {}) | ({} if sinks else {"sinks": None})
+    constants |= dict.fromkeys(OF_CODES)
     constants = {name: value for name, value in constants.items() if name in types}
     types |= dict.fromkeys(constants, "constexpr")
     place = function.arg_names.index
