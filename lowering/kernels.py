@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import ptx, render
 from .backends import runs_ptx
+from .codes import level_table
 from .format import BLOCK_TOKENS, Format
 from .masks import with_four_dims
 from .ptx.prune import Prune
@@ -176,6 +177,7 @@ def decode_attention(
         step.portable().attend[rows * step.row_tiles, splits](**attending)
     else:
         attending["query"] = attending["query"].view(torch.int32)
+        attending["levels"] = _levels(device) if tuned.decode.has_table else None
         limits = {"num_warps": tuned.warps, "maxnreg": tuned.registers}
         tuned.kernel(overlap).attend[rows * tuned.chunks, splits](**attending, **limits)
 
@@ -197,6 +199,12 @@ def decode_attention(
         **given, **packed, **combining, parts=splits + step.window_parts, **early, **few
     )
     return result
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """The levels of int4, [128, 8]: a row for each floor."""
+    return torch.tensor(level_table(), dtype=torch.uint8, device=device)
 
 
 def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, Any]:
