@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ptx, render
+from . import render
 from .backends import runs_ptx
 from .codes import level_table
 from .format import BLOCK_TOKENS, Format
@@ -44,13 +44,18 @@ def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int) -> li
     if dense.numel() == 0:
         return buffers
     tokens = tokens.reshape(-1).expand(batch)
-    prune = Prune(format.words, format.kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype])
-    by_lane = format.code in ptx.CODES and _prunes_by_lane(dense, prune)
+    prune = Prune(format.words, format.kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype], format.code)
+    by_lane = _prunes_by_lane(dense, prune)
     module, block_count = _compressor(prune if by_lane else None, format, dense.dtype)
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS * block_count),)
     blocks = format.capacity_of(buffers) // BLOCK_TOKENS
     module.compress[grid](
-        dense, tokens, *buffers, tokens.stride(0), heads, length, blocks, *dense.stride(), num_warps=_COMPRESS_WARPS
+        dense,
+        tokens,
+        *buffers,
+        *(tokens.stride(0), heads, length, blocks, *dense.stride()),
+        **({"levels": _levels(dense.device)} if by_lane and format.code == "int4" else {}),
+        num_warps=_COMPRESS_WARPS,
     )
     return buffers
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ptx, render
+from . import render
 from .checks import OUT_OF_PLACE, UNWRITTEN
 from .format import Format
 from .masks import MASKED, decides_later
@@ -206,7 +206,7 @@ class Tuned:
         if max(self.step.key.head_dim, self.step.value.head_dim) > 128:
             return 255
         prefetched = max(len(rows.registers()) for rows in (self.decode.keys, self.decode.values))
-        if not (self.decode.keys.has_bitmap and self.decode.values.has_bitmap) and prefetched > 24:
+        if not (self.decode.keys.has_bitmap and self.decode.values.has_bitmap):
             return 168  # nothing is staged: both rows are in registers at once
         return 128 if prefetched <= (24 if self.step.softcap else 44) else 168
 
@@ -236,6 +236,7 @@ class Tuned:
             "MERGE": decode.merge(),
         }
         constants = {"heads": decode.heads, "groups": decode.groups, "accumulators": decode.accumulators}
+        constants |= {"summed": decode.summed}
         constants |= {"key_rows": decode.keys, "value_rows": decode.values}
         constants |= {"has_table": decode.has_table, "normalised": decode.normalised}
         constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key.head_dim, 128)}

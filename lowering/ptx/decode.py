@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
     accumulate,
+    accumulate_bias,
     exchange,
     merge_warps,
     normalise,
@@ -15,6 +16,8 @@ from .decode_steps import (
     score_setup,
     score_word,
     share_partial,
+    subtract_bias,
+    sum_query,
     transpose,
     transposer,
     weigh,
@@ -67,8 +70,13 @@ class Decode:
 
     @property
     def accumulators(self) -> int:
-        """Accumulator registers of a lane."""
+        """Registers of a lane that sum up weighted values."""
         return 8 * self.values.words
+
+    @property
+    def summed(self) -> int:
+        """The same, with those for the bias of levels."""
+        return self.accumulators + 4 * self.values.coded
 
     @property
     def warp_bytes(self) -> int:
@@ -104,13 +112,15 @@ class Decode:
         """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``; levels of int4 -> shared memory.
 
         in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h; levels. out: shared, stage, query, t0 ... t3;
-        g<i> (see ``normalise``), table, where they are needed.
+        g<i> (see ``normalise``), n<i> (see ``sum_query``), table, where they are needed.
         """
         chunks = -(-self.key_dim // 128)
         inputs = {f"q{c}_{h}_{k}": "r" for c in range(chunks) for h in range(4 * self.groups) for k in range(2)}
         outputs = {"shared": "r", "stage": "r", "query": "r"} | names("t", 4)
         if self.normalised:
             outputs |= names("g", 2 * self.groups, "f")
+        if self.keys.coded:
+            outputs |= names("n", 2 * self.groups, "f")
         if self.has_table:
             inputs, outputs = inputs | {"levels": "l"}, outputs | {"table": "r"}
         return Block.of(inputs, outputs, self._setup(chunks))
@@ -123,6 +133,8 @@ class Decode:
         yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared; mad.lo.u32 stage, lane, 4, stage;"
         if self.normalised:
             yield from normalise(self.groups, chunks)
+        if self.keys.coded:
+            yield from sum_query(self.groups, chunks)
         # Every warp writes the same words.
         yield f"add.u32 query, shared, {self.warps * self.warp_bytes}; mad.lo.u32 spot, lane, 32, query;"
         for c in range(chunks):
@@ -150,6 +162,7 @@ class Decode:
     def score(self) -> Block:
         """A block of 32 keys -> s; loads the values of the same block meanwhile."""
         inputs = self._next(self.values) | {"stage": "r", "query": "r"} | self._table(self.keys)
+        inputs |= names("n", 2 * self.groups, "f") if self.keys.coded else {}
         outputs = names("s", 4 * self.groups, "f") | self.values.registers("n")
         return Block.of(inputs | self.keys.registers(), outputs, self._score())
 
@@ -178,7 +191,7 @@ class Decode:
     def softmax(self) -> Block:
         """s, and the running m, l, o -> p, and m, l, o brought up to date. Of coded values it takes c as well."""
         heads = 2 * self.groups
-        state = names("m", heads, "f") | names("l", heads, "f") | names("o", self.accumulators, "f")
+        state = names("m", heads, "f") | names("l", heads, "f") | names("o", self.summed, "f")
         scores = names("s", 2 * heads, "f") | ({"c": "r"} if self.values.coded else {})
         return Block.of(scores | state, names("p", 4) | state, self._softmax())
 
@@ -186,41 +199,45 @@ class Decode:
         yield ".reg .b32 lane, bit; mov.u32 lane, %laneid;"
         if self.values.coded:
             yield from scales(self.dtype)
-        yield from rescale(self.groups, self.accumulators, self.values.coded)
+        yield from rescale(self.groups, self.summed, self.values.coded)
         yield from weigh(self.groups, self.value_dtype, self.values.coded)
         yield from exchange(self.groups)
 
     def weighted_sum(self) -> Block:
         """A block of 32 values, weighed by p -> added to o; loads the keys of the next block meanwhile."""
-        o = names("o", self.accumulators, "f")
+        o = names("o", self.summed, "f")
         inputs = self._next(self.keys) | {"stage": "r"} | self._table(self.values) | self.values.registers()
         inputs |= names("p", 4) | names("t", 4) | o
         return Block.of(inputs, o | self.keys.registers("n"), self._weighted_sum())
 
     def _weighted_sum(self) -> Lines:
-        yield from stage(self.values)
+        yield from stage(self.values, alternating=True)
         yield from locate_words(self.values)
         yield from expand_setup(self.values)
         yield ".reg .b32 x<32>, y<8>, zero, tokens; mov.b32 zero, 0;"
         for w in range(self.values.words):
             first = 16 * (w % 2)
-            yield from expand_word(self.values, w, first)
+            yield from expand_word(self.values, w, first, alternating=True)
             for tile in range(2):
                 for half in range(2):
                     yield from transpose(first + 8 * tile + 4 * half, half)
                 yield from accumulate(2 * w + tile, self.value_dtype)
             if w == 0:
                 yield from prefetch(self.keys)
+        if self.values.coded:
+            yield from accumulate_bias(self.accumulators)
 
     def merge(self) -> Block:
         """The partial results of all warps -> z, M0, L0, M1, L1 (see ``merge_warps``)."""
         heads, share = 2 * self.groups, self.accumulators // self.warps
         inputs = {"shared": "r"} | names("m", heads, "f") | names("l", heads, "f")
-        inputs |= names("o", self.accumulators, "f")
+        inputs |= names("o", self.summed, "f")
         outputs = names("z", share, "f") | {"M0": "f", "L0": "f", "M1": "f", "L1": "f"}
         return Block.of(inputs, outputs, self._merge())
 
     def _merge(self) -> Lines:
         yield f".reg .b32 state; add.u32 state, shared, {self.warps * self.warp_bytes + self.query_bytes};"
+        if self.values.coded:
+            yield from subtract_bias(self.accumulators)
         yield from share_partial(self.groups, self.accumulators, self.warp_bytes)
         yield from merge_warps(self.warps, self.accumulators, self.warp_bytes)

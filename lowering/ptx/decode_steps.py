@@ -26,6 +26,7 @@ from .block import Lines, listed, locate_thread
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
+_MINUS_BIAS, _BIAS_PAIR, _MINUS_BIAS_PAIR = "0fC4900000", "0x64806480", "0xE480E480"  # of float32; two of float16
 _LEAST_LOG = "0fC2C80000"  # -100
 HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
 
@@ -96,10 +97,44 @@ def normalise(groups: int, chunks: int) -> Lines:
         yield f"selp.b32 bits, size{2 * i + 1}, size{2 * i}, upper; mov.b32 g{i}, bits;"
 
 
+def sum_query(groups: int, chunks: int) -> Lines:
+    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: what ``BIAS`` adds to the scores of the head of s[2i], negative."""
+    yield f".reg .f32 total<{4 * groups}>, term; .reg .b16 front, back; .reg .pred second; .reg .b32 parity;"
+    for h in range(4 * groups):
+        yield f"mov.f32 total{h}, 0f00000000;"
+        for q in (f"q{c}_{h}_{k}" for c in range(chunks) for k in range(2)):
+            yield f"mov.b32 {{front,back}}, {q};"
+            for half in ("front", "back"):
+                yield f"cvt.f32.f16 term, {half}; add.f32 total{h}, total{h}, term;"
+        for distance in (1, 2, 4, 8, 16):
+            yield f"shfl.sync.bfly.b32 term, total{h}, {distance}, 31, -1; add.f32 total{h}, total{h}, term;"
+        yield f"mul.f32 total{h}, total{h}, {_MINUS_BIAS};"
+    yield "and.b32 parity, lane, 4; setp.ne.u32 second, parity, 0;"
+    for i in range(2 * groups):
+        yield f"selp.f32 n{i}, total{2 * i + 1}, total{2 * i}, second;"
+
+
 def scale_scores(groups: int) -> Lines:
-    """Lane: s, sums of levels, x what the levels of their tokens stand for."""
+    """Lane: s, sums of biased levels -> what they stand for."""
     for k in range(4 * groups):
-        yield f"mul.f32 s{k}, s{k}, scale{k % 2};"
+        yield f"add.f32 s{k}, s{k}, n{k // 2}; mul.f32 s{k}, s{k}, scale{k % 2};"
+
+
+def accumulate_bias(first: int) -> Lines:
+    """Warp: what ``BIAS`` adds to each sum of weighted values -> added to o<first> ... o<first + 3>.
+
+    The products have the tokens of even lanes first, then those of odd ones.
+    """
+    o = listed("o", *range(first, first + 4))
+    yield f".reg .b32 each, minus_each; mov.b32 each, {_BIAS_PAIR}; mov.b32 minus_each, {_MINUS_BIAS_PAIR};"
+    for each, p in (("each", listed("p", 0, 2)), ("minus_each", listed("p", 1, 3))):
+        yield f"{mma('f16')} {o}, {{{each},{each},{each},{each}}}, {p}, {o};"
+
+
+def subtract_bias(accumulators: int) -> Lines:
+    """Lane: o without what ``accumulate_bias`` has added up."""
+    for k in range(accumulators):
+        yield f"sub.f32 o{k}, o{k}, o{accumulators + k % 2};"
 
 
 def transposer() -> Lines:

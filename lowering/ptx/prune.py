@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .block import Block, Lines, listed, locate_thread, vectors
+from .encode import find_peak, store_levels
+from .rows import Rows
 
 _SELECT = 0xE4  # lop3: bits of the first operand where the third has ones, of the second elsewhere
 _INDEX_PLANES = (0x0F0F0F0F, 0x33333333, 0x55555555, 0x0000FFFF, 0x00FF00FF)  # bit 4 ... 0 of a channel is zero
@@ -123,60 +125,96 @@ def pack(words: int) -> Lines:
             yield "dp4a.u32.u32 at, bits, 0x80808080, at;"
 
 
-def store_row(words: int, kept: int) -> Lines:
-    """Lane: b -> ``bitmap``, packed values -> ``values``, where the token is ``stored``."""
-    yield ".reg .b32 first, second, v<4>;"
+def store_bitmap(words: int) -> Lines:
+    """Lane: b -> ``bitmap``, where the token is ``stored``."""
     for w, kind, source in vectors("b", words):
         yield f"@stored st.global.{kind} [bitmap+{4 * w}], {source};"
+
+
+def fetch(first: int, count: int) -> Lines:
+    """Lane: packed values in shared memory -> v<first> ... v<first + count - 1>, two to a register."""
+    for j in range(first, first + count):
+        yield f"ld.shared.b32 lower, [stage+{256 * j}]; ld.shared.b32 upper, [stage+{256 * j + 128}];"
+        yield f"prmt.b32 v{j}, lower, upper, 0x5410;"
+
+
+def store_values(kept: int) -> Lines:
+    """Lane: packed values -> ``values``, where the token is ``stored``."""
     for unit in range(kept // 8):
-        for j in range(4):
-            slot = 8 * unit + 2 * j
-            yield f"ld.shared.b32 first, [stage+{128 * slot}]; ld.shared.b32 second, [stage+{128 * slot + 128}];"
-            yield f"prmt.b32 v{j}, first, second, 0x5410;"
-        yield f"@stored st.global.v4.b32 [values+{512 * unit}], {listed('v', 0, 1, 2, 3)};"
+        yield from fetch(4 * unit, 4)
+        yield f"@stored st.global.v4.b32 [values+{512 * unit}], {listed('v', *range(4 * unit, 4 * unit + 4))};"
 
 
 @dataclass(frozen=True)
 class Prune:
-    """The block of one compressing kernel: rows of ``words`` bitmap words of 32 channels, ``kept`` values of each."""
+    """The block of one compressing kernel: rows of 32 * ``words`` channels, of which ``kept`` are stored in ``code``."""
 
     words: int
     kept: int
     warps: int
     dtype: str
+    code: str = "none"
+
+    @property
+    def has_bitmap(self) -> bool:
+        """As of ``Format``. Where there is none, nothing is pruned."""
+        return self.code == "none" or self.kept < 32 * self.words
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program: a slot for each value, and one for what is not kept behind the last."""
-        return self.warps * (self.kept + 1) * 128
+        return self.warps * (self.kept + 1) * 128 * self.has_bitmap
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses that the block takes."""
+        packed = Rows(self.words, self.kept, self.code).buffers
+        return ["row", "ring", "flags", *packed, *["levels"] * (self.code == "int4")]
 
     def block(self) -> Block:
         """Prune and pack one row a lane.
 
-        in: addresses row, ring, values, bitmap, flags; 0 or 1: is_valid (there is a row), is_recent (it belongs into
-        the window), is_stored (it is pruned).
+        in: addresses row, ring, flags, of the row's place in the buffers of packed rows, and levels for int4; 0 or 1:
+        is_valid (there is a row), is_recent (it belongs into the window), is_stored (it is pruned).
         """
-        inputs = dict.fromkeys(("row", "ring", "values", "bitmap", "flags"), "l")
+        inputs = dict.fromkeys(self.addresses, "l")
         inputs |= dict.fromkeys(("is_valid", "is_recent", "is_stored"), "r")
         return Block.of(inputs, {"done": "r"}, self._body())
 
     def _body(self) -> Lines:
-        yield f".shared .align 128 .b8 slots[{self.shared_bytes}];"
         yield ".reg .b32 stage, lane, warp, up, down; .reg .pred valid, recent, stored;"
         for name in ("valid", "recent", "stored"):
             yield f"setp.ne.u32 {name}, is_{name}, 0;"
-        yield "mov.u32 stage, slots;"
-        yield from locate_thread()
-        yield f"mad.lo.u32 stage, warp, {(self.kept + 1) * 128}, stage; mad.lo.u32 stage, lane, 4, stage;"
-        yield f".reg .b32 x<{16 * self.words}>, {', '.join(f'b{w}' for w in range(self.words))};"
-        for w in range(self.words):
-            yield ".reg .b32 " + ", ".join(f"plane{p}_{w}" for p in range(16)) + ";"
+        yield f".reg .b32 x<{16 * self.words}>, v<{self.kept // 2}>;"
         yield from load_row(self.words)
         yield from keep_window(self.words)
+        if self.has_bitmap:
+            yield from self._prune()
+        else:
+            yield from (f"mov.b32 v{j}, x{j};" for j in range(self.kept // 2))
+        if self.code == "none":
+            yield from store_values(self.kept)
+        else:
+            yield from self._encode()
+        yield "mov.b32 done, 0;"
+
+    def _prune(self) -> Lines:
+        yield f".shared .align 128 .b8 slots[{self.shared_bytes}]; mov.u32 stage, slots;"
+        yield from locate_thread()
+        yield f"mad.lo.u32 stage, warp, {(self.kept + 1) * 128}, stage; mad.lo.u32 stage, lane, 4, stage;"
+        yield f".reg .b32 lower, upper, {', '.join(f'b{w}' for w in range(self.words))};"
+        for w in range(self.words):
+            yield ".reg .b32 " + ", ".join(f"plane{p}_{w}" for p in range(16)) + ";"
         for w in range(self.words):
             yield from bit_planes(w)
         yield from note_extremes(self.words, self.dtype)
         yield from select(self.words, self.kept)
         yield from pack(self.words)
-        yield from store_row(self.words, self.kept)
-        yield "mov.b32 done, 0;"
+        yield from store_bitmap(self.words)
+
+    def _encode(self) -> Lines:
+        count = self.kept // 2
+        if self.has_bitmap:
+            yield from fetch(0, count)
+        yield from find_peak(count, self.code, self.dtype, note=not self.has_bitmap)
+        yield from store_levels(count, self.code, self.dtype)

@@ -7,7 +7,10 @@ c           of coded rows: the largest magnitude of the lane's row, in the cache
 f           of int4: the floor of the lane's row
 ==========  ==============================================================================================
 
-Coded rows come out as levels, integers in float16; ``scales`` has what to multiply a token's sums with.
+Coded rows come out in float16, where the level of an element is an integer and ``BIAS`` stands added to it, of pruned
+elements too: a byte below the byte 0x64 is 1024 more than itself. Taking the bias away from sums is cheaper than from each
+element. Of values it alternates: tokens of odd lanes have it subtracted, so that sums over many tokens do not drown in it.
+``scales`` has what to multiply a token's sums with.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from .block import Lines, listed, names, vectors
 
 LEVEL_TABLE_BYTES = 128 * 8
 """Of the levels of int4: eight bytes for each floor."""
+
+BIAS = 1024 + 128
+"""What is added to levels in float16."""
 
 _BITS = {"none": 16, "int8": 8, "int4": 4}  # of a kept element; also the bytes of eight of them
 _ZERO = "0x80808080"  # four levels of zero, 128 added to each
@@ -46,7 +52,7 @@ class Rows:
     @property
     def buffers(self) -> list[str]:
         """The buffers that a row is loaded from."""
-        return [*["bitmap"] * self.has_bitmap, "values", *["peaks"] * self.coded, *["floors"] * (self.code == "int4")]
+        return ["values", *["bitmap"] * self.has_bitmap, *["peaks"] * self.coded, *["floors"] * (self.code == "int4")]
 
     @property
     def packed(self) -> int:
@@ -104,42 +110,52 @@ def prefetch(rows: Rows) -> Lines:
     yield "bar.warp.sync -1;"
 
 
-def level_setup(rows: Rows) -> Lines:
-    """Lane: what ``levels`` needs. Of int4 the eight levels of the lane's row."""
-    yield f".reg .b32 u<{rows.kept // 4}>;"
+def level_setup(rows: Rows, alternating: bool) -> Lines:
+    """Lane: what ``levels`` and ``_widen`` need. Of int4 the eight levels of the lane's row."""
+    yield f".reg .b32 u<{rows.kept // 4}>, four, high, zeros; mov.b32 zeros, {_ZERO}; mov.b32 high, 0x64646464;"
+    if alternating:
+        yield ".reg .b32 turn, one, odd_lane; .reg .pred is_odd; mov.u32 odd_lane, %laneid; and.b32 odd_lane, odd_lane, 1;"
+        yield "setp.ne.u32 is_odd, odd_lane, 0; selp.b32 high, 0xE4E4E4E4, high, is_odd;"
+        if rows.code == "int8":
+            yield f"selp.b32 turn, 0x7F7F7F7F, {_ZERO}, is_odd; selp.b32 one, 0x01010101, 0, is_odd;"
+        else:
+            yield "selp.b32 turn, 0x88888888, 0, is_odd;"
     if rows.code == "int4":
         yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
         yield "ld.shared.v2.b32 {small,large}, [f];"
 
 
-def levels(rows: Rows, j: int) -> Lines:
-    """Lane: packed levels -> u<j>: those of kept elements 4 j ... 4 j + 3, 128 added to each.
+def levels(rows: Rows, j: int, alternating: bool) -> Lines:
+    """Lane: packed levels -> u<j>: those of kept elements 4 j ... 4 j + 3, 128 added to each. In odd lanes, if
+    alternating, those of their negatives.
 
     Of int4, four codes in 16 bits are the selector of a byte permute. Its fourth bit, the sign, asks for the sign bits
     of the byte, which are none: so one permute has the levels of the positive elements, with zeros between, and one
     with all signs turned those of the negative ones.
     """
     if rows.code == "int8":
-        yield f"xor.b32 u{j}, v{j}, {_ZERO};"
+        yield f"xor.b32 u{j}, v{j}, turn; add.u32 u{j}, u{j}, one;" if alternating else f"xor.b32 u{j}, v{j}, {_ZERO};"
         return
+    if alternating and j % 2 == 0:
+        yield f"xor.b32 v{j // 2}, v{j // 2}, turn;"
     yield f"mov.b32 codes, v{j // 2};" if j % 2 == 0 else f"shr.u32 codes, v{j // 2}, 16;"
     yield f"xor.b32 turned, codes, 0x8888; prmt.b32 u{j}, small, large, codes; prmt.b32 minus, small, large, turned;"
     yield f"sub.u32 minus, {_ZERO}, minus; add.u32 u{j}, u{j}, minus;"
 
 
-def stage(rows: Rows) -> Lines:
+def stage(rows: Rows, alternating: bool = False) -> Lines:
     """Lane: its packed row -> shared memory, as overlapping words that begin with value s, at 128 s + 4 lane.
 
     A word has two values, or four levels. One 32-bit load then fetches the next of them wherever the lane stands in its
     row, without bank conflicts. A lane reads only what it wrote itself, so no barrier is needed.
     """
     if rows.coded:
-        yield from level_setup(rows)
+        yield from level_setup(rows, alternating)
     source, shifts = ("u", ("0x4321", "0x5432", "0x6543")) if rows.coded else ("v", ("0x5432",))
     count, step = (rows.kept // 4, 512) if rows.coded else (rows.packed, 256)
     if rows.coded and rows.has_bitmap:
         for j in range(count):
-            yield from levels(rows, j)
+            yield from levels(rows, j, alternating)
     if rows.has_bitmap:
         yield ".reg .b32 overlap;"
         for j in range(count):
@@ -174,9 +190,6 @@ def expand_setup(rows: Rows) -> Lines:
     selector is the number of kept channels before c, and 4 more where c is not kept itself. The bits arrive as 0 or
     2^k, so the weights are scaled by 2^-k.
     """
-    if rows.coded:
-        yield f".reg .b32 four, ones, zeros, bias; mov.b32 zeros, {_ZERO};"
-        yield "mov.b32 ones, 0x64646464; mov.b32 bias, 0xE480E480;"  # 0x64, x is 1024 + x in float16; -1152
     weights = [("weights", 8652, -13312)]
     if rows.coded:
         weights = [("weights", 0x1110 - 0x0004, 0x1100 - 0x0040), ("others", 0x1000 - 0x0400, -0x4000)]
@@ -188,7 +201,7 @@ def expand_setup(rows: Rows) -> Lines:
                 yield f"mov.b32 {name}{k}, {((high >> k) & 0xFFFF) << 16 | (low >> k)};"
 
 
-def expand_word(rows: Rows, w: int, first: int) -> Lines:
+def expand_word(rows: Rows, w: int, first: int, alternating: bool = False) -> Lines:
     """Lane: the 32 channels of bitmap word w -> x<first> ... x<first + 15>, two channels to a register.
 
     Four channels at a time: their bits are one byte each of ``word & 0x01010101 << k``. The staged address moves on
@@ -196,7 +209,7 @@ def expand_word(rows: Rows, w: int, first: int) -> Lines:
     """
     if not rows.has_bitmap:
         for i in range(8):
-            yield from levels(rows, 8 * w + i)
+            yield from levels(rows, 8 * w + i, alternating)
             yield from _widen(f"u{8 * w + i}", first + 2 * i)
         return
     yield f"{{ .reg .b32 shifted; mov.b32 shifted, b{w};"
@@ -225,9 +238,8 @@ def _four_levels(w: int, k: int, x: int, step: int) -> Iterator[str]:
 
 
 def _widen(four: str, x: int) -> Iterator[str]:
-    """Four levels, 128 added to each -> x<x> and x<x + 1> in float16."""
-    yield f"prmt.b32 x{x}, {four}, ones, 0x4140; prmt.b32 x{x + 1}, {four}, ones, 0x4342;"
-    yield f"add.rn.f16x2 x{x}, x{x}, bias; add.rn.f16x2 x{x + 1}, x{x + 1}, bias;"
+    """Four levels, 128 added to each -> x<x> and x<x + 1> in float16, ``BIAS`` added."""
+    yield f"prmt.b32 x{x}, {four}, high, 0x4140; prmt.b32 x{x + 1}, {four}, high, 0x4342;"
 
 
 def scales(dtype: str) -> Lines:
