@@ -38,7 +38,8 @@ def encoded(kept: Tensor, code: str) -> list[Tensor]:
     magnitudes = kept.float().abs()
     peak = magnitudes.amax(-1, keepdim=True)
     finite = peak < float("inf")
-    inverse = torch.where(finite & (peak >= TINY), TOP / peak, 0)
+    ratio = torch.full_like(peak, TOP) / peak  # TOP / peak would be TOP times the rounded 1 / peak
+    inverse = torch.where(finite & (peak >= TINY), ratio, 0)
     level = torch.round(torch.where(finite, magnitudes, 0) * inverse).to(torch.int32)
     negative = kept < 0
     peaks = torch.where(finite, peak, float("nan")).to(kept.dtype)
