@@ -41,7 +41,18 @@ DECODES = [
     ]
     for heads, warps, dtype in [(1, 4, "bf16"), (4, 2, "f16"), (5, 4, "bf16"), (8, 2, "f16")]
 ]
+DECODES += [
+    Decode(Rows(4, key_kept, key_code), Rows(4, value_kept, value_code), heads, 4, dtype)
+    for key_kept, key_code, value_kept, value_code, heads, dtype in [
+        (64, "int8", 40, "int8", 4, "bf16"),
+        (40, "int4", 64, "int4", 8, "bf16"),
+        (128, "int8", 128, "int4", 5, "f16"),
+        (128, "int4", 64, "none", 4, "bf16"),
+        (64, "none", 128, "int8", 1, "bf16"),
+    ]
+]
 PRUNES = [Prune(w, k, 4, dtype) for w, k in ((1, 8), (2, 32), (3, 48), (4, 8), (4, 88)) for dtype in ("bf16", "fp16")]
+PRUNES += [Prune(4, k, 4, dtype, c) for k, dtype, c in pairwise((40, 128), ("bf16", "fp16"), ("int8", "int4"))]
 
 
 def blocks_of(maker):
@@ -188,7 +199,11 @@ def test_shared_memory_of_decoding(decode):
     blocks = blocks_of(decode)
     assert shared_of(blocks) == [decode.shared_bytes]
     rows = 4 * 32
-    for step, kept in (("score", decode.keys.kept), ("weighted_sum", decode.values.kept)):
+    for step, packed in (("score", decode.keys), ("weighted_sum", decode.values)):
+        kept = packed.kept
+        if not packed.has_bitmap:
+            assert "[stage+" not in blocks[step].text, "a lane has its channels in registers"
+            continue
         staged = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", blocks[step].text)]
         assert sorted(staged) == list(range(0, rows * kept, rows)), "each value starts a word, at its own place"
         assert max(staged) + rows <= decode.warp_bytes
@@ -214,6 +229,9 @@ def test_shared_memory_of_decoding(decode):
 @pytest.mark.parametrize("prune", PRUNES, ids=range(len(PRUNES)))
 def test_shared_memory_of_pruning(prune):
     block = prune.block()
+    if not prune.has_bitmap:
+        assert "shared" not in block.text
+        return
     assert shared_of({"prune": block}) == [prune.shared_bytes]
     read = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", block.text)]
     assert sorted(read) == list(range(0, 128 * prune.kept, 128))
