@@ -64,6 +64,17 @@ class Settings:
         return self.key_code if role == "key" else self.value_code
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "safe": {"key_sparsity": 0.0, "value_sparsity": 0.0, "key_code": "int8", "value_code": "int8"},
+    "balanced": {"key_sparsity": 0.5, "value_sparsity": 0.7, "key_code": "int8", "value_code": "int8"},
+    "small": {"key_sparsity": 0.5, "value_sparsity": 0.7, "key_code": "int4", "value_code": "int4"},
+}
+"""Settings that go well together, by name: ``options={"preset": "balanced"}``. What is given beside it goes before it.
+
+Keys suffer more from pruning than values do, so they keep more. ``README.md`` has the bytes and the measured loss.
+"""
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -86,7 +97,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     """Split torch.compile's ``mode`` and ``options`` into our settings and patches of Inductor's config.
 
     torch.compile takes one or the other, so a mode may also stand among the options. Raises ValueError for an unknown
-    mode or option, naming what is accepted, and for two modes.
+    mode, preset or option, naming what is accepted, and for two modes.
     """
     from . import _compat
 
@@ -101,7 +112,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     inductor = dict(modes[mode]) if mode is not None else {}
     if mode == "max-autotune-no-cudagraphs":
         inductor["triton.cudagraphs"] = False  # which Inductor has by default, and we have not
-    ours: dict[str, Any] = {}
+    preset = options.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"mustafar: preset {preset!r} is unknown; accepted are {', '.join(map(repr, PRESETS))}")
+    ours: dict[str, Any] = {} if preset is None else dict(PRESETS[preset])
     known = _compat.inductor_config.get_config_copy()
     for key, value in options.items():
         name = key.replace("-", "_")
@@ -111,7 +125,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
             inductor[name] = value
         else:
             raise ValueError(
-                f"mustafar: option {key!r} is unknown; accepted are {', '.join(setting_names())} and the keys of "
+                f"mustafar: option {key!r} is unknown; accepted are preset, {', '.join(setting_names())} and the keys of "
                 "torch._inductor.config (torch._inductor.list_options() lists them)"
             )
     return Settings(**ours), inductor
@@ -124,11 +138,11 @@ def merged_options(
 
     Raises ValueError as ``read_options`` does, and for a keyword that is no setting.
     """
-    unknown = settings.keys() - set(setting_names())
+    unknown = settings.keys() - {"preset", *setting_names()}
     if unknown:
         raise ValueError(
             f"{function}: unknown setting {', '.join(sorted(unknown))}; accepted are {', '.join(setting_names())}, "
-            "mode and options"
+            "preset, mode and options"
         )
     merged = {**(options or {}), **settings}
     read_options(mode, merged)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mustafar_compile import Settings
-from mustafar_compile.settings import read_options, setting_names
+from mustafar_compile.settings import PRESETS, merged_options, read_options, setting_names
 
 NAN, INF = float("nan"), float("inf")
 SPARSITY, WINDOW = r"a number in \[0, 1\)", "an integer of at least 1"
@@ -39,6 +39,29 @@ def test_windows_that_are_refused(value):
     with pytest.raises(ValueError, match=f"window=.* is not accepted; it must be {WINDOW}$") as error:
         Settings(window=value)
     assert f"window={value!r} " in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["key_code", "value_code"])
+@pytest.mark.parametrize("value", ["int2", "INT8", None, 8, torch.int8])
+def test_codes_that_are_refused(name, value):
+    accepted = "one of 'none', 'int8', 'int4'"
+    with pytest.raises(ValueError, match=f"mustafar: {name}=.* is not accepted; it must be {accepted}$"):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_what_its_settings_are_and_gives_way(preset):
+    settings, inductor = read_options(None, {"preset": preset})
+    assert settings == Settings(**PRESETS[preset])
+    assert inductor == {}
+    settings, _ = read_options(None, {"value_code": "none", "preset": preset, "window": 8})
+    assert settings == Settings(**PRESETS[preset] | {"value_code": "none", "window": 8})
+    assert merged_options("prepare", None, None, {"preset": preset}) == {"preset": preset}
+
+
+def test_a_preset_that_there_is_not():
+    with pytest.raises(ValueError, match="preset 'tiny' is unknown; accepted are 'safe', 'balanced', 'small'"):
+        read_options(None, {"preset": "tiny"})
 
 
 @pytest.mark.parametrize("name", ["strict", "release_dense", "raise_errors"])

@@ -19,7 +19,8 @@ _TOP = "0f42FE0000"  # codes.TOP
 
 
 def find_peak(count: int, code: str, dtype: str, note: bool) -> Lines:
-    """Lane: v -> peak, inverse; of int4 also least, and no v is -0. A row that is not finite becomes zeros and a NaN.
+    """Lane: v -> peak, inverse; of int4 also least, and no v is -0. A row that is not finite becomes zeros, of which
+    int4 keeps the signs, and a NaN.
 
     note: tell ``flags`` of a ``valid`` row that it is extreme.
     """
@@ -42,7 +43,7 @@ def find_peak(count: int, code: str, dtype: str, note: bool) -> Lines:
         yield "@report red.global.or.b64 [flags], 1;"
     yield f"setp.lt.u32 finite, peak, {_INFINITE[dtype]}; @finite bra FINITE;"
     for j in range(count):
-        yield f"mov.b32 v{j}, 0;"
+        yield f"and.b32 v{j}, v{j}, 0x80008000;"
     yield "mov.b32 peak, 0x7FFF; mov.b32 least, 0;"
     yield "FINITE:"
     yield from _as_float("size", "peak", dtype)
