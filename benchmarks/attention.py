@@ -3,6 +3,7 @@
     python benchmarks/attention.py --quick
     python benchmarks/attention.py
     python benchmarks/attention.py --shape 8,8,4,16384,128 --sparsity 0.7
+    python benchmarks/attention.py --quick --code int8 --code int4 --sparsity 0 --sparsity 0.5 --sparsity 0.7
 
 Our op is timed whole, in a CUDA graph: it takes in the new token, prunes the one that leaves the window, and attends.
 No row is reported whose result differs from float64 attention over the decompressed cache.
@@ -11,6 +12,7 @@ No row is reported whose result differs from float64 attention over the decompre
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from timing import DEVICE, DTYPES, cold, copy_bandwidth, free, graphed, kernel_us, median_ms, operations, parser, write
 from torch import Tensor
 
-from mustafar_compile.lowering.format import Format
+from mustafar_compile.lowering.format import CODES, Format
 
 WINDOW = 32
 SPARSITIES = (0.5, 0.7)
@@ -74,9 +76,9 @@ SWEEP = [
 class Compressed:
     """The compressed cache of a dense one, one token short of full, and the step that fills it."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sparsity: float) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sparsity: float, code: str) -> None:
         batch, heads, tokens, head_dim = key.shape
-        self.format = Format.of(head_dim, sparsity, WINDOW)
+        self.format = Format.of(head_dim, sparsity, WINDOW, code=code)
         self.position = torch.tensor([tokens - 1], device=DEVICE)
         self.query, self.scale = query, head_dim**-0.5
         self.new = [x[:, :, -1:].contiguous() for x in (key, value)]
@@ -126,8 +128,8 @@ class Compressed:
         return operations().decompress(own, self.format, int(self.position) + 1)[0].double()
 
 
-def measure(shape: Shape, sparsities: list[float], flex: bool) -> list[dict[str, Any]]:
-    """One row for each sparsity whose result is right."""
+def measure(shape: Shape, sparsities: list[float], codes: list[str], flex: bool) -> list[dict[str, Any]]:
+    """One row for each code and sparsity whose result is right."""
     torch.manual_seed(0)
     how = {"dtype": DTYPES[shape.dtype], "device": DEVICE}
     key, value = (torch.randn(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim, **how) for _ in range(2))
@@ -135,13 +137,16 @@ def measure(shape: Shape, sparsities: list[float], flex: bool) -> list[dict[str,
     peers = dense.measure(query, key, value, flex)
     dense_bytes = key.nbytes + value.nbytes
     rows = []
-    for sparsity in sparsities:
-        ours = Compressed(query, key, value, sparsity)
-        error = ours.error()
+    for code, sparsity in itertools.product(codes, sparsities):
+        ours = Compressed(query, key, value, sparsity, code)
+        error, kind = ours.error(), {"code": code, "sparsity": sparsity}
         if error <= TOLERANCE:
-            rows.append(asdict(shape) | {"sparsity": sparsity} | row(ours, peers, dense_bytes) | {"error": error})
+            rows.append(asdict(shape) | kind | row(ours, peers, dense_bytes) | {"error": error})
         else:
-            print(f"{shape} at sparsity {sparsity} is WRONG by {error:.2g}, so its time is not reported", flush=True)
+            print(
+                f"{shape} at sparsity {sparsity}, {code}, is WRONG by {error:.2g}, so its time is not reported",
+                flush=True,
+            )
         del ours
         free()
     return rows
@@ -176,6 +181,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="the seven main shapes only, under a minute")
     options.add_argument("--shape", type=Shape.parse, action="append", help="batch,heads,gqa,tokens,head_dim[,float16]")
     options.add_argument("--sparsity", type=float, action="append", help="default: 0.5 and 0.7")
+    options.add_argument("--code", choices=CODES, action="append", help="of kept elements; default: none")
     options.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which has to compile")
     given = options.parse_args()
     shapes = given.shape or (MAIN if given.quick else list(dict.fromkeys(MAIN + SWEEP)))
@@ -183,7 +189,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         print(shape, flush=True)
-        rows += measure(shape, given.sparsity or list(SPARSITIES), shape in flex)
+        rows += measure(shape, given.sparsity or list(SPARSITIES), given.code or ["none"], shape in flex)
         free()
     write("attention", rows)
 

@@ -9,6 +9,7 @@ A copy reads and writes every byte once; a compression reads the same and writes
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from timing import DEVICE, DTYPES, free, graphed, median_ms, operations, parser, write
 from torch import Tensor
 
-from mustafar_compile.lowering.format import Format
+from mustafar_compile.lowering.format import CODES, Format
 
 HEADS = 8
 WINDOW = 32
@@ -66,33 +67,35 @@ SHAPES = [
 ]
 
 
-def measure(shape: Shape) -> list[dict[str, Any]]:
-    """A row for each sparsity."""
+def measure(shape: Shape, codes: list[str]) -> list[dict[str, Any]]:
+    """A row for each code and sparsity."""
     torch.manual_seed(0)
     key, value = shape.tensor(), shape.tensor()
     tokens = torch.tensor([shape.tokens], device=DEVICE)
     dense_bytes = key.nbytes + value.nbytes
     copying = median_ms(graphed(lambda: (key.clone(), value.clone())), runs=20)
     rows = []
-    for sparsity in SPARSITIES:
-        form = Format.of(shape.head_dim, sparsity, WINDOW)
+    for code, sparsity in itertools.product(codes, SPARSITIES):
+        form = Format.of(shape.head_dim, sparsity, WINDOW, code=code)
 
         def compress(form: Format = form) -> Any:
             return [operations().compress(x, tokens, form, shape.tokens) for x in (key, value)]
 
         taken = median_ms(graphed(compress), runs=20)
         times = {"ms": taken, "clone_ms": copying, "ratio": taken / copying, "dense_GB/s": dense_bytes / taken / 1e6}
-        rows.append(asdict(shape) | {"sparsity": sparsity, "kept": form.kept} | times)
+        rows.append(asdict(shape) | {"code": code, "sparsity": sparsity, "kept": form.kept} | times)
     return rows
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shape", type=Shape.parse, action="append", help="batch,tokens,head_dim,dtype,order")
+    options.add_argument("--code", choices=CODES, action="append", help="of kept elements; default: none")
+    given = options.parse_args()
     rows: list[dict[str, Any]] = []
-    for shape in options.parse_args().shape or SHAPES:
+    for shape in given.shape or SHAPES:
         print(shape, flush=True)
-        rows += measure(shape)
+        rows += measure(shape, given.code or ["none"])
         free()
     write("compress", rows)
 

@@ -63,7 +63,8 @@ class Clock:
 
 def settings(given: argparse.Namespace) -> dict[str, Any]:
     """Of the backend."""
-    return {"key_sparsity": given.sparsity, "value_sparsity": given.sparsity, "window": llama.WINDOW}
+    sparsities = {"key_sparsity": given.sparsity, "value_sparsity": given.sparsity}
+    return sparsities | {"key_code": given.code, "value_code": given.code, "window": llama.WINDOW}
 
 
 def eager(model: Any, given: argparse.Namespace) -> Row:
@@ -158,6 +159,7 @@ def run(way: str, given: argparse.Namespace) -> Row | None:
     if report.graphs:
         print(report)
     sizes = {"batch": given.batch, "context": given.context, "layers": given.layers, "sparsity": given.sparsity}
+    sizes["code"] = given.code
     row = {"way": way} | sizes | row | {"matched": f"{len(report.matched)} of {given.layers}"}
     print(row, flush=True)
     return row
@@ -165,7 +167,7 @@ def run(way: str, given: argparse.Namespace) -> Row | None:
 
 def key_of(row: Row) -> tuple:
     """What a row is about."""
-    return tuple(row[name] for name in ("batch", "context", "layers", "sparsity", "way"))
+    return tuple(row[name] for name in ("batch", "context", "layers", "sparsity", "code", "way"))
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
@@ -185,6 +187,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--context", type=int, default=4096, help="tokens of the prompt")
     options.add_argument("--new-tokens", type=int, default=64)
     options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--code", choices=CODES, default="none", help="of kept elements")
     options.add_argument("--sparsity", type=float, default=0.7)
     options.add_argument("--calls", type=int, default=5, help="of generate, one after the other")
     options.add_argument("--only", choices=WAYS, nargs="+", help="default: all")

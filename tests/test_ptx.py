@@ -22,8 +22,8 @@ from mustafar_compile.lowering import kernels, render
 from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
-from mustafar_compile.lowering.ptx.rows import Rows
 from mustafar_compile.lowering.ptx.prune import Prune
+from mustafar_compile.lowering.ptx.rows import Rows
 from mustafar_compile.lowering.step import COMBINE_REGISTERS, DTYPE_NAMES
 from nightly import mostly_at_night
 from pairwise import pairwise
