@@ -30,6 +30,7 @@ from timing import DEVICE, ON_GPU, free, parser, read, synchronize, write
 from transformers import CompileConfig
 
 import mustafar_compile
+from mustafar_compile.lowering.format import CODES
 
 NAME = "generate"
 Row = dict[str, Any]
@@ -172,7 +173,7 @@ def key_of(row: Row) -> tuple:
 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """How many times faster a step is than with Hugging Face's own compiled static cache."""
-    rows = sorted(rows, key=lambda row: (*key_of(row)[:4], list(WAYS).index(row["way"])))
+    rows = sorted(rows, key=lambda row: (*key_of(row)[:-1], list(WAYS).index(row["way"])))
     reference = {key_of(row)[:4]: row["step_ms"] for row in rows if row["way"] == "hf"}
     for row in rows:
         if key_of(row)[:4] in reference:

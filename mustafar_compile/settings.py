@@ -125,8 +125,8 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
             inductor[name] = value
         else:
             raise ValueError(
-                f"mustafar: option {key!r} is unknown; accepted are preset, {', '.join(setting_names())} and the keys of "
-                "torch._inductor.config (torch._inductor.list_options() lists them)"
+                f"mustafar: option {key!r} is unknown; accepted are preset, {', '.join(setting_names())} and the keys "
+                "of torch._inductor.config (torch._inductor.list_options() lists them)"
             )
     return Settings(**ours), inductor
 

@@ -147,7 +147,8 @@ class Decode:
                     yield f"@inside st.shared.v4.b32 [spot+{offset}], {words};"
         if self.has_table:
             yield f"add.u32 table, shared, {self.table_at}; .reg .b64 from; .reg .b32 v<2>;"
-            yield "mad.lo.u32 spot, warp, 32, lane; mad.wide.u32 from, spot, 8, levels; mad.lo.u32 spot, spot, 8, table;"
+            yield "mad.lo.u32 spot, warp, 32, lane; mad.wide.u32 from, spot, 8, levels;"
+            yield "mad.lo.u32 spot, spot, 8, table;"
             for at in range(0, LEVEL_TABLE_BYTES, 256 * self.warps):
                 yield f"ld.global.v2.b32 {{v0,v1}}, [from+{at}]; st.shared.v2.b32 [spot+{at}], {{v0,v1}};"
         # A lane's fragments: of heads 0 and 2 or 1 and 3 by r % 2, of the first or the last four channels by t // 2

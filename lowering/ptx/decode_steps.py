@@ -98,7 +98,7 @@ def normalise(groups: int, chunks: int) -> Lines:
 
 
 def sum_query(groups: int, chunks: int) -> Lines:
-    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: what ``BIAS`` adds to the scores of the head of s[2i], negative."""
+    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: minus what ``BIAS`` adds to the scores of the head of s[2i]."""
     yield f".reg .f32 total<{4 * groups}>, term; .reg .b16 front, back; .reg .pred second; .reg .b32 parity;"
     for h in range(4 * groups):
         yield f"mov.f32 total{h}, 0f00000000;"

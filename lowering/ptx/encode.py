@@ -76,7 +76,8 @@ def _four_levels(to: str, j: int, dtype: str, mask: str) -> Lines:
     yield from _levels("near", j, dtype, mask)
     yield from _levels("far", j + 1, dtype, mask)
     yield "mov.b32 mine, near0; mov.b32 other, near1; prmt.b32 first, mine, other, 0x0040;"
-    yield f"mov.b32 mine, far0; mov.b32 other, far1; prmt.b32 second, mine, other, 0x0040; prmt.b32 {to}, first, second, 0x5410;"
+    yield "mov.b32 mine, far0; mov.b32 other, far1; prmt.b32 second, mine, other, 0x0040;"
+    yield f"prmt.b32 {to}, first, second, 0x5410;"
 
 
 def store_levels(count: int, code: str, dtype: str) -> Lines:
@@ -101,7 +102,7 @@ def store_levels(count: int, code: str, dtype: str) -> Lines:
 
 
 def _find_bounds(dtype: str) -> Lines:
-    """Lane: least -> ``floors``; bound<i>, from which on level i + 1 of the row is nearer than level i, in all bytes."""
+    """Lane: least -> ``floors``; bound<i>, from which on level i + 1 of the row is nearer than i, in all bytes."""
     yield ".reg .b32 small, large, bound<7>, wide; .reg .b64 from;"
     yield from _as_float("size", "least", dtype)
     yield f"mul.rn.f32 size, size, inverse; add.rn.f32 size, size, {_ROUND}; mov.b32 least, size;"
@@ -112,13 +113,14 @@ def _find_bounds(dtype: str) -> Lines:
     yield "prmt.b32 first, small, large, 0x4321; shr.u32 second, large, 8;"
     for level, after in (("small", "first"), ("large", "second")):
         yield f"xor.b32 mine, {level}, {after}; and.b32 mine, mine, 0xFEFEFEFE; shr.u32 mine, mine, 1;"
-        yield f"and.b32 {after}, {level}, {after}; add.u32 {after}, {after}, mine; add.u32 {after}, {after}, 0x01010101;"
+        yield f"and.b32 {after}, {level}, {after}; add.u32 {after}, {after}, mine;"
+        yield f"add.u32 {after}, {after}, 0x01010101;"
     for i in range(7):
         yield f"prmt.b32 bound{i}, {'first' if i < 4 else 'second'}, 0, 0x{i % 4}{i % 4}{i % 4}{i % 4};"
 
 
 def _four_codes(at: str, j: int) -> Lines:
-    """Four levels -> their codes, two to each of bytes 0 and 2: which of the row's levels, and the sign of v<j>, v<j + 1>."""
+    """Four levels -> their codes, two to each of bytes 0 and 2: which of the row's levels, and the sign in v<j>, ..."""
     yield f"or.b32 wide, {at}, 0x80808080; prmt.b32 {at}, v{j}, v{j + 1}, 0x7531;"
     yield f"and.b32 {at}, {at}, 0x80808080; shr.u32 {at}, {at}, 4;"
     for i in range(7):  # the top bit of a byte stays where the bound is reached

@@ -147,7 +147,7 @@ def store_values(kept: int) -> Lines:
 
 @dataclass(frozen=True)
 class Prune:
-    """The block of one compressing kernel: rows of 32 * ``words`` channels, of which ``kept`` are stored in ``code``."""
+    """The block of one compressing kernel: rows of 32 ``words`` channels, of which ``kept`` are stored in ``code``."""
 
     words: int
     kept: int

@@ -7,9 +7,9 @@ c           of coded rows: the largest magnitude of the lane's row, in the cache
 f           of int4: the floor of the lane's row
 ==========  ==============================================================================================
 
-Coded rows come out in float16, where the level of an element is an integer and ``BIAS`` stands added to it, of pruned
-elements too: a byte below the byte 0x64 is 1024 more than itself. Taking the bias away from sums is cheaper than from each
-element. Of values it alternates: tokens of odd lanes have it subtracted, so that sums over many tokens do not drown in it.
+Coded rows come out in float16: the level of an element, an integer, with ``BIAS`` added, of pruned elements too. (A byte
+below the byte 0x64 is 1024 more than itself.) Taking the bias away from sums is cheaper than from each element. Of values
+it alternates: tokens of odd lanes have it subtracted, so that sums over many tokens do not drown in it.
 ``scales`` has what to multiply a token's sums with.
 """
 
@@ -114,7 +114,8 @@ def level_setup(rows: Rows, alternating: bool) -> Lines:
     """Lane: what ``levels`` and ``_widen`` need. Of int4 the eight levels of the lane's row."""
     yield f".reg .b32 u<{rows.kept // 4}>, four, high, zeros; mov.b32 zeros, {_ZERO}; mov.b32 high, 0x64646464;"
     if alternating:
-        yield ".reg .b32 turn, one, odd_lane; .reg .pred is_odd; mov.u32 odd_lane, %laneid; and.b32 odd_lane, odd_lane, 1;"
+        yield ".reg .b32 turn, one, odd_lane; .reg .pred is_odd;"
+        yield "mov.u32 odd_lane, %laneid; and.b32 odd_lane, odd_lane, 1;"
         yield "setp.ne.u32 is_odd, odd_lane, 0; selp.b32 high, 0xE4E4E4E4, high, is_odd;"
         if rows.code == "int8":
             yield f"selp.b32 turn, 0x7F7F7F7F, {_ZERO}, is_odd; selp.b32 one, 0x01010101, 0, is_odd;"
