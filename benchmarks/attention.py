@@ -143,10 +143,7 @@ def measure(shape: Shape, sparsities: list[float], codes: list[str], flex: bool)
         if error <= TOLERANCE:
             rows.append(asdict(shape) | kind | row(ours, peers, dense_bytes) | {"error": error})
         else:
-            print(
-                f"{shape} at sparsity {sparsity}, {code}, is WRONG by {error:.2g}, so its time is not reported",
-                flush=True,
-            )
+            print(f"{shape}, {kind}: WRONG by {error:.2g}, so its time is not reported", flush=True)
         del ours
         free()
     return rows

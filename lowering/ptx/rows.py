@@ -7,9 +7,9 @@ c           of coded rows: the largest magnitude of the lane's row, in the cache
 f           of int4: the floor of the lane's row
 ==========  ==============================================================================================
 
-Coded rows come out in float16: the level of an element, an integer, with ``BIAS`` added, of pruned elements too. (A byte
-below the byte 0x64 is 1024 more than itself.) Taking the bias away from sums is cheaper than from each element. Of values
-it alternates: tokens of odd lanes have it subtracted, so that sums over many tokens do not drown in it.
+Coded rows come out in float16: the level of an element, an integer, with ``BIAS`` added, of pruned elements too. (A
+byte below the byte 0x64 is 1024 more than itself.) Taking the bias away from sums is cheaper than from each element. Of
+values it alternates: tokens of odd lanes have it subtracted, so that sums over many tokens do not drown in it.
 ``scales`` has what to multiply a token's sums with.
 """
 
