@@ -235,8 +235,8 @@ class Tuned:
             "WEIGHTED_SUM": decode.weighted_sum(),
             "MERGE": decode.merge(),
         }
-        constants = {"heads": decode.heads, "groups": decode.groups, "accumulators": decode.accumulators}
-        constants |= {"summed": decode.summed}
+        constants: dict[str, Any] = {"heads": decode.heads, "groups": decode.groups}
+        constants |= {"accumulators": decode.accumulators, "summed": decode.summed}
         constants |= {"key_rows": decode.keys, "value_rows": decode.values}
         constants |= {"has_table": decode.has_table, "normalised": decode.normalised}
         constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key.head_dim, 128)}
