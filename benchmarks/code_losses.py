@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -35,26 +35,37 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """How keys and values are stored, each by the name of a code ("dense": not at all), and their sparsity."""
+    """How keys and values are stored, each by the name of a code ("dense": not at all), and their sparsity.
+
+    value_sparsity: None where it is that of keys.
+    """
 
     keys: str
     values: str
     sparsity: float
+    value_sparsity: float | None = None
 
-    def storage(self, code: str) -> teacher_forced.Storage:
+    def described(self) -> Row:
+        """Its fields that are given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @staticmethod
+    def storage(code: str, sparsity: float) -> teacher_forced.Storage:
         """What is read back of rows [..., D]."""
         if code == "dense":
             return lambda x: x
 
         def stored(x: Tensor) -> Tensor:
             rows = x.bfloat16()
-            return CODES[code].function(rows, kept_mask(rows, kept_elements(x.shape[-1], self.sparsity))).to(x.dtype)
+            return CODES[code].function(rows, kept_mask(rows, kept_elements(x.shape[-1], sparsity))).to(x.dtype)
 
         return stored
 
     def hidden_states(self, model: Any, ids: Tensor) -> Tensor:
         """What the model makes of the tokens with such a cache."""
-        with teacher_forced.storing(model, self.storage(self.keys), self.storage(self.values), WINDOW):
+        of_values = self.sparsity if self.value_sparsity is None else self.value_sparsity
+        keys, values = self.storage(self.keys, self.sparsity), self.storage(self.values, of_values)
+        with teacher_forced.storing(model, keys, values, WINDOW):
             return teacher_forced.hidden_states(model, ids)
 
 
@@ -68,6 +79,7 @@ def cases() -> list[Case]:
     return [
         *both(main, 0.5, 0.7),
         *both(unpruned[:4], 0.0),
+        *(Case(code, code, 0.5, 0.7) for code in ("int8", "int4 growing")),  # with int8 at 0, the presets
         *both(["int4 symmetric"], 0.5, 0.7),
         *alone(main[2:], 0.5),
         Case(*kivi, 0.0),
@@ -136,11 +148,11 @@ def summary(rows: list[Row]) -> list[Row]:
     """The mean over texts of each case, in which texts have equally many tokens."""
     found: dict[Case, list[Row]] = {}
     for row in rows:
-        found.setdefault(Case(row["keys"], row["values"], row["sparsity"]), []).append(row)
+        found.setdefault(Case(row["keys"], row["values"], row["sparsity"], row.get("value_sparsity")), []).append(row)
     lines = []
     for case, several in found.items():
         texts = [row for row in several if row["text"] != QUESTIONS]
-        line = asdict(case) | {"texts": len(texts)}
+        line = case.described() | {"texts": len(texts)}
         if texts:
             line |= {key: statistics.fmean(row[key] for row in texts) for key in ("over_dense", "kl")}
             line["error"] = math.hypot(*(row["error"] for row in texts)) / len(texts)
@@ -149,14 +161,20 @@ def summary(rows: list[Row]) -> list[Row]:
     return lines
 
 
+def described(row: Row) -> Row:
+    """What a row is about."""
+    names = {"text", *(field.name for field in fields(Case))}
+    return {name: value for name, value in row.items() if name in names}
+
+
 def complete(name: str, texts: list[str], first: int | None) -> list[Row]:
     """All rows of a model. Those that are missing of the first cases are computed and saved one by one."""
     subject = SUBJECTS[name]()
     file = f"code_losses_{name}"
     rows = read(file)
     for text in texts:
-        keys = {case: {"text": text, **asdict(case)} for case in cases()[:first]}
-        missing = [case for case, key in keys.items() if not any(key.items() <= row.items() for row in rows)]
+        keys = {case: {"text": text, **case.described()} for case in cases()[:first]}
+        missing = [case for case, key in keys.items() if not any(described(row) == key for row in rows)]
         if missing:
             read_text = Questions(subject) if text == QUESTIONS else Text(subject.model, subject.texts[int(text)])
         for case in missing:
