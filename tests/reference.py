@@ -33,7 +33,7 @@ def quantized(x: Tensor, kept: int, code: str) -> Tensor:
     """What rows [..., D] are once they are pruned and stored in a code, in float32."""
     row = prune(x, kept).float()
     peak = row.abs().amax(-1, keepdim=True)
-    level = (row.abs() * (127 / peak)).round().where(peak >= 2.0**-119, 0)
+    level = (row.abs() * (torch.full_like(peak, 127) / peak)).round().where(peak >= 2.0**-119, 0)
     if code == "int4":
         floor = level.masked_fill(~kept_mask(x, kept), 127).amin(-1, keepdim=True).double()
         levels = [(floor + (127 - floor) * i * (8 * i + floor) / (7 * (56 + floor)) + 0.5).floor() for i in range(8)]
@@ -86,13 +86,17 @@ def reference_attention(
 
 @contextmanager
 def pruned_generation(
-    key_sparsity: float, value_sparsity: float, window: int, layers: Collection[int] | None = None
+    key_sparsity: float,
+    value_sparsity: float,
+    window: int,
+    layers: Collection[int] | None = None,
+    codes: tuple[str, str] = ("none", "none"),
 ) -> Iterator[None]:
     """Within it, eager HF models over a DynamicCache generate as the pruned model should.
 
     A decode step prunes the cache, its own token included, before it attends. A step of several tokens attends
     densely over the past as it was pruned; sliding-window layers stay as they are. layers: those with a pruned cache,
-    all where None.
+    all where None. codes: of K and V.
     """
     from transformers.cache_utils import Cache
 
@@ -102,8 +106,8 @@ def pruned_generation(
         layer = cache.layers[index] if index < len(cache.layers) else None
         if layer is None or layer.is_sliding or not (layers is None or index in layers) or not layer.get_seq_length():
             return
-        layer.keys = pruned_cache(layer.keys, key_sparsity, window)
-        layer.values = pruned_cache(layer.values, value_sparsity, window)
+        layer.keys = pruned_cache(layer.keys, key_sparsity, window, codes[0]).to(layer.keys.dtype)
+        layer.values = pruned_cache(layer.values, value_sparsity, window, codes[1]).to(layer.values.dtype)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         prune_stored(self, layer_idx)

@@ -20,17 +20,17 @@ def expanded(x, kept, code, order="blocks"):
     return packing.expand(packing.pack(x, format), format)
 
 
-@pytest.mark.parametrize("code", CODED)
-@pytest.mark.parametrize("order", ORDERS)
-@given(x=rows(), share=st.sampled_from([0.25, 0.5, 1.0]))
+codes_of_rows = st.sampled_from(CODED)
+
+
+@given(code=codes_of_rows, order=st.sampled_from(ORDERS), x=rows(), share=st.sampled_from([0.25, 0.5, 1.0]))
 def test_rows_are_what_the_reference_makes_of_them(code, order, x, share):
     kept = max(8, int(x.shape[-1] * share) // 8 * 8)
     expected = quantized(x, kept, code)
     assert_same_bits(expanded(x, kept, code, order) + 0.0, expected + 0.0)  # a zero may have lost its sign
 
 
-@pytest.mark.parametrize("code", CODED)
-@given(x=rows(), share=st.sampled_from([0.5, 1.0]))
+@given(code=codes_of_rows, x=rows(), share=st.sampled_from([0.5, 1.0]))
 def test_a_code_keeps_signs_order_zeros_and_the_largest(code, x, share):
     x = x.nan_to_num(1.0, 2.0, -2.0)
     kept = max(8, int(x.shape[-1] * share) // 8 * 8)
@@ -62,12 +62,11 @@ def test_rows_that_are_not_finite_are_nan_as_a_whole():
             assert (row[1] == 1).all()
 
 
-@pytest.mark.parametrize("floor", range(128))
-def test_levels_of_int4_rise_from_the_floor_to_the_top(floor):
-    levels = codes.level_table()[floor]
-    assert levels[0] == floor
-    assert levels[-1] == codes.TOP
-    assert levels == sorted(levels)
+def test_levels_of_int4_rise_from_the_floor_to_the_top():
+    for floor, levels in enumerate(codes.level_table()):
+        assert levels[0] == floor
+        assert levels[-1] == codes.TOP
+        assert levels == sorted(levels)
 
 
 def test_a_bitmap_is_stored_only_where_something_is_pruned():
@@ -91,8 +90,7 @@ def test_bytes_of_a_token(code, kept, share):
 
 
 @pytest.mark.parametrize("code", CODED)
-@pytest.mark.parametrize("kept", [16, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kept", "dtype"), [(16, torch.float32), (40, torch.float16), (16, torch.bfloat16)])
 def test_a_cache_holds_coded_rows_before_the_window(code, kept, dtype):
     dense = randn(2, 3, 70, 40, seed=1, dtype=dtype)
     caches = [compressed(dense, 70, kept, 8, 70, portable, order, code) for order in ORDERS]
