@@ -34,7 +34,7 @@ def _no_grad():
         yield
 
 
-CASES = [("balanced", "dynamic"), ("small", "static"), ("safe", "dynamic"), *pairwise(WAYS, ("dynamic", "static"))]
+CASES = [("balanced", "dynamic"), ("small", "static"), ("safe", "dynamic"), *pairwise([*WAYS], ("dynamic", "static"))]
 
 
 @pytest.mark.parametrize(("way", "cache"), mostly_at_night(list(dict.fromkeys(CASES)), 2))
