@@ -56,8 +56,6 @@ def _refuses_cache(format: Format, dtype: torch.dtype, device: torch.device) -> 
         return f"the cache is on {device.type}"
     if format.order != order_for(device):
         return f"its elements stand in {format.order}"
-    if format.code != "none":
-        return f"there is no kernel for {format.code}"
     if not _HAS_TRITON:
         return "Triton is not installed"
     if dtype not in DTYPE_NAMES or format.head_dim % CHUNK or format.head_dim > MAX_HEAD_DIM:
