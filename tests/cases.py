@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops, portable
-from mustafar_compile.lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, Format
+from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, MAX_QUERY_TOKENS, Format
 from reference import kept_count, prune, pruned_cache, reference_attention
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -30,9 +30,19 @@ def assert_same_bits(actual, expected):
     """Equal to the last bit: NaN equals NaN and -0.0 is not 0.0."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected)
+        return
     assert torch.equal(actual.isnan(), expected.isnan())
     actual, expected = (x.masked_fill(x.isnan(), 0).view(BITS[x.dtype]) for x in (actual, expected))
     assert torch.equal(actual, expected)
+
+
+def assert_same_rows(actual, expected, code="none"):
+    """Dense rows equal to the last bit. Of a code the expected ones are float32, and a zero may have lost its sign."""
+    if code != "none":
+        actual, expected = actual + 0.0, expected.to(actual.dtype) + 0.0
+    assert_same_bits(actual, expected)
 
 
 class Cache(list):
@@ -146,10 +156,14 @@ def with_length(x, length):
     return torch.nn.functional.pad(x, (0, 0, 0, max(length - x.shape[2], 0)))[:, :, :length]
 
 
+def blocks_of(cache):
+    """The buffers that hold packed rows, each seen as [B, H, blocks, 32, ...]."""
+    return [x.movedim(buffer.token_dim, 3) for buffer, x in zip(cache.format.packed, cache, strict=False)]
+
+
 def rows_of(cache):
-    """What the slots hold, each in a row [B, H, slots, n]: values and words."""
-    values = cache.values if cache.format.order == "rows" else cache.values.permute(0, 1, 2, 4, 3, 5).flatten(4)
-    return values.flatten(2, 3), cache.bitmap.flatten(2, 3)
+    """What the slots hold, each in a row [B, H, slots, n]."""
+    return [x.flatten(4).flatten(2, 3) for x in blocks_of(cache)]
 
 
 def counts_of(tokens, window, flag=0, batch=1):
@@ -201,6 +215,8 @@ class Case:
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
     order: str = "blocks"
+    key_code: str = "none"
+    value_code: str = "none"
 
     def to(self, device):
         """The same case there."""
@@ -251,19 +267,20 @@ class Case:
         return 1 / math.sqrt(self.query.shape[3]) if self.scale is None else self.scale
 
     def past(self, role):
-        """Buffers with all but the new tokens; slots that hold nothing hold NaN."""
+        """Buffers with all but the new tokens; slots that hold nothing hold NaN, and ones where there is none."""
         x = self.keys if role == "key" else self.values
-        sparsity = self.key_sparsity if role == "key" else self.value_sparsity
+        sparsity, code = (getattr(self, f"{role}_{what}") for what in ("sparsity", "code"))
         written = self.written
         capacity = max(self.tokens - self.window, 0) + 1 + self.spare
         kept = kept_count(x.shape[3], sparsity)
         dense = x[:, :, : max(written, 1)]
         by = ops if self.order == "blocks" else portable  # which builds nothing
-        cache = compressed(dense, written, kept, self.window, capacity, by, self.order)
-        slots = cache.format.capacity_of(cache)
-        empty = torch.arange(slots, device=x.device).view(-1, 32, 1) >= max(written - self.window, 0)
-        cache.values.masked_fill_(empty if self.order == "rows" else empty.unsqueeze(1), NAN)
-        cache.bitmap.masked_fill_(empty, -1)
+        cache = compressed(dense, written, kept, self.window, capacity, by, self.order, code)
+        empty = torch.arange(cache.format.capacity_of(cache), device=x.device) >= max(written - self.window, 0)
+        for packed in blocks_of(cache):
+            bits = packed.view(torch.int8) if packed.dtype == torch.uint8 else packed
+            where = empty.view(-1, 32, *(bits.dim() - 4) * [1])
+            bits.masked_fill_(where, NAN if bits.is_floating_point() else -1)
         cache.window[:, :, written:] = NAN
         return cache
 
@@ -280,20 +297,23 @@ class Case:
 
     def _expected(self):
         how = (*self.sparsities, self.window, self.mask, self.scale_number, torch.float64, self.softcap, self.sinks)
-        return reference_attention(self.query.double(), self.keys, self.values, *how)
+        codes = self.key_code, self.value_code
+        return reference_attention(self.query.double(), self.keys, self.values, *how, codes)
 
     def allowed_error(self, rounds_weights=False):
         """What sums in float32 and one rounding of the result may be off by: an error analysis, not a guess.
 
-        rounds_weights: the weights are rounded to the dtype of the cache before they meet the values.
+        rounds_weights: the weights are rounded to the dtype of the cache before they meet the values, and so are
+        values that were stored in a code.
         """
         return torch.cat([case._allowed_error(rounds_weights) for case in self.queries_alone()], dim=2)
 
     def _allowed_error(self, rounds_weights):
         unit, out = 2.0**-24, torch.finfo(self.query.dtype)
         group = self.query.shape[1] // self.keys.shape[1]
-        keys = pruned_cache(self.keys, self.key_sparsity, self.window).double().abs().repeat_interleave(group, 1)
-        sizes = self.query.double().abs() @ keys.transpose(2, 3) * abs(self.scale_number)
+        keys = pruned_cache(self.keys, self.key_sparsity, self.window, self.key_code).double().abs()
+        keys = keys.repeat_interleave(group, 1).transpose(2, 3)
+        sizes = self.query.double().abs() @ keys * abs(self.scale_number)
         # Where one score is beyond all others, it or its absence makes weights of exactly 0 and 1.
         sizes = torch.where(sizes < 2.0**60, sizes, 0)
         in_score = (self.query.shape[3] + 4) * unit * sizes.amax(-1, keepdim=True) + 8 * unit * self.softcap
@@ -305,7 +325,7 @@ class Case:
         expected, averaged = self._expected(), replace(self, values=self.values.abs())._expected()
         sums = (in_weights + (self.tokens + 4) * unit) * averaged
         if rounds_weights:
-            values = pruned_cache(self.values, self.value_sparsity, self.window).double().abs()
+            values = pruned_cache(self.values, self.value_sparsity, self.window, self.value_code).double().abs()
             lost = 2.0**-25 if self.values.dtype == torch.float16 else 2.0**-100  # weights too small for the dtype
             sums = sums + lost * values.sum(2, keepdim=True).repeat_interleave(group, 1)
             if self.values.dtype != torch.float32:
@@ -336,9 +356,8 @@ def assert_same_cache(actual, expected):
     assert actual.counts.tolist() == expected.counts.tolist()
     actual = actual.to(expected.window.device)
     for row, pruned in enumerate(pruned_in(expected)):
-        mine, other = ([x[row, :, :pruned] for x in rows_of(cache)] for cache in (actual, expected))
-        assert_same_bits(mine[0], other[0])
-        assert torch.equal(mine[1], other[1])
+        for mine, other in zip(rows_of(actual), rows_of(expected), strict=True):
+            assert_same_bits(mine[row, :, :pruned], other[row, :, :pruned])
     assert_same_bits(actual.window, expected.window)
 
 
@@ -404,6 +423,7 @@ def cases(
     windows=tuple(range(1, 13)),
     queries=query_counts,
     groups=(1, 2, 3, 4, 8),
+    codes=CODES,
 ):
     batch, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from(groups))
     dims, dtype, queries = st.sampled_from(dims), draw(dtypes), draw(queries)
@@ -413,6 +433,7 @@ def cases(
         window=draw(st.sampled_from(windows)), spare=draw(st.integers(0, 9)),
         scale=draw(st.sampled_from([None, 1.0, 0.3, -0.5])), softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 20.0])),
     )  # fmt: skip
+    case.key_code, case.value_code = (draw(st.sampled_from(codes)) for _ in range(2))
     case.mask = draw(masks(case))
     if draw(st.booleans()):
         case.sinks = make_sinks(heads * group, draw(seeds), draw(dtypes))
@@ -494,12 +515,15 @@ REWINDING = [
 ]
 
 
-def step_of(key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", **how):
+def step_of(
+    key_dim=128, value_dim=None, kept=None, value_kept=None, group=4, dtype="bf16", codes=("none", "none"), **how
+):
     """The kernels of a step, of which most is as usual."""
     from mustafar_compile.lowering.step import Step  # needs Triton
 
     value_dim = value_dim or key_dim
     kept = kept or kept_count(key_dim, 0.5)
-    formats = Format.interned(key_dim, kept, 32), Format.interned(value_dim, value_kept or kept, 32)
+    sizes = (key_dim, kept), (value_dim, value_kept or kept)
+    formats = [Format.interned(*size, 32, code) for size, code in zip(sizes, codes, strict=True)]
     fixed = {"mask": "none", "queries": 1, "sinks": False, "softcap": False}
     return Step(*formats, group=group, dtype=dtype, **(fixed | how))

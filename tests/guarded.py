@@ -51,8 +51,10 @@ class Zones(TorchFunctionMode):
 
     def _between(self, x):
         with torch._C.DisableTorchFunction():
-            fill = self.sentinel[0] if x.is_floating_point() else self.sentinel[1]
-            memory = torch.full((x.numel() + 2 * ZONE,), fill, dtype=x.dtype, device=x.device)
+            fill = torch.tensor(self.sentinel[0 if x.is_floating_point() else 1]).to(
+                x
+            )  # narrow integers: its last bits
+            memory = fill.repeat(x.numel() + 2 * ZONE)
             self.made.append((memory, x.numel()))
             return memory[ZONE : ZONE + x.numel()].view(x.shape)
 
@@ -64,27 +66,29 @@ class Zones(TorchFunctionMode):
             assert (zones.isnan() if fill.isnan() else zones == fill).all(), "written outside a buffer"
 
 
-def filled(head_dim, dtype, device, seed, order):
+def filled(head_dim, dtype, device, seed, order, code="none", kept=KEPT):
     """A cache of [2, 1, .., head_dim] with 32 tokens; made on the CPU."""
     dense = randn(2, 1, SLOTS, head_dim, seed=seed, dtype=dtype)
-    return compressed(dense, SLOTS, KEPT, WINDOW, SLOTS, portable, order).to(device)
+    return compressed(dense, SLOTS, min(kept, head_dim), WINDOW, SLOTS, portable, order, code).to(device)
 
 
 def spoilt(cache, counts, bitmap, copied):
-    """A copy of a cache, each buffer by ``copied``, with such counts and such a bitmap."""
+    """A copy of a cache, each buffer by ``copied``, with such counts and such a bitmap, and floors of the same bits."""
     copy = cache.changed(copied)
     if counts is not None:
         copy.counts[1] = torch.tensor(counts)
-    if bitmap is not None:
-        copy.bitmap.fill_(bitmap)
+    for buffer, x in zip(copy.format.buffers, copy, strict=True):
+        if bitmap is not None and buffer.name in ("bitmap", "floors"):
+            x.view(torch.int8).fill_(bitmap)
     return copy
 
 
-def step_inputs(queries, group, mask, dtype, device, order="blocks"):
+def step_inputs(queries, group, mask, dtype, device, order="blocks", codes=("none", "none"), kept=KEPT):
     """Query, key and value of new tokens; caches; a mask."""
     sizes = (group, HEAD_DIM), (1, HEAD_DIM), (1, VALUE_DIM)
     new = [randn(2, heads, queries, dim, seed=dim, dtype=dtype, device=device) for heads, dim in sizes]
-    caches = [filled(dim, dtype, device, dim + 1, order) for dim in (HEAD_DIM, VALUE_DIM)]
+    dims = HEAD_DIM, VALUE_DIM
+    caches = [filled(dim, dtype, device, dim + 1, order, code, kept) for dim, code in zip(dims, codes, strict=True)]
     return new, caches, mask and make_mask(mask, (2, group, queries, ROOM), seed=3).to(device)
 
 
@@ -109,13 +113,15 @@ def check_step(
     steps=STEPS,
     comparable=True,
     order="blocks",
+    codes=("none", "none"),
+    kept=KEPT,
 ):
     """A step at any position, with any counts, over any bitmap: nothing outside is written, and what is read is inside.
 
     Whatever the zones hold, the results are the same. comparable: False where a bitmap of too many bits reads what is
     left in shared memory.
     """
-    inputs = step_inputs(queries, group, mask, dtype, device, order)
+    inputs = step_inputs(queries, group, mask, dtype, device, order, codes, kept)
     for place in steps:
         results = []
         for sentinel in SENTINELS:
@@ -126,9 +132,9 @@ def check_step(
             assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), place
 
 
-def check_decompress(by, dtype=torch.float32, device="cpu", order="blocks"):
+def check_decompress(by, dtype=torch.float32, device="cpu", order="blocks", code="none"):
     """The same of decompressing."""
-    cache = filled(HEAD_DIM, dtype, device, 1, order)
+    cache = filled(HEAD_DIM, dtype, device, 1, order, code)
     for counts, bitmap, length in pairwise([None, *COUNTS], (PACKED, FULL), (SLOTS, 70)):
         results = []
         for sentinel in SENTINELS:
@@ -138,15 +144,15 @@ def check_decompress(by, dtype=torch.float32, device="cpu", order="blocks"):
         assert torch.equal(*results)
 
 
-def check_compress(by, dtype=torch.float32, device="cpu", order="blocks"):
+def check_compress(by, dtype=torch.float32, device="cpu", order="blocks", code="none"):
     """The same of compressing: with any number of tokens, what ``portable`` makes of as many as there are."""
     sizes = (HEAD_DIM, 40, 32), (24, 33, 64)
     for (head_dim, length, capacity), which, sentinel in pairwise(sizes, range(4), SENTINELS):
         dense = randn(2, 1, length, head_dim, seed=length, dtype=dtype)
         tokens = ((-(2**40), 2**33 + 5), (-3, length + 1), (length + 200, 0), (20, length))[which]
         written = torch.tensor(tokens)
-        expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, portable, order)
+        expected = compressed(dense, written.clamp(max=length), KEPT, WINDOW, capacity, portable, order, code)
         with Zones(sentinel) as zones:
             given = zones.guarded(dense.to(device)), zones.guarded(written.to(device))
-            made = compressed(*given, KEPT, WINDOW, capacity, by, order)
+            made = compressed(*given, KEPT, WINDOW, capacity, by, order, code)
         assert_same_cache(made, expected)

@@ -1,6 +1,6 @@
 """The plain Triton kernels in Triton's interpreter, on the CPU. ``test_kernels.py`` runs this in a process of its own.
 
-bfloat16 is for the GPU: the interpreter's products of it are wrong.
+bfloat16 is for the GPU: the interpreter's products of it are wrong, and it cuts float32 off where it should round.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from cases import (
 from guarded import STEPS, check_compress, check_decompress, check_step
 from mustafar_compile.lowering import kernels, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
+from mustafar_compile.lowering.format import CODES
 from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from reference import pruned_cache
@@ -70,6 +71,7 @@ phases = Phase.explicit, Phase.generate
 few = settings(max_examples=3, deadline=None, phases=phases, suppress_health_check=list(HealthCheck))
 few_queries = st.sampled_from([1, 1, 2, 3])  # more take long here
 narrow = st.sampled_from([torch.float32, torch.float16])
+codes = st.sampled_from(CODES)
 portable_kernels = functools.partial(kernels.decode_attention, variant="portable")
 KERNELS = Kernels(kernels.compress, kernels.decompress, portable_kernels, dtypes=(torch.float32, torch.float16))
 
@@ -81,6 +83,15 @@ def _kernels():
 
 class TestKernels(KernelChecks):
     """What those of every kind are held to."""
+
+
+@pytest.mark.nightly
+class TestCodedKernels(KernelChecks):
+    """The same over codes."""
+
+    @pytest.fixture
+    def kernels(self):
+        return dataclasses.replace(KERNELS, codes={"key_code": "int8", "value_code": "int4"})
 
 
 # ------------------------------------------------------------------------------------------- compress and decompress
@@ -96,21 +107,47 @@ class TestKernels(KernelChecks):
     dtype=narrow,
     how=st.sampled_from(LAYOUTS),
     seed=seeds,
+    code=codes,
 )
 def test_a_compressed_cache_stands_for_the_pruned_one(**how):
     check_a_compressed_cache(KERNELS, **how)
 
 
 @few
-@given(rows(dtypes=narrow), st.integers(1, 32))
-def test_rows_of_all_kinds(x, eights):
-    check_rows(KERNELS, x, min(8 * eights, x.shape[-1]))
+@given(rows(dtypes=narrow), st.integers(1, 32), codes)
+def test_rows_of_all_kinds(x, eights, code):
+    check_rows(KERNELS, x, min(8 * eights, x.shape[-1]), code)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("head_dim", "kept"), [(8, 8), (24, 8), (64, 32), (80, 40), (128, 8), (128, 120)])
 def test_rows_that_are_hard_to_rank(head_dim, kept, dtype):
     check_rows(KERNELS, hard_rows(head_dim, kept, dtype), kept)
+
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+CODED = [code for code in CODES if code != "none"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "code"), mostly_at_night(pairwise(DTYPES, [(24, 8), (40, 16), (32, 32), (128, 120)], CODED), 4)
+)
+def test_coded_rows_that_are_hard_to_rank(sizes, dtype, code):
+    head_dim, kept = sizes
+    x = torch.cat([randn(20, head_dim, seed=kept, dtype=dtype), hard_rows(head_dim, kept, dtype)])
+    if dtype == torch.bfloat16:
+        KERNELS.compressed_as_portable(x[None, None], len(x), kept, 1, len(x), code=code)
+    else:
+        check_rows(KERNELS, x, kept, code)
+
+
+def test_floors_are_numbers_of_seven_bits():
+    """So is the largest of them; the eighth bit can only come from a cache that was tampered with."""
+    dense = randn(1, 1, 40, 16, seed=1)
+    cache = compressed(dense, 40, 16, 4, 40, by=portable, code="int4")
+    expected = decompressed(cache, 40, by=portable)
+    cache[cache.format.place("floors")] |= 128
+    assert torch.equal(decompressed(cache, 40, by=kernels), expected)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 40, 64])
@@ -121,6 +158,9 @@ def test_compressing_a_part_of_a_static_cache(tokens):
 
 
 # ------------------------------------------------------------------------------------------------- decode attention
+
+
+EVERY_CHANNEL = {"key_sparsity": 0.0, "value_sparsity": 0.0, "dtype": torch.float16}
 
 
 def one_head(**how):
@@ -143,6 +183,8 @@ def one_head(**how):
 @example(one_head(mask=torch.full((1, 1, 1, 11), torch.finfo(torch.float32).min)), False)
 @example(one_head(mask=torch.full((1, 1, 1, 11), -65504.0, dtype=torch.float16), dtype=torch.float16), False)
 @example(make_case(mask=torch.ones(4, 1, 1, dtype=torch.bool)), False)
+@example(one_head(tokens=40, key_code="int8", value_code="int4"), False)
+@example(one_head(tokens=20, **EVERY_CHANNEL, key_code="int4", value_code="int8"), True)
 @example(one_head(mask=both_ways(3, 11), queries=3), False)
 @example(one_head(mask=both_ways(3, 11), queries=3, window=1), False)
 def test_a_step_equals_the_oracle(case, position):
@@ -167,24 +209,24 @@ def test_a_step_of_many_rows_equals_the_oracle(how, position):
 
 
 @pytest.mark.parametrize(
-    ("window", "tokens", "position"),
+    ("window", "tokens", "position", "code"),
     [
-        (1, 5, None),
-        (4, 6, "given"),
-        (3, 36, "given"),
-        *at_night([(1, 5, "given"), (4, 6, None), (3, 36, None)]),
+        (1, 5, None, "int4"),
+        (4, 6, "given", "none"),
+        (3, 36, "given", "int8"),
+        *at_night([(1, 5, "given", "int8"), (4, 6, None, "int4"), (3, 36, None, "none")]),
     ],
 )
-def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, position):
+def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(window, tokens, position, code):
     case = one_head(tokens=tokens, head_dim=24, value_dim=16)
     start = max(0, tokens - 6)
-    grown = [compressed(x, start, 8, window, tokens, by=portable) for x in (case.keys, case.values)]
+    grown = [compressed(x, start, 8, window, tokens, by=portable, code=code) for x in (case.keys, case.values)]
     for n in range(start, tokens):
         new = case.keys[:, :, n : n + 1], case.values[:, :, n : n + 1]
         at = torch.tensor([n]) if position else None
         attention(case.query, *new, *grown, at, scale=0.2, decode=portable_kernels)
     for x, cache in zip((case.keys, case.values), grown, strict=True):
-        assert_same_cache(cache, compressed(x, tokens, 8, window, tokens, by=portable))
+        assert_same_cache(cache, compressed(x, tokens, 8, window, tokens, by=portable, code=code))
 
 
 @pytest.mark.parametrize(
@@ -224,9 +266,11 @@ def exact_for_extremes(monkeypatch):
     monkeypatch.setattr(kernels.Step, "portable", lambda step: type("Module", (), {"attend": Lossy(step)}))
 
 
-@pytest.mark.parametrize(("value", "role", "queries"), mostly_at_night(pairwise(SPOILT, ROLES, (1, 2)), 7))
-def test_a_step_with_extreme_values_is_done_again(role, value, queries, exact_for_extremes):
-    case = one_head(tokens=75, group=6, window=17, queries=queries)
+@pytest.mark.parametrize(
+    ("value", "role", "queries", "code"), mostly_at_night(pairwise(SPOILT, ROLES, (1, 2), CODES), 7)
+)
+def test_a_step_with_extreme_values_is_done_again(role, value, queries, code, exact_for_extremes):
+    case = one_head(tokens=75, group=6, window=17, queries=queries, key_code=code, value_code=code)
     case.query = case.query / 64
     case.mask = make_mask("bias", (1, 6, queries, 75), 5)
     case.sinks = make_sinks(6, 3)
@@ -331,6 +375,11 @@ def test_a_step_keeps_to_its_buffers(queries, group, mask, first, later):
     check_step(portable_kernels, queries, group, mask, steps=STEPS[first + later :: 4])
 
 
+@pytest.mark.parametrize(("codes", "kept"), [(("int8", "int4"), 8), *at_night([(("int4", "int8"), 64)])])
+def test_a_step_over_coded_rows_keeps_to_its_buffers(codes, kept):
+    check_step(portable_kernels, steps=STEPS[-2:-1], codes=codes, kept=kept)
+
+
 @pytest.mark.nightly
 def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
     def decode(*given, **how):
@@ -341,9 +390,11 @@ def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
     check_step(decode, steps=STEPS[2::4])
 
 
-def test_compressing_keeps_to_its_buffers():
-    check_compress(kernels)
+@pytest.mark.parametrize("code", ["none", *at_night(CODED)])
+def test_compressing_keeps_to_its_buffers(code):
+    check_compress(kernels, code=code)
 
 
-def test_decompressing_keeps_to_its_buffers():
-    check_decompress(kernels)
+@pytest.mark.parametrize("code", ["none", *at_night(CODED)])
+def test_decompressing_keeps_to_its_buffers(code):
+    check_decompress(kernels, code=code)

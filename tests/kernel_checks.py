@@ -14,8 +14,8 @@ from cases import (
     LAYOUTS,
     NAN,
     assert_close,
-    assert_same_bits,
     assert_same_cache,
+    assert_same_rows,
     attention,
     compressed,
     counts_of,
@@ -43,7 +43,7 @@ ROLES = "keys", "values"
 class Kernels:
     """Kernels under test, with the signatures of ``lowering.portable``.
 
-    order: of the formats that they take. sizes, dtypes: those of heads, and of steps, that the checks are to use.
+    order: of the formats that they take. sizes, dtypes, codes: those of heads, and of steps, that the checks use.
     """
 
     compress: Callable
@@ -52,18 +52,19 @@ class Kernels:
     order: str = "blocks"
     sizes: dict[str, int] = field(default_factory=lambda: {"head_dim": 16, "value_dim": 16})
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    codes: dict[str, str] = field(default_factory=dict)
 
     def case(self, **how):
-        """``make_case`` with heads and order as these kernels want them."""
-        return make_case(**self.sizes | how, order=self.order)
+        """``make_case`` with heads, codes and order as these kernels want them."""
+        return make_case(**self.sizes | self.codes | how, order=self.order)
 
-    def compressed(self, dense, tokens, kept, window, capacity, by=None):
+    def compressed(self, dense, tokens, kept, window, capacity, by=None, code="none"):
         """A cache, compressed by these kernels or ``by`` others."""
-        return compressed(dense, tokens, kept, window, capacity, by=by or self, order=self.order)
+        return compressed(dense, tokens, kept, window, capacity, by=by or self, order=self.order, code=code)
 
-    def compressed_as_portable(self, *given):
+    def compressed_as_portable(self, *given, **how):
         """``compressed``, which must be what ``portable`` makes."""
-        cache, expected = (self.compressed(*given, by=by) for by in (self, portable))
+        cache, expected = (self.compressed(*given, by=by, **how) for by in (self, portable))
         assert [(b.shape, b.dtype) for b in cache] == [(b.shape, b.dtype) for b in expected]
         assert_same_cache(cache, expected)
         return cache
@@ -83,25 +84,25 @@ class Kernels:
         assert_close(self.stepped(case, position), case, rounds_weights=True)
 
 
-def check_a_compressed_cache(kernels, sizes, written, window, spare, sparsity, dtype, how, seed):
+def check_a_compressed_cache(kernels, sizes, written, window, spare, sparsity, dtype, how, seed, code="none"):
     """It stands for the pruned one. sizes: batch, heads, tokens and eighths of the channels."""
     batch, heads, length, eights = sizes
     tokens, head_dim = round(written * length), 8 * eights
     dense = strided(randn(batch, heads, length, head_dim, seed=seed, dtype=dtype), how)
-    expected = pruned_cache(dense[:, :, :tokens], sparsity, window)
+    expected = pruned_cache(dense[:, :, :tokens], sparsity, window, code)
     dense = strided(partly_written(dense, tokens), how)
     kept, capacity = kept_count(head_dim, sparsity), max(length + spare, tokens - window, 0)
-    cache = kernels.compressed_as_portable(dense, tokens, kept, window, capacity)
+    cache = kernels.compressed_as_portable(dense, tokens, kept, window, capacity, code=code)
     assert cache.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
     for asked in {tokens, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(decompressed(cache, asked, by=kernels), with_length(expected, asked))
+        assert_same_rows(decompressed(cache, asked, by=kernels), with_length(expected, asked), code)
 
 
-def check_rows(kernels, x, kept):
-    """Rows [n, D] come back pruned, bit by bit."""
-    cache = kernels.compressed_as_portable(x[None, None], len(x), kept, 1, len(x))
-    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1)
-    assert_same_bits(decompressed(cache, len(x), by=kernels), expected)
+def check_rows(kernels, x, kept, code="none"):
+    """Rows [n, D] come back pruned, bit by bit; with a code as what it makes of them."""
+    cache = kernels.compressed_as_portable(x[None, None], len(x), kept, 1, len(x), code=code)
+    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1, code)
+    assert_same_rows(decompressed(cache, len(x), by=kernels), expected, code)
 
 
 class KernelChecks:

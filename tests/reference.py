@@ -64,14 +64,16 @@ def reference_attention(
     dtype: torch.dtype = torch.float32,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    codes: tuple[str, str] = ("none", "none"),
 ) -> Tensor:
     """Dense attention in ``dtype`` of q [B, Hq, L, D] over the pruned k and v [B, H, n, D].
 
     A query that may attend to nothing gives zeros, as SDPA does. sinks: [Hq], logits that take weight and give nothing.
+    codes: of K and V.
     """
     group = q.shape[1] // k.shape[1]
-    keys = pruned_cache(k, key_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
-    values = pruned_cache(v, value_sparsity, window).to(dtype).repeat_interleave(group, dim=1)
+    keys = pruned_cache(k, key_sparsity, window, codes[0]).to(dtype).repeat_interleave(group, dim=1)
+    values = pruned_cache(v, value_sparsity, window, codes[1]).to(dtype).repeat_interleave(group, dim=1)
     scores = q.to(dtype) @ keys.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     if softcap:
         scores = softcap * (scores / softcap).tanh()

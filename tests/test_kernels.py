@@ -27,6 +27,7 @@ from cases import (
     assert_close,
     assert_same_bits,
     assert_same_cache,
+    assert_same_rows,
     attention,
     check_steps,
     compressed,
@@ -49,15 +50,17 @@ from cases import (
 )
 from guarded import check_compress, check_decompress, check_step
 from mustafar_compile.lowering import backends, native, ops, portable
-from mustafar_compile.lowering.format import Format
+from mustafar_compile.lowering.format import CODES, Format
+from pairwise import pairwise
 from ragged import POSITIONS, check_ragged, check_ragged_cache
-from reference import prune, pruned_cache
+from reference import pruned_cache
 
 pytest.importorskip("triton")
 from mustafar_compile.lowering import kernels
 from mustafar_compile.lowering.step import Step, Tuned
 
 HALVES = (torch.bfloat16, torch.float16)
+CODED = [code for code in CODES if code != "none"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -135,6 +138,10 @@ def test_which_caches_and_steps_have_kernels(ptx, monkeypatch):
             work = backends.Work(forms[key], forms[value], dtype, CUDA, group=4)
             assert backends.for_step(work) is (backends.TUNED if served else backends.PLAIN)
             assert backends.for_cache(forms[key], dtype, CUDA) is not backends.PORTABLE
+    for codes in itertools.product(CODES, repeat=2):
+        coded = [Format.of(80, sparsity, 32, code=code) for sparsity, code in zip((0.0, 0.5), codes, strict=True)]
+        assert backends.for_step(backends.Work(*coded, torch.float32, CUDA, group=4)) is backends.PLAIN
+        assert all(backends.for_cache(form, torch.float32, CUDA) is not backends.PORTABLE for form in coded)
     for form, dtype, device in [
         (forms[64], torch.float64, CUDA), (forms[64], torch.float32, CPU), (forms[264], torch.float16, CUDA),
     ]:  # fmt: skip
@@ -294,9 +301,11 @@ class Shape:
     softcap: float = 0.0
     sinks: bool = False
     queries: int = 1
+    codes: tuple[str, str] = ("none", "none")
 
     def __str__(self):
         how = [
+            "-".join(self.codes) * (self.codes != ("none", "none")),
             f"q{self.queries}" * (self.queries > 1),
             self.mask or "",
             "at" * self.position,
@@ -311,6 +320,7 @@ class Shape:
         how = {"window": self.window, "softcap": self.softcap, "queries": self.queries} | how
         how["sinks"] = make_sinks(heads * self.group, seed, self.dtype) if self.sinks else None
         how |= {"key_sparsity": key_sparsity, "value_sparsity": value_sparsity}
+        how |= {"key_code": self.codes[0], "value_code": self.codes[1]}
         return make_case(batch, heads, self.group, *self.dims, tokens, seed, self.dtype, **how)
 
     def position_of(self, case):
@@ -342,6 +352,13 @@ SHAPES = [
     Shape(FP32, (128, 128), (64, 64), 4, 32, "bias", sinks=True),
     Shape(FP32, (64, 80), (32, 40), 16, 7, position=True),
     Shape(FP32, (128, 128), (64, 64), 4, 7, queries=5, position=True),
+    Shape(BF16, (128, 128), (128, 64), 4, 32, codes=("int8", "int4")),
+    Shape(BF16, (128, 128), (40, 128), 4, 32, "bool", position=True, codes=("int4", "int4")),
+    Shape(FP16, (128, 64), (64, 24), 2, 7, "bias", queries=4, codes=("int4", "int8")),
+    Shape(BF16, (128, 128), (64, 64), 8, 32, softcap=20.0, codes=("none", "int8")),
+    Shape(BF16, (80, 80), (40, 24), 5, 32, "-inf", sinks=True, queries=16, codes=("int8", "int4")),
+    Shape(FP16, (24, 24), (8, 24), 3, 7, codes=("int4", "int4")),
+    Shape(FP32, (64, 80), (64, 40), 4, 7, position=True, codes=("int8", "int4")),
 ]
 TUNED = [s for s in SHAPES if s.dtype != FP32 and all(d % 32 == 0 for d in s.dims)]
 WITH_VARIANTS = [(s, v) for s in SHAPES for v in ("tuned", "portable") if v == "portable" or s in TUNED]
@@ -526,17 +543,19 @@ def test_inputs_of_any_strides(how, dtype, variant):
 
 # Values that are not ordinary
 
+EXTREME = [NAN, INF, -INF, 3e38, -3e38, 2.0**96, -(2.0**96), 2.0**98], ["keys", "values"], [*HALVES, FP32]
+SPOILT = [*itertools.product(*EXTREME, ["none"]), *pairwise(*EXTREME, CODED)]
+
 
 @needs_gpu
 @tuned_and_portable
-@pytest.mark.parametrize("dtype", [*HALVES, FP32])
-@pytest.mark.parametrize("role", ["keys", "values"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38, -3e38, 2.0**96, -(2.0**96), 2.0**98])
-def test_extreme_values_count_as_in_the_oracle(value, role, dtype, variant):
+@pytest.mark.parametrize(("value", "role", "dtype", "code"), SPOILT)
+def test_extreme_values_count_as_in_the_oracle(value, role, dtype, code, variant):
     if dtype == torch.float16 and math.isfinite(value):
         value = math.copysign(65504.0, value)
     for head_dim, token in itertools.product((64, 128), (0, 77, 280, 299)):  # compressed, in the window, the new one
-        case = make_case(2, 2, 4, head_dim, head_dim, 300, 7, dtype, window=32)
+        how = {"window": 32, "key_code": code, "value_code": code}
+        case = make_case(2, 2, 4, head_dim, head_dim, 300, 7, dtype, **how)
         case.query = case.query / 64  # no score overflows
         getattr(case, role)[1, 0, token, head_dim - 3] = value
         out = stepped(case, variant)
@@ -616,8 +635,8 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
     tokens, capacity = (shape.window + 75) // shape.queries * shape.queries, shape.window + 90
     case = shape.case(2, 2, tokens, seed=11)
     grown = [
-        compressed(x[:, :, :1].cuda(), 0, kept, shape.window, capacity, by=kernels)
-        for x, kept in zip((case.keys, case.values), shape.kept, strict=True)
+        compressed(x[:, :, :1].cuda(), 0, kept, shape.window, capacity, by=kernels, code=code)
+        for x, kept, code in zip((case.keys, case.values), shape.kept, shape.codes, strict=True)
     ]
     for n in range(shape.queries, tokens + 1, shape.queries):
         step = shape.case(2, 2, shape.queries, seed=0)
@@ -626,8 +645,8 @@ def test_tokens_one_by_one_give_the_same_cache_as_all_at_once(shape, variant):
             step.mask = make_mask(shape.mask, (2, 1, 1, n), n, density=0.9)
         out = step.to("cuda").step(*grown, shape.position_of(step), decode=decode(variant))
         check(out, step)
-    for x, kept, cache in zip((case.keys, case.values), shape.kept, grown, strict=True):
-        assert_same_cache(cache, compressed(x, tokens, kept, shape.window, capacity, by=portable))
+    for x, kept, code, cache in zip((case.keys, case.values), shape.kept, shape.codes, grown, strict=True):
+        assert_same_cache(cache, compressed(x, tokens, kept, shape.window, capacity, by=portable, code=code))
 
 
 @needs_gpu
@@ -715,27 +734,34 @@ def test_rows_of_the_batch_hold_tokens_of_their_own(dtype):
 @needs_gpu
 @tuned_and_portable
 @pytest.mark.parametrize(("queries", "group", "mask"), [(1, 4, None), (1, 8, "bool"), (3, 1, "bias")])
-def test_a_step_keeps_to_its_buffers(queries, group, mask, variant):
-    check_step(decode(variant), queries, group, mask, BF16, "cuda", comparable=variant == "portable")
+@pytest.mark.parametrize(
+    ("codes", "kept"), [(("none", "none"), 8), (("int8", "int4"), 8), (("int4", "int8"), 8), (("int4", "int4"), 64)]
+)
+def test_a_step_keeps_to_its_buffers(queries, group, mask, codes, kept, variant):
+    how = {"codes": codes, "kept": kept, "comparable": variant == "portable"}
+    check_step(decode(variant), queries, group, mask, BF16, "cuda", **how)
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["tuned", "portable"])
-def test_compressing_and_decompressing_keep_to_their_buffers(dtype):
-    check_compress(kernels, dtype, "cuda")
-    check_decompress(kernels, dtype, "cuda")
+@pytest.mark.parametrize("code", CODES)
+def test_compressing_and_decompressing_keep_to_their_buffers(dtype, code):
+    check_compress(kernels, dtype, "cuda", code=code)
+    check_decompress(kernels, dtype, "cuda", code=code)
 
 
 # Compressing
 
 
-COMPRESSED = [
+UNCODED = [
     *itertools.product(HALVES, [(32, 8), (32, 32), (64, 24), (64, 32), (96, 48), (128, 8), (128, 40), (128, 64)], [0]),
     *itertools.product(HALVES, [(64, 24), (128, 64)], [1]),
     *itertools.product(HALVES, [(128, 128), (256, 128), (80, 40), (24, 8), (8, 8)], [0]),
     *itertools.product([FP32], [(32, 8), (128, 64), (80, 24), (256, 256)], [0]),
 ]
-compressed_shapes = pytest.mark.parametrize(("dtype", "sizes", "shift"), COMPRESSED)
+CODED_SIZES = [(32, 8), (64, 64), (128, 40), (128, 64), (128, 128), (80, 40), (24, 24), (256, 128)]
+COMPRESSED = [(*shape, "none") for shape in UNCODED] + pairwise([*HALVES, FP32], CODED_SIZES, [0, 1], CODED)
+compressed_shapes = pytest.mark.parametrize(("dtype", "sizes", "shift", "code"), COMPRESSED)
 
 
 def shifted(x, by):
@@ -767,25 +793,27 @@ def test_the_tuned_compressor_serves_aligned_rows(head_dim, dtype):
     how=st.sampled_from(LAYOUTS),
     seed=seeds,
 )
-def test_a_compressed_cache_stands_for_the_pruned_one(dtype, sizes, shift, sizes_, written, window, spare, how, seed):
+def test_a_compressed_cache_stands_for_the_pruned_one(
+    dtype, sizes, shift, code, sizes_, written, window, spare, how, seed
+):
     (head_dim, kept), (batch, heads, length) = sizes, sizes_
     tokens = round(written * length)
     capacity = max(length + spare, tokens - window, 0)
     plain = randn(batch, heads, length, head_dim, seed=seed, dtype=dtype)
     plain = strided(plain, "heads expanded") if how == "heads expanded" else plain
-    expected = pruned_cache(plain[:, :, :tokens], sparsity_for(head_dim, kept), window)
+    expected = pruned_cache(plain[:, :, :tokens], sparsity_for(head_dim, kept), window, code)
     plain = partly_written(plain, tokens)
     dense = strided(shifted(plain.cuda(), shift), how)
-    cache = compressed(dense, tokens, kept, window, capacity, by=kernels)
+    cache = compressed(dense, tokens, kept, window, capacity, by=kernels, code=code)
     assert cache.counts.tolist() == counts_of(tokens, window, batch=batch), "NaN that is not written is not extreme"
-    assert_same_cache(cache, compressed(plain, tokens, kept, window, capacity, by=portable))
+    assert_same_cache(cache, compressed(plain, tokens, kept, window, capacity, by=portable, code=code))
     for asked in {tokens, length, length + 7, max(tokens - 1, 0)}:
-        assert_same_bits(decompressed(cache, asked, by=kernels).cpu(), with_length(expected, asked))
+        assert_same_rows(decompressed(cache, asked, by=kernels).cpu(), with_length(expected, asked), code)
 
 
 @needs_gpu
 @compressed_shapes
-def test_rows_that_are_hard_to_rank(dtype, sizes, shift):
+def test_rows_that_are_hard_to_rank(dtype, sizes, shift, code):
     """Ties, NaN, denormals; all kept channels first, last, in one word, at both ends; every bit pattern."""
     head_dim, kept = sizes
     dense = hard_rows(head_dim, kept, dtype)
@@ -797,20 +825,19 @@ def test_rows_that_are_hard_to_rank(dtype, sizes, shift):
     few = torch.randint(0, 4, (500, head_dim), generator=torch.Generator().manual_seed(1)).to(dtype) - 1
     dense = torch.cat([dense, few, torch.where(few == 2, NAN, few), few * (few.abs().cumsum(-1) < kept)])[None, None]
     length = dense.shape[2]
-    cache = compressed(shifted(dense.cuda(), shift), length, kept, 1, length, by=kernels)
-    assert_same_cache(cache, compressed(dense, length, kept, 1, length, by=portable))
-    expected = torch.cat([prune(dense[:, :, :-1], kept), dense[:, :, -1:]], dim=2)
-    assert_same_bits(decompressed(cache, length, by=kernels).cpu(), expected)
+    cache = compressed(shifted(dense.cuda(), shift), length, kept, 1, length, by=kernels, code=code)
+    assert_same_cache(cache, compressed(dense, length, kept, 1, length, by=portable, code=code))
+    expected = pruned_cache(dense, sparsity_for(head_dim, kept), 1, code)
+    assert_same_rows(decompressed(cache, length, by=kernels).cpu(), expected, code)
 
 
 @needs_gpu
 @some
-@given(rows(), st.integers(1, 32))
-def test_rows_of_all_kinds(x, eights):
-    kept = min(8 * eights, x.shape[-1])
-    dense = x[None, None]
-    caches = (compressed(on, len(x), kept, 1, len(x), by=by) for on, by in ((dense.cuda(), kernels), (dense, portable)))
-    assert_same_cache(*caches)
+@given(rows(), st.integers(1, 32), st.sampled_from(CODES))
+def test_rows_of_all_kinds(x, eights, code):
+    kept, dense = min(8 * eights, x.shape[-1]), x[None, None]
+    places = (dense.cuda(), kernels), (dense, portable)
+    assert_same_cache(*(compressed(on, len(x), kept, 1, len(x), by=by, code=code) for on, by in places))
 
 
 # Past 2^31 elements

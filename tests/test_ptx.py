@@ -19,13 +19,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from cases import step_of
 from mustafar_compile.lowering import kernels, render
-from mustafar_compile.lowering.format import Format
+from mustafar_compile.lowering.format import CODES, Format
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
 from mustafar_compile.lowering.ptx.prune import Prune
 from mustafar_compile.lowering.ptx.rows import Rows
 from mustafar_compile.lowering.step import COMBINE_REGISTERS, DTYPE_NAMES
-from nightly import mostly_at_night
+from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 
 DECODES = [
@@ -284,9 +284,9 @@ SM_90 = GPUTarget("cuda", 90, 32)
 COUNTS = {"counts", "key_counts", "value_counts", "position", "moved", "tokens"}
 FLOATS = {"sums", "states"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
-ROWS = {"query", "key", "value", "key_values", "value_values", "key_window", "value_window"}
-ROWS |= {"values", "window", "dense", "result", "sinks"}
-OF_CODES = {"key_peaks", "key_floors", "value_peaks", "value_floors"}
+ROWS = {"query", "key", "value", "key_window", "value_window", "window", "dense", "result", "sinks"}
+STORED = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
+PLAIN = dict.fromkeys(("", "key_", "value_"), Format.interned(64, 32, 4))  # what comes before a buffer's name: a format
 
 
 def type_of(name, dtype, mask, packed_query):
@@ -300,14 +300,18 @@ def type_of(name, dtype, mask, packed_query):
         return "*i32"
     if name in ROWS:
         return f"*{dtype}"
-    return "*i32" if "bitmap" in name else NUMBERS.get(name, "i32")
+    return NUMBERS.get(name, "i32")
 
 
-def compiled(function, dtype, mask="none", sinks=False, gluon=False, **options):
+def compiled(function, dtype, mask="none", sinks=False, gluon=False, formats=PLAIN, **options):
     """The kernel as Triton compiles it for sm_90, with the arguments that ``kernels`` gives it."""
     types = {name: type_of(name, dtype, mask, gluon) for name in function.arg_names}
     constants = {"stride_channel": 1} | ({"mask": None} if mask == "none" else {}) | ({} if sinks else {"sinks": None})
-    constants |= dict.fromkeys(OF_CODES)
+    constants |= {f"{role}{name}": None for role in formats for name in kernels._PACKED}
+    for role, format in formats.items():
+        for buffer in format.packed:
+            constants.pop(role + buffer.name)
+            types |= {n: STORED.get(buffer.dtype, f"*{dtype}") for n in types if n == role + buffer.name}
     constants = {name: value for name, value in constants.items() if name in types}
     types |= dict.fromkeys(constants, "constexpr")
     place = function.arg_names.index
@@ -415,13 +419,42 @@ def test_the_combine_compiles(mask, dtype, queries, exact, sinks):
     assert compiled(combine, dtype, mask, sinks, **few).asm["cubin"]
 
 
+CODED = "int8", "int4"
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    ("dtype", "sizes"), [(torch.bfloat16, (80, 40)), (torch.float16, (24, 8)), (torch.float32, (24, 8))]
+    ("codes", "dtype", "sizes"),
+    [
+        (("int8", "int4"), "bf16", (24, 16, 24, 8)),
+        *at_night(pairwise([*itertools.product(CODES, repeat=2)], DTYPES, (*SIZES, (64, 64, 64, 64)))),
+    ],
 )
-def test_the_plain_kernels_of_whole_caches_compile(dtype, sizes):
-    name = DTYPE_NAMES[dtype]
-    module, _ = kernels._compressor(None, Format.interned(*sizes, 32), dtype)
-    assert compiled(module.compress, name, num_warps=4).asm["cubin"]
-    module = kernels._decompressor(Format.interned(*sizes, 32))
-    assert compiled(module.decompress, name).asm["cubin"]
+def test_the_plain_kernels_of_coded_rows_compile(codes, dtype, sizes):
+    step = step_of(*sizes, dtype=dtype, codes=codes)
+    formats = {"key_": step.key, "value_": step.value}
+    append = compiled(step.append(True, False).append, dtype, formats=formats, num_warps=step.append_warps)
+    attend = compiled(step.portable().attend, dtype, formats=formats)
+    combine = compiled(step.combine(9, 1, 32, True, True).combine, dtype, formats=formats)
+    assert all(kernel.asm["cubin"] for kernel in (append, attend, combine))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "code"),
+    [
+        *[(torch.bfloat16, (80, 40), "none"), (torch.float16, (24, 8), "none"), (torch.float32, (24, 8), "none")],
+        (torch.bfloat16, (24, 8), "int4"),
+        *at_night(pairwise((torch.float16, torch.float32), [(80, 40), (64, 64)], CODED)),
+    ],
+)
+def test_the_plain_kernels_of_whole_caches_compile(dtype, sizes, code):
+    name, format = DTYPE_NAMES[dtype], Format.interned(*sizes, 32, code)
+    module, _ = kernels._compressor(None, format, dtype)
+    compress = compiled(module.compress, name, formats={"": format}, num_warps=4)
+    assert compress.asm["cubin"]
+    if code != "none":
+        assert "div.rn.f32" in compress.asm["ptx"]
+    assert "fma" not in compress.asm["ptx"], "levels are those of PyTorch to the last bit"
+    module = kernels._decompressor(format)
+    assert compiled(module.decompress, name, formats={"": format}).asm["cubin"]
