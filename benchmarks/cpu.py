@@ -90,8 +90,8 @@ class _Dense(ctypes.Structure):
 def dense_loop(shape: Shape, simd: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The loop of our own for a shape."""
     loop = (Path(__file__).parent / "dense_loop.cpp").read_text()
-    dims = {"KEY_DIM": shape.head_dim, "VALUE_DIM": shape.head_dim, "GROUP": shape.gqa}
-    attend = native.source("attend.h", DTYPES[shape.dtype], simd, **dims)
+    form = Format.of(shape.head_dim, 0.0, WINDOW, "rows")
+    attend = native.source("attend.h", DTYPES[shape.dtype], simd, **native.step_constants(form, form, shape.gqa))
     text = attend + loop.replace('#include "attend.h"', "")
     library = cpp_code_cache.load(text, device_type="cpu", extra_flags=native.FLAGS)
 

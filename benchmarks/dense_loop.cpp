@@ -15,6 +15,7 @@ template <int HEAD_DIM> struct DenseTile {
     const T* row;
     INLINE Unit::Reg read(int unit) { return Unit::read(row + unit * Unit::CHANNELS); }
   };
+  static constexpr Scales<false> scales{};
   const T* rows;
   INLINE Row row(int token) const { return {rows + (long)token * HEAD_DIM}; }
   INLINE void prefetch(int token) const {

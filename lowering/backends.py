@@ -66,8 +66,6 @@ def _refuses_cache(format: Format, dtype: torch.dtype, device: torch.device) -> 
 def _refuses_native(format: Format, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the cache is on {device.type}"
-    if format.code != "none":
-        return f"there is no C++ kernel for {format.code}"
     if format.order != order_for(device) or dtype not in DTYPE_NAMES or format.head_dim > MAX_HEAD_DIM:
         return f"{dtype} rows of {format.head_dim} channels in {format.order} have no kernel"
     return native.why_not()

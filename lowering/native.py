@@ -1,8 +1,8 @@
 """The ops on a CPU: C++ kernels from ``cpp/``, built on the machine that they run on.
 
 Each function has the arguments and the results of its namesake in ``portable``. A kernel is built for a dtype, head
-dims and the query heads of a KV head; kept elements, window, mask, query tokens and all sizes are arguments, so one
-build serves a model at every setting. Builds are kept on disk by torch's own code cache, and are made in the background
+dims, codes and the query heads of a KV head; kept elements, window, mask, query tokens and all sizes are arguments, so
+one build serves a model at every sparsity (with a code, one for 0 and one for all others). Builds are kept on disk by torch's own code cache, and are made in the background
 from the moment that a graph is traced (``prepare_step``), beside what Inductor has to compile. Where one cannot be
 built, each function raises NotBuiltError.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import OUT_OF_PLACE, UNWRITTEN
-from .format import Format
+from .format import CODES, Format
 from .masks import with_four_dims
 from .step import DTYPE_NAMES
 
@@ -37,7 +37,7 @@ _failed: set[Future[ctypes.CDLL]] = set()
 class _Cache(ctypes.Structure):
     """``Cache`` of cpp/cache.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "bitmap", "window", "counts")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "bitmap", "peaks", "floors", "window", "counts")]
     _fields_ += [(name, ctypes.c_int64) for name in ("blocks", "kept")]
 
 
@@ -104,15 +104,25 @@ def _build(name: str, dtype: torch.dtype, simd: str, constants: tuple[tuple[str,
     return _builders.submit(lambda: cpp_code_cache.load(text, device_type="cpu", extra_flags=FLAGS))
 
 
+def _constants(role: str, format: Format) -> dict[str, int]:
+    """What a build knows of a format."""
+    code, bitmap = CODES.index(format.code), int(format.has_bitmap)
+    return {f"{role}_DIM": format.head_dim, f"{role}_CODE": code, f"{role}_BITMAP": bitmap}
+
+
+def step_constants(key: Format, value: Format, group: int) -> dict[str, int]:
+    """What a build of a step knows. group: query heads of a KV head."""
+    return _constants("KEY", key) | _constants("VALUE", value) | {"GROUP": group}
+
+
 def prepare_step(key: Format, value: Format, dtype: torch.dtype, group: int, simd: str = "") -> Future[ctypes.CDLL]:
     """Begin to build what a step needs, unless that was begun before."""
-    constants = {"KEY_DIM": key.head_dim, "VALUE_DIM": value.head_dim, "GROUP": group}
-    return _build("step.cpp", dtype, simd, tuple(constants.items()))
+    return _build("step.cpp", dtype, simd, tuple(step_constants(key, value, group).items()))
 
 
 def prepare_prompt(format: Format, dtype: torch.dtype, simd: str = "") -> Future[ctypes.CDLL]:
     """Begin to build what compresses and decompresses, unless that was begun before."""
-    return _build("prompt.cpp", dtype, simd, (("HEAD_DIM", format.head_dim),))
+    return _build("prompt.cpp", dtype, simd, tuple(_constants("ROW", format).items()))
 
 
 class NotBuiltError(RuntimeError):
@@ -156,8 +166,8 @@ def simd_name(simd: str = "") -> str:
 
 def _cache(format: Format, buffers: Sequence[Tensor]) -> _Cache:
     assert format.order == "rows", f"C++ kernels do not read {format}"
-    pointers = (buffer.data_ptr() for buffer in buffers)
-    return _Cache(*pointers, buffers[format.place("bitmap")].shape[2], format.kept)
+    pointers = {buffer.name: given.data_ptr() for buffer, given in zip(format.buffers, buffers, strict=True)}
+    return _Cache(blocks=buffers[0].shape[2], kept=format.kept, **pointers)
 
 
 def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int, *, simd: str = "") -> list[Tensor]:

@@ -10,6 +10,8 @@ constexpr int AHEAD = TILE;   // tokens that a prefetch is ahead
 // Query heads of the group are worked on M at a time, so that their sums stay in registers, and the rest after them.
 constexpr int PASSES = blocks_of(GROUP, ROWS_AT_ONCE), M = blocks_of(GROUP, PASSES), REST = GROUP - (PASSES - 1) * M;
 
+using Keys = Format<KEY_DIM, KEY_CODE, KEY_BITMAP>;
+using Values = Format<VALUE_DIM, VALUE_CODE, VALUE_BITMAP>;
 constexpr int KEY_PADDED = padded(KEY_DIM), VALUE_PADDED = padded(VALUE_DIM);
 
 // Weights are this much smaller (2^-24), so that their products with huge values do not overflow where the average of
@@ -21,48 +23,100 @@ struct Scoring {
   float scale, softcap;
 };
 
-// Packed rows that stand one after the other, from the first token of a tile on.
-template <int HEAD_DIM> struct PackedTile {
-  static constexpr int WORDS = words_of(HEAD_DIM);
-  const T* values;
-  const uint32_t* bitmap;
-  int kept;
-  bool more;  // whether there is a tile behind this one
+// What the rows of a tile are multiplied with: with a code, each has a scale.
+template <bool coded> struct Scales {
+  alignas(64) float of[TILE];
+  INLINE F load(int token) const { return ::load(of + token); }
+};
+template <> struct Scales<false> {
+  INLINE float load(int) const { return 1; }
+};
 
-  INLINE PackedRow row(int token) const { return {bitmap + token * WORDS, values + (long)token * kept}; }
+// Packed rows that stand one after the other, from the first token of a tile on.
+template <class Format> struct PackedTile {
+  static constexpr int WORDS = Format::WORDS;
+  using Row = PackedRow<typename Format::Element, Format::HAS_BITMAP>;
+  const typename Format::Element* elements;
+  const uint32_t* bitmap;
+  const Scales<Format::CODED>& scales;
+  int kept;
+  bool finite;        // whether all scales are
+  const char* ahead;  // where the values of the next tile stand; null: there is none
+  int row_bytes;
+
+  INLINE Row row(int token) const {
+    const auto* first = elements + (long)token * kept;
+    if constexpr (Format::HAS_BITMAP) return {bitmap + token * WORDS, first};
+    else return {first};
+  }
   INLINE void prefetch(int token) const {
-    if (!more) return;
-    const char* ahead = (const char*)(values + (long)(token + AHEAD) * kept);
-    for (int i = 0; i < TOGETHER * kept * (int)sizeof(T); i += 64) __builtin_prefetch(ahead + i, 0, 2);
-    __builtin_prefetch(bitmap + (token + AHEAD) * WORDS, 0, 2);
+    if (!ahead) return;
+    for (int i = 0; i < TOGETHER * row_bytes; i += 64) __builtin_prefetch(ahead + token * row_bytes + i, 0, 2);
+    if constexpr (Format::HAS_BITMAP) __builtin_prefetch(bitmap + (token + AHEAD) * WORDS, 0, 2);
   }
 };
 
-// A tile whose rows may be read as vectors: where that would leave the buffers, and behind the last token, it is a copy.
-template <int HEAD_DIM> struct TileCopy {
-  static constexpr int WORDS = words_of(HEAD_DIM);
+// A tile whose rows may be read as vectors: where that would leave the buffers, and behind the last token, it is a copy;
+// so it is of int4, as levels.
+template <class Format> struct TileCopy {
+  static constexpr int HEAD_DIM = Format::HEAD_DIM, WORDS = Format::WORDS;
+  using Element = typename Format::Element;
   // A row is read from its start on to HEAD_DIM elements at most, whatever its bits say, and LANES past them.
   static constexpr int READ = HEAD_DIM + 2 * LANES;
-  T values[TILE * HEAD_DIM + READ];
+  Element elements[TILE * HEAD_DIM + READ];
   uint32_t bitmap[TILE * WORDS];
+  Scales<Format::CODED> scales;
 
-  PackedTile<HEAD_DIM> open(const Head<HEAD_DIM>& head, int64_t first, int tokens, bool more) {
-    const T* from = head.values + first * head.kept;
-    const uint32_t* bits = head.bitmap + first * WORDS;
-    int64_t left = ((head.behind + 1) * head.slots - first) * head.kept;
-    if (tokens == TILE && (TILE - 1) * head.kept + READ <= left) return {from, bits, (int)head.kept, more};
-    memcpy(values, from, tokens * head.kept * sizeof(T));
-    memset(values + tokens * head.kept, 0, READ * sizeof(T));
-    memcpy(bitmap, bits, tokens * WORDS * 4);
+  PackedTile<Format> open(const Head<Format>& head, int64_t first, int tokens, bool more) {
+    const auto* values = head.values + first * head.row_size;
+    const uint32_t* bits = nullptr;
+    if constexpr (Format::HAS_BITMAP) bits = bits_from(head.bitmap + first * WORDS, tokens);
+    bool finite = true;
+    if constexpr (Format::CODED) finite = read_scales(head.peaks + first, tokens);
+    const int row_bytes = head.row_size * sizeof *values;
+    const char* ahead = more ? (const char*)values + TILE * row_bytes : nullptr;
+    return {elements_from(head, first, tokens), bits, scales, (int)head.kept, finite, ahead, row_bytes};
+  }
+
+ private:
+  const Element* elements_from(const Head<Format>& head, int64_t first, int tokens) {
+    const auto* from = head.values + first * head.row_size;
+    if constexpr (Format::CODE == INT4)
+      for (int i = 0; i < tokens; i++)
+        unpack(from + i * head.row_size, head.kept, head.floors[first + i], elements + i * head.kept);
+    else {
+      int64_t left = ((head.behind + 1) * head.slots - first) * head.kept;
+      if (tokens == TILE && (TILE - 1) * head.kept + READ <= left) return from;
+      memcpy(elements, from, tokens * head.kept * sizeof(Element));
+    }
+    memset(elements + tokens * head.kept, 0, READ * sizeof(Element));
+    return elements;
+  }
+  const uint32_t* bits_from(const uint32_t* from, int tokens) {
+    if (tokens == TILE) return from;
+    memcpy(bitmap, from, tokens * WORDS * 4);
     memset(bitmap + tokens * WORDS, 0, (TILE - tokens) * WORDS * 4);
-    return {values, bitmap, (int)head.kept, false};
+    return bitmap;
+  }
+  // Returns whether all are finite. Behind the last token they are 0.
+  bool read_scales(const T* from, int tokens) {
+    T peaks[TILE] = {};
+    memcpy(peaks, from, tokens * sizeof(T));
+    F zeros{};
+    for (int i = 0; i < TILE; i += LANES) {
+      F scale = widened(peaks + i) * (1.0f / TOP);
+      zeros += scale * 0.0f;
+      store(scales.of + i, scale);
+    }
+    return sum(zeros) == 0;
   }
 };
 
 // Rows that are expanded already: packed ones that several groups of query rows read, and exact ones of the ring.
-template <int HEAD_DIM> struct ExpandedTile {
-  static constexpr int UNITS = units_of(HEAD_DIM);
+template <class Format> struct ExpandedTile {
+  static constexpr int HEAD_DIM = Format::HEAD_DIM, UNITS = Format::UNITS;
   Unit::Reg units[TILE * UNITS];
+  Scales<Format::CODED> scales;
 
   struct Row {
     const Unit::Reg* units;
@@ -71,13 +125,24 @@ template <int HEAD_DIM> struct ExpandedTile {
   INLINE Row row(int token) const { return {units + token * UNITS}; }
   INLINE void prefetch(int) const {}
 
-  void expand(const PackedTile<HEAD_DIM>& packed, int tokens) {
+  void expand(const PackedTile<Format>& packed, int tokens) {
+    scales = packed.scales;
     for (int token = 0; token < tokens; token++) {
       if (token % TOGETHER == 0) packed.prefetch(token);
-      PackedRow row = packed.row(token);
+      auto row = packed.row(token);
       for (int unit = 0; unit < UNITS; unit++) units[token * UNITS + unit] = row.read(unit);
+      if (!packed.finite) put_what_is_not_finite(token, packed);
     }
   }
+  void put_exact(int token, const T* row) {
+    if constexpr (Format::CODED) scales.of[token] = 1;
+    put(token, row);
+  }
+  void clear(int from, int to) {
+    for (int i = from * UNITS; i < to * UNITS; i++) units[i] = Unit::Reg{};
+  }
+
+ private:
   void put(int token, const T* row) {
     constexpr int WHOLE = HEAD_DIM / Unit::CHANNELS;
     for (int unit = 0; unit < WHOLE; unit++) units[token * UNITS + unit] = Unit::read(row + unit * Unit::CHANNELS);
@@ -87,8 +152,17 @@ template <int HEAD_DIM> struct ExpandedTile {
       units[token * UNITS + WHOLE] = Unit::read(last);
     }
   }
-  void clear(int from, int to) {
-    for (int i = from * UNITS; i < to * UNITS; i++) units[i] = Unit::Reg{};
+  // Only what was kept of a row is NaN with its scale: the scale of a value is a factor of all channels.
+  void put_what_is_not_finite(int token, const PackedTile<Format>& packed) {
+    if constexpr (Format::CODED) {
+      if (std::isfinite(scales.of[token])) return;
+      T row[HEAD_DIM];
+      for (int c = 0; c < HEAD_DIM; c++) {
+        bool kept = !Format::HAS_BITMAP || packed.bitmap[token * Format::WORDS + c / WORD] >> c % WORD & 1;
+        row[c] = from_float(kept ? NAN : 0.0f);
+      }
+      put_exact(token, row);
+    }
   }
 };
 
@@ -119,7 +193,7 @@ template <int ROWS, class Tile> INLINE void score(const Tile& keys, int tokens, 
   for (int token = 0; token < tokens; token += TOGETHER) {
     keys.prefetch(token);
     F sums[TOGETHER][ROWS] = {};
-    decltype(keys.row(0)) row[TOGETHER] = {keys.row(token), keys.row(token + 1), keys.row(token + 2), keys.row(token + 3)};
+    typename Tile::Row row[TOGETHER] = {keys.row(token), keys.row(token + 1), keys.row(token + 2), keys.row(token + 3)};
 #pragma GCC unroll 16
     for (int unit = 0; unit < units_of(KEY_DIM); unit++) {
       Unit::Reg key[TOGETHER];
@@ -139,10 +213,13 @@ template <int ROWS, class Tile> INLINE void score(const Tile& keys, int tokens, 
 }
 
 // Scores of ``tokens`` tokens -> weights relative to the highest score so far; what was summed up before is rescaled.
-INLINE void weigh(Seen& seen, float* scores, Unit::Weight* weights, int tokens, Scoring scoring, const Bias* bias, bool boolean) {
+// Scales of keys are factors of scores, and those of values of weights.
+template <class KeyScales, class ValueScales>
+INLINE void weigh(Seen& seen, float* scores, Unit::Weight* weights, int tokens, Scoring scoring, const Bias* bias,
+                  bool boolean, const KeyScales& key_scales, const ValueScales& value_scales) {
   F highest = splat(-INFINITY);
   for (int i = 0; i < TILE; i += LANES) {
-    F x = load(scores + i) * scoring.scale;
+    F x = load(scores + i) * scoring.scale * key_scales.load(i);
     if (scoring.softcap != 0) x = scoring.softcap * tanh(x / scoring.softcap);
     if (bias) {
       F b = load(bias->of + i);
@@ -167,7 +244,7 @@ INLINE void weigh(Seen& seen, float* scores, Unit::Weight* weights, int tokens, 
   for (int i = 0; i < TILE; i += LANES) {
     F weight = exp(load(scores + i) - reference - HEADROOM);
     total += weight;
-    Unit::store(weights + i, weight);
+    Unit::store(weights + i, weight * value_scales.load(i));
   }
   store(seen.total, total);
 }
@@ -175,7 +252,7 @@ INLINE void weigh(Seen& seen, float* scores, Unit::Weight* weights, int tokens, 
 // Adds up weighted values, in passes over the tile of as many channels as four vectors of sums have.
 template <int ROWS, class Tile> INLINE void add_up(const Tile& values, int tokens, const Unit::Weight* weights, Seen* seen) {
   constexpr int UNITS = units_of(VALUE_DIM), AT_ONCE = 4 / Unit::ACCS;
-  decltype(values.row(0)) row[TILE];
+  typename Tile::Row row[TILE];
   for (int token = 0; token < tokens; token++) row[token] = values.row(token);
 #pragma GCC unroll 16
   for (int first = 0; first < UNITS; first += AT_ONCE) {
@@ -219,6 +296,7 @@ inline void attend_rows(const KeyTile& keys, const ValueTile& values, int tokens
   int readable = blocks_of(tokens, TOGETHER) * TOGETHER;
   score<ROWS>(keys, readable, query, work.scores);
   for (int r = 0; r < ROWS; r++)
-    weigh(seen[r], work.scores + r * TILE, work.weights + r * TILE, tokens, scoring, bias ? bias + r * bias_step : nullptr, boolean);
+    weigh(seen[r], work.scores + r * TILE, work.weights + r * TILE, tokens, scoring, bias ? bias + r * bias_step : nullptr,
+          boolean, keys.scales, values.scales);
   add_up<ROWS>(values, readable, work.weights, seen);
 }

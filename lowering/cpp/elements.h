@@ -49,3 +49,20 @@ INLINE T from_float(float x) {
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
   }
 }
+
+// Magnitude as an integer, NaN on top.
+INLINE Key key_of(T x) {
+  Key key;
+  memcpy(&key, &x, sizeof key);
+  key &= MAGNITUDE;
+  return key > INFINITE ? MAGNITUDE : key;
+}
+
+// What is NaN, infinite or at least 2^97 in magnitude counts as extreme. In float16 that is NaN and infinity.
+constexpr Key EXTREME = DTYPE == FP32 ? 0x70000000 : DTYPE == BF16 ? 0x7000 : INFINITE;
+
+template <int HEAD_DIM> INLINE bool has_extreme(const T* row) {
+  bool extreme = false;
+  for (int c = 0; c < HEAD_DIM; c++) extreme |= key_of(row[c]) >= EXTREME;
+  return extreme;
+}

@@ -2,6 +2,9 @@
 #include <algorithm>
 #include "cache.h"
 
+using Rows = Format<ROW_DIM, ROW_CODE, ROW_BITMAP>;
+constexpr int HEAD_DIM = ROW_DIM;
+
 // As lowering/native.py has it.
 struct Prompt {
   T* dense;
@@ -24,7 +27,7 @@ extern "C" void compress(const Prompt* prompt) {
   for (int64_t i = 0; i < rows * chunks; i++) {
     const int64_t bh = i / chunks, chunk = i % chunks, b = bh / given.heads;
     const int64_t written = std::clamp<int64_t>(given.cache.counts[b * COUNTS], 0, given.tokens);
-    const Head<HEAD_DIM> head(given.cache, bh, rows, given.window);
+    const Head<Rows> head(given.cache, bh, rows, given.window);
     const int64_t pruned = std::min(std::max<int64_t>(written - given.window, 0), head.slots);
     const int64_t first = chunk * CHUNK_TOKENS, end = std::min(first + CHUNK_TOKENS, written);
     bool extreme = false;
@@ -42,13 +45,12 @@ extern "C" void compress(const Prompt* prompt) {
 
 extern "C" void decompress(const Prompt* prompt) {
   const Prompt& given = *prompt;
-  constexpr int WORDS = words_of(HEAD_DIM);
   const int64_t rows = given.batch * given.heads, chunks = blocks_of(given.tokens, CHUNK_TOKENS);
 #pragma omp parallel for num_threads(given.threads) if (given.threads > 1) schedule(dynamic)
   for (int64_t i = 0; i < rows * chunks; i++) {
     const int64_t bh = i / chunks, first = i % chunks * CHUNK_TOKENS;
     const int64_t* counts = given.cache.counts + bh / given.heads * COUNTS;
-    const Head<HEAD_DIM> head(given.cache, bh, rows, given.window);
+    const Head<Rows> head(given.cache, bh, rows, given.window);
     const int64_t pruned = std::min(std::max(counts[1], counts[0] - given.window), head.slots);
     for (int64_t token = first; token < std::min(first + CHUNK_TOKENS, given.tokens); token++) {
       T* row = given.row(bh, token);
@@ -56,12 +58,8 @@ extern "C" void decompress(const Prompt* prompt) {
         memcpy(row, head.exact(token), HEAD_DIM * sizeof(T));
         continue;
       }
-      memset(row, 0, HEAD_DIM * sizeof(T));
-      if (token >= pruned) continue;
-      const T *next = head.values + token * head.kept, *behind = next + head.kept;
-      for (int word = 0; word < WORDS; word++)
-        for (uint32_t bits = head.bitmap[token * WORDS + word]; bits && next < behind; bits &= bits - 1)
-          row[std::min(word * WORD + __builtin_ctz(bits), HEAD_DIM - 1)] = *next++;
+      if (token < pruned) head.expand(token, row);
+      else memset(row, 0, HEAD_DIM * sizeof(T));
     }
   }
 }

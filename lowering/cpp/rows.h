@@ -1,13 +1,7 @@
-// A row is one token of one KV head. Packed: its kept elements in channel order, and a bit for each channel.
+// A row is one token of one KV head. Packed: its kept elements in channel order, and a bit for each channel, unless all
+// are kept.
 #pragma once
-#include "unit.h"
-
-constexpr int WORD = 32;  // channels of a word of the bitmap
-
-constexpr int64_t blocks_of(int64_t things, int64_t size) { return (things + size - 1) / size; }
-constexpr int units_of(int head_dim) { return blocks_of(head_dim, Unit::CHANNELS); }
-constexpr int words_of(int head_dim) { return blocks_of(head_dim, WORD); }
-constexpr int padded(int head_dim) { return units_of(head_dim) * Unit::CHANNELS; }
+#include "codes.h"
 
 // The bits of ``channels`` channels, the ``at``-th so many of a row. Bits behind the last channel are 0.
 template <int channels> INLINE uint32_t bits_of(const uint32_t* words, int at) {
@@ -22,9 +16,9 @@ template <int channels> INLINE uint32_t bits_of(const uint32_t* words, int at) {
 }
 
 // Reads a packed row from its first channel to its last, a unit at a time.
-struct PackedRow {
+template <class Element, bool has_bitmap> struct PackedRow {
   const uint32_t* words;
-  const T* next;
+  const Element* next;
   INLINE Unit::Reg read(int unit) {
     uint32_t bits = bits_of<Unit::CHANNELS>(words, unit);
     Unit::Reg x = Unit::expand(bits, next);
@@ -32,27 +26,14 @@ struct PackedRow {
     return x;
   }
 };
-
-// Magnitude as an integer, NaN on top.
-INLINE Key key_of(T x) {
-  Key key;
-  memcpy(&key, &x, sizeof key);
-  key &= MAGNITUDE;
-  return key > INFINITE ? MAGNITUDE : key;
-}
-
-// What is NaN, infinite or at least 2^97 in magnitude counts as extreme. In float16 that is NaN and infinity.
-constexpr Key EXTREME = DTYPE == FP32 ? 0x70000000 : DTYPE == BF16 ? 0x7000 : INFINITE;
-
-template <int HEAD_DIM> INLINE bool has_extreme(const T* row) {
-  bool extreme = false;
-  for (int c = 0; c < HEAD_DIM; c++) extreme |= key_of(row[c]) >= EXTREME;
-  return extreme;
-}
+template <class Element> struct PackedRow<Element, false> {
+  const Element* row;
+  INLINE Unit::Reg read(int unit) { return Unit::read(row + unit * Unit::CHANNELS); }
+};
 
 // Prunes rows of HEAD_DIM channels.
 template <int HEAD_DIM> struct Pruner {
-  static constexpr int PARTS = blocks_of(HEAD_DIM, 64), WORDS = words_of(HEAD_DIM);
+  static constexpr int PARTS = blocks_of(HEAD_DIM, 64), WORDS = blocks_of(HEAD_DIM, WORD);
   alignas(64) Key keys[PARTS * 64];
   uint64_t kept[PARTS];  // a bit for each channel
 

@@ -4,9 +4,10 @@
 // Of a kind of processor it takes
 //   F, LANES            a vector of float32
 //   fma(a, b, c)        a * b + c, rounded once
-//   widened(p)          LANES elements from p on
+//   widened(p)          LANES elements from p on, of the cache's dtype or levels of one byte
 //   expanded(bits, p)   LANES channels, of which those whose bit is set come from p on, one after the other; may read
 //                       LANES elements from p on
+//   looked_up(table, i) the bytes of a table that these indices, up to 15, stand for
 //   ROWS_AT_ONCE        query rows whose sums fit in its registers, four tokens at a time
 //   at_least(keys, k)   which of 64 keys are at least k, as bits
 #pragma once
@@ -25,6 +26,8 @@
 #elif !defined(SIMD_NONE) && defined(__ARM_NEON) && defined(__aarch64__)
 #define SIMD_NEON
 #endif
+
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 #if defined(SIMD_AVX512)
 #include "simd/avx512.h"

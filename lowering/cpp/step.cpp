@@ -24,10 +24,10 @@ struct Step {
 
 struct Scratch {
   alignas(64) T query[MAX_QUERIES * GROUP * KEY_PADDED];  // [query token, query head of the group]
-  alignas(64) TileCopy<KEY_DIM> key_copy;
-  alignas(64) TileCopy<VALUE_DIM> value_copy;
-  alignas(64) ExpandedTile<KEY_DIM> keys;
-  alignas(64) ExpandedTile<VALUE_DIM> values;
+  alignas(64) TileCopy<Keys> key_copy;
+  alignas(64) TileCopy<Values> value_copy;
+  alignas(64) ExpandedTile<Keys> keys;
+  alignas(64) ExpandedTile<Values> values;
   Weights work;
   Bias biases[GROUP];
 };
@@ -80,8 +80,8 @@ struct Task {
   Seen* seen;  // [query token, query head of the group]
   int64_t b, h;
   Row row;
-  Head<KEY_DIM> keys;
-  Head<VALUE_DIM> values;
+  Head<Keys> keys;
+  Head<Values> values;
 
   Task(const Step& step, Scratch& scratch, Seen* seen, int64_t bh)
       : step(step), scratch(scratch), seen(seen), b(bh / step.heads), h(bh % step.heads), row(step, step.keys, b),
@@ -120,7 +120,7 @@ struct Task {
       bool more = first + 2 * TILE <= end;
       auto key_tile = scratch.key_copy.open(keys, first, tokens, more);
       auto value_tile = scratch.value_copy.open(values, first, tokens, more);
-      if (PASSES == 1 && query_end - query == 1) {
+      if (PASSES == 1 && query_end - query == 1 && value_tile.finite) {
         attend(key_tile, value_tile, first, tokens, query);
         continue;
       }
@@ -136,8 +136,8 @@ struct Task {
     for (; first < end; first += TILE) {
       int tokens = std::min<int64_t>(TILE, end - first), readable = blocks_of(tokens, TOGETHER) * TOGETHER;
       for (int i = 0; i < tokens; i++) {
-        scratch.keys.put(i, keys.exact(first + i));
-        scratch.values.put(i, values.exact(first + i));
+        scratch.keys.put_exact(i, keys.exact(first + i));
+        scratch.values.put_exact(i, values.exact(first + i));
       }
       scratch.keys.clear(tokens, readable);
       scratch.values.clear(tokens, readable);
@@ -173,7 +173,8 @@ struct Task {
 };
 
 // New rows [L, HEAD_DIM] of a KV head enter the ring; those that leave the window are packed.
-template <int HEAD_DIM> static bool append(const Head<HEAD_DIM>& head, const T* rows, const Step& step, const Row& row) {
+template <class Format> static bool append(const Head<Format>& head, const T* rows, const Step& step, const Row& row) {
+  constexpr int HEAD_DIM = Format::HEAD_DIM;
   bool extreme = false;
   for (int64_t i = 0; i < step.queries; i++) {
     const T* from = rows + i * HEAD_DIM;
@@ -251,8 +252,8 @@ extern "C" int decode_attention(const Step* given) {
 #pragma omp for
     for (int64_t bh = 0; bh < rows; bh++) {
       const int64_t b = bh / step.heads;
-      Head<KEY_DIM> key(step.keys, bh, rows, step.window);
-      Head<VALUE_DIM> value(step.values, bh, rows, step.window);
+      Head<Keys> key(step.keys, bh, rows, step.window);
+      Head<Values> value(step.values, bh, rows, step.window);
       extreme[2 * bh] = append(key, step.key + bh * step.queries * KEY_DIM, step, Row(step, step.keys, b));
       extreme[2 * bh + 1] = append(value, step.value + bh * step.queries * VALUE_DIM, step, Row(step, step.values, b));
     }

@@ -17,8 +17,8 @@ template <bool pairs> struct UnitOf {
   struct Pair {
     F first, second;
   };
-  static INLINE Reg read(const T* p) { return widened(p); }
-  static INLINE Reg expand(uint32_t bits, const T* p) { return expanded(bits, p); }
+  template <class Element> static INLINE Reg read(const Element* p) { return widened(p); }
+  template <class Element> static INLINE Reg expand(uint32_t bits, const Element* p) { return expanded(bits, p); }
   static INLINE F dot(F sum, Reg a, Reg b) { return fma(a, b, sum); }
   static INLINE Pair pair(Reg first, Reg second) { return {first, second}; }
   static INLINE F add(F sum, const Pair& x, int, const Weight* weight) {
@@ -39,6 +39,12 @@ template <> struct UnitOf<true> {
   };
   static INLINE Reg read(const T* p) { return _mm512_loadu_si512(p); }
   static INLINE Reg expand(uint32_t bits, const T* p) { return _mm512_maskz_expandloadu_epi16(bits, p); }
+  static INLINE Reg read(const int8_t* p) { return of_levels(_mm256_loadu_si256((const __m256i*)p)); }
+  static INLINE Reg expand(uint32_t bits, const int8_t* p) { return of_levels(_mm256_maskz_expandloadu_epi8(bits, p)); }
+  static INLINE Reg of_levels(__m256i x) {  // which bfloat16 has exactly
+    __m512i low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(x)), high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
+  }
   static INLINE F dot(F sum, Reg a, Reg b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
   static INLINE Pair pair(Reg first, Reg second) {
     return {{_mm512_unpacklo_epi16(first, second), _mm512_unpackhi_epi16(first, second)}};

@@ -14,23 +14,24 @@ INLINE F widened(const T* p) {
   else return widened(_mm_loadu_si128((const __m128i*)p));
 }
 
-// For each byte of bits: where each of eight channels comes from, as bytes of a shuffle (bit 7: zero).
-struct Sources {
-  alignas(64) uint8_t at[256][sizeof(T) == 4 ? 8 : 16];
+INLINE F of_levels(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
+INLINE F widened(const int8_t* p) { return of_levels(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE Bytes looked_up(Bytes table, Bytes index) { return (Bytes)_mm_shuffle_epi8((__m128i)table, (__m128i)index); }
+
+// For each byte of bits: where each of eight channels comes from, as bytes of a shuffle (bit 7: zero). size: of an element.
+template <int size> struct Sources {
+  alignas(64) uint8_t at[256][8 * size];
   constexpr Sources() : at() {
     for (int bits = 0; bits < 256; bits++)
       for (int channel = 0, rank = 0; channel < 8; channel++) {
         bool kept = bits >> channel & 1;
-        if (sizeof(T) == 4) at[bits][channel] = kept ? rank : 0x80;
-        else {
-          at[bits][2 * channel] = kept ? 2 * rank : 0x80;
-          at[bits][2 * channel + 1] = kept ? 2 * rank + 1 : 0x80;
-        }
+        for (int i = 0; i < size; i++) at[bits][channel * size + i] = kept ? rank * size + i : 0x80;
         rank += kept;
       }
   }
 };
-static constexpr Sources SOURCES{};
+static constexpr Sources<1> SOURCES{};
+static constexpr Sources<2> SOURCES_OF_16_BITS{};
 
 INLINE F expanded(uint8_t bits, const T* p) {
   if constexpr (DTYPE == FP32) {
@@ -39,9 +40,13 @@ INLINE F expanded(uint8_t bits, const T* p) {
     __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)p), from);
     return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(from));
   } else {
-    __m128i from = _mm_load_si128((const __m128i*)SOURCES.at[bits]);
+    __m128i from = _mm_load_si128((const __m128i*)SOURCES_OF_16_BITS.at[bits]);
     return widened(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p), from));
   }
+}
+INLINE F expanded(uint8_t bits, const int8_t* p) {
+  __m128i from = _mm_loadl_epi64((const __m128i*)SOURCES.at[bits]);
+  return of_levels(_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)p), from));
 }
 INLINE uint64_t at_least(const Key* keys, Key least) {  // keys have no sign bit, so signed comparisons do
   uint64_t bits = 0;

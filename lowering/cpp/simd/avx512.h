@@ -17,10 +17,14 @@ INLINE F widened(const T* p) {
   if constexpr (DTYPE == FP32) return _mm512_loadu_ps((const float*)p);
   else return widened(_mm256_loadu_si256((const __m256i*)p));
 }
+INLINE F of_levels(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
+INLINE F widened(const int8_t* p) { return of_levels(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Bytes looked_up(Bytes table, Bytes index) { return (Bytes)_mm_shuffle_epi8((__m128i)table, (__m128i)index); }
 INLINE F expanded(uint16_t bits, const T* p) {
   if constexpr (DTYPE == FP32) return _mm512_maskz_expandloadu_ps(bits, p);
   else return widened(_mm256_maskz_expandloadu_epi16(bits, p));
 }
+INLINE F expanded(uint16_t bits, const int8_t* p) { return of_levels(_mm_maskz_expandloadu_epi8(bits, p)); }
 INLINE uint64_t at_least(const Key* keys, Key least) {
   if constexpr (DTYPE == FP32) {
     uint64_t bits = 0;
