@@ -3,6 +3,7 @@
     python benchmarks/cpu.py --quick
     python benchmarks/cpu.py
     python benchmarks/cpu.py --shape 1,8,4,16384,128,bfloat16 --threads 1
+    python benchmarks/cpu.py --quick --sparsity 0 --sparsity 0.5 --code none --code int8 --code int4
 
 torch   the fastest of torch's ways for one query token: scaled_dot_product_attention with the heads of a group packed
         as query tokens and with grouped heads, and matrix products compiled by Inductor
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -36,7 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from mustafar_compile._compat import cpp_code_cache
 from mustafar_compile.lowering import native
-from mustafar_compile.lowering.format import Format
+from mustafar_compile.lowering.format import CODES, Format
 
 WINDOW = 32
 ROTATED_BYTES = 200e6
@@ -123,14 +125,14 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Data:
     """Dense caches and their compressed twins, which take turns."""
 
-    def __init__(self, shape: Shape, sparsities: list[float], simd: str) -> None:
+    def __init__(self, shape: Shape, formats: list[Format], simd: str) -> None:
         torch.manual_seed(0)
         self.shape, self.simd = shape, simd
         dtype, size = DTYPES[shape.dtype], (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
         copies = max(2, round(ROTATED_BYTES / (2 * math.prod(size) * dtype.itemsize)))
         self.query = torch.randn(shape.batch, shape.kv_heads * shape.gqa, 1, shape.head_dim).to(dtype)
         self.dense = [[torch.randn(size).to(dtype) for _ in range(2)] for _ in range(copies)]
-        self.formats = [Format.of(shape.head_dim, sparsity, WINDOW, "rows") for sparsity in sparsities]
+        self.formats = formats
         self.position = torch.tensor([shape.tokens - 1])
         self.caches = [
             [[native.compress(x, self.position, f, shape.tokens, simd=simd) for x in pair] for pair in self.dense]
@@ -173,35 +175,41 @@ def ratio(times: dict[str, list[float]], peer: str, name: str) -> float:
     return statistics.median(a / b for a, b in zip(times[peer], times[name], strict=True))
 
 
-def measure(shape: Shape, sparsities: list[float], threads: int, simd: str, count: int) -> list[Row]:
-    """One row for each sparsity whose result is right."""
+Setting = tuple[float, str]
+"""A sparsity and a code, of K and V alike."""
+
+
+def measure(shape: Shape, settings: list[Setting], threads: int, simd: str, count: int) -> list[Row]:
+    """One row for each setting whose result is right."""
     torch.set_num_threads(threads)
-    data, loop, compiled = Data(shape, sparsities, simd), dense_loop(shape, simd), torch.compile(_products)
+    formats = [Format.of(shape.head_dim, sparsity, WINDOW, "rows", code) for sparsity, code in settings]
+    data, loop, compiled = Data(shape, formats, simd), dense_loop(shape, simd), torch.compile(_products)
     dense = {"packed": _packed, "grouped": _grouped, "compiled": compiled, "loop": loop}
     ways: dict[str, Callable[[int], Any]] = {
         name: (lambda turn, way=way: way(data.query, *data.dense[turn])) for name, way in dense.items()
     }
     ways["copy"] = lambda turn: [x.clone() for x in data.dense[turn]]
-    for i, sparsity in enumerate(sparsities):
-        ways[f"ours {sparsity}"] = lambda turn, i=i: data.ours(i, turn)
-        form = data.formats[i]
-        ways[f"compress {sparsity}"] = lambda turn, form=form: [
+    for i, setting in enumerate(settings):
+        ways[f"ours {setting}"] = lambda turn, i=i: data.ours(i, turn)
+        ways[f"compress {setting}"] = lambda turn, form=formats[i]: [
             native.compress(x, data.position, form, shape.tokens, simd=simd) for x in data.dense[turn]
         ]
     times = rounds(ways, len(data.dense), count)
     fastest = min(("packed", "grouped", "compiled"), key=lambda name: statistics.median(times[name]))
     rows = []
-    for i, sparsity in enumerate(sparsities):
-        error, ours, compress = data.error(i), f"ours {sparsity}", f"compress {sparsity}"
+    for i, (sparsity, code) in enumerate(settings):
+        error, ours, compress = data.error(i), f"ours {sparsity, code}", f"compress {sparsity, code}"
         if error > TOLERANCES[DTYPES[shape.dtype]]:
-            print(f"{shape} at sparsity {sparsity} is WRONG by {error:.2g}, so its time is not reported", flush=True)
+            print(f"{shape} at {settings[i]} is WRONG by {error:.2g}, so its time is not reported", flush=True)
             continue
+        plain = f"ours {sparsity, 'none'}"
         rows.append(
             asdict(shape)
-            | {"threads": threads, "sparsity": sparsity, "torch": fastest}
+            | {"threads": threads, "sparsity": sparsity, "code": code, "torch": fastest}
             | {"torch_ms": statistics.median(times[fastest]), "loop_ms": statistics.median(times["loop"])}
             | {"ours_ms": statistics.median(times[ours])}
             | {"over_torch": ratio(times, fastest, ours), "over_loop": ratio(times, "loop", ours)}
+            | ({"over_no_code": ratio(times, plain, ours)} if plain in times else {})
             | {"compress_over_copy": 1 / ratio(times, "copy", compress), "error": error}
         )
     return rows
@@ -219,15 +227,17 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="the three main shapes only")
     options.add_argument("--shape", type=Shape.parse, action="append", help="batch,heads,gqa,tokens,head_dim,dtype")
     options.add_argument("--sparsity", type=float, action="append", help="default: 0.5 and 0.7")
+    options.add_argument("--code", action="append", choices=CODES, help="default: none")
     options.add_argument("--threads", type=int, action="append", help="default: 1 and all")
     options.add_argument("--simd", default="", choices=["", "AVX2", "NONE"], help="default: the best there is")
     options.add_argument("--rounds", type=int, default=15)
     given = options.parse_args()
     rows: list[Row] = []
+    settings = list(itertools.product(given.sparsity or [0.5, 0.7], given.code or ["none"]))
     every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for shape in given.shape or (MAIN if given.quick else MAIN + MORE):
         for threads in given.threads or sorted({1, every}):
-            rows += measure(shape, given.sparsity or [0.5, 0.7], threads, given.simd, given.rounds)
+            rows += measure(shape, settings, threads, given.simd, given.rounds)
     print(f"{processor()}, {every} processors, load {os.getloadavg()[0]:.1f}, {native.simd_name(given.simd)}")
     write("cpu", rows)
 
