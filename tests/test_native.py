@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,12 +36,14 @@ from cases import (
     sparsities,
 )
 from compilers import allocations, without_inductor
-from guarded import SENTINELS, Zones, check_compress, check_decompress, check_step
+from guarded import HEAD_DIM, SENTINELS, VALUE_DIM, Zones, check_compress, check_decompress, check_step
 from models import BufferModel, hf_model, prompt, run_steps
 from mustafar_compile import CompressedKV, _compat, explain
-from mustafar_compile.lowering import native, portable
+from mustafar_compile.lowering import backends, native, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
+from mustafar_compile.lowering.format import CODES, Format
 from nightly import at_night
+from pairwise import pairwise
 from test_own_loops import assert_close as assert_outputs_close
 from test_own_loops import embeddings
 from test_own_loops import options as loop_options
@@ -56,8 +59,10 @@ SIMDS = ["", *at_night(["AVX2", "NONE"])]
 SHAPES = {F32: (64, (2,)), F16: (80, (3,)), BF16: (128, (4,))}
 """dtype -> channels, which make whole vectors or do not, and query heads of a KV head. Each is a build."""
 SIZES = {"head_dim": 64, "value_dim": 64}
-PLAIN = ("none",)  # codes that there are kernels for
 WINDOWS = (1, 7, 32, 40, 100)
+PLAIN = ("none",)
+CODED_SIZES = {"head_dim": HEAD_DIM, "value_dim": VALUE_DIM}
+INT8_INT4 = {"key_code": "int8", "value_code": "int4"}
 
 
 @pytest.fixture(params=SIMDS)
@@ -100,6 +105,19 @@ def test_rows_of_all_kinds(kernels, x, eights):
 )
 def test_rows_that_are_hard_to_rank(kernels, head_dim, kept, dtype):
     check_rows(kernels, hard_rows(head_dim, kept, dtype), kept)
+
+
+@pytest.mark.parametrize(
+    ("code", "kept", "dtype"),
+    [
+        *[("int8", 64, F32), ("int4", 64, F16), ("int4", 128, BF16)],
+        *at_night(pairwise(("int8", "int4"), (8, 64, 128), (F32, F16, BF16))),
+    ],
+)
+def test_rows_in_a_code(kernels, code, kept, dtype):
+    ordinary, tiny = randn(300, 128, seed=1), randn(40, 128, seed=2) * 2.0**-121  # some count as zero, some do not
+    x = torch.cat([hard_rows(128, kept, dtype), ordinary.to(dtype), tiny.to(dtype)])
+    check_rows(kernels, x, kept, code)
 
 
 def test_compressing_no_batch(kernels):
@@ -148,6 +166,63 @@ def test_heads_of_any_size_and_number(kernels, head_dim, value_dim, group, dtype
         case = make_case(2, 2, group, head_dim, value_dim, 150, queries=queries, dtype=dtype)
         case.mask = make_mask("bool", (2, 1, queries, 150), 3)
         kernels.check_step(case)
+
+
+CODES_OF_STEPS = [
+    (("int8", 0.5), ("int4", 0.5), F32),
+    (("int4", 0.0), ("int8", 0.0), BF16),
+    *at_night(
+        [
+            (("int4", 0.5), ("int4", 0.7), BF16),
+            (("int8", 0.7), ("int8", 0.5), F16),
+            (("int8", 0.0), ("int4", 0.0), F32),
+            (("int8", 0.5), ("none", 0.0), F32),
+            (("none", 0.5), ("int8", 0.5), BF16),
+            (("none", 0.5), ("int4", 0.0), F16),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "dtype"), CODES_OF_STEPS)
+def test_a_step_over_codes(kernels, key, value, dtype):
+    """From one tile that is not full to several splits; tokens that leave the window in the step; masks."""
+    head_dim, (group,) = SHAPES[dtype]
+    sizes = CODED_SIZES if dtype == F32 else {"head_dim": head_dim, "value_dim": head_dim}
+    how = {"key_sparsity": key[1], "value_sparsity": value[1], "key_code": key[0], "value_code": value[0]}
+    for queries, tokens in ((1, 11), (1, 1100), (5, 150), (16, 40)):
+        case = make_case(1, 2, group, tokens=tokens, queries=queries, dtype=dtype, **sizes, **how)
+        kernels.check_step(case)
+        case.mask = make_mask("bool", (1, 1, queries, tokens), 3)
+        kernels.check_step(case)
+
+
+@pytest.mark.nightly
+@given(cases(st.just(F32), (64,), WINDOWS, groups=(2,)), st.booleans())
+def test_a_step_over_any_codes_equals_the_oracle(kernels, case, position):
+    kernels.check_step(case, torch.tensor([case.written]) if position else None)
+
+
+class TestCodedKernels:
+    """What is not ordinary, over codes."""
+
+    @pytest.fixture
+    def kernels(self, kernels):
+        return replace(kernels, sizes=CODED_SIZES, codes=INT8_INT4)
+
+    test_what_may_attend_to_nothing = KernelChecks.test_what_may_attend_to_nothing_gives_zeros
+    test_caches_of_different_capacity = KernelChecks.test_caches_of_different_capacity
+    test_extreme_values = KernelChecks.test_extreme_values_count_as_in_the_oracle
+    test_huge_values = KernelChecks.test_a_channel_of_huge_values
+    test_a_bad_key_that_is_masked_out = KernelChecks.test_a_bad_key_that_is_masked_out_does_no_harm
+    test_a_mask_of_each_head = KernelChecks.test_a_mask_of_each_head_and_batch_entry
+
+
+def test_every_code_has_kernels():
+    for code in CODES:
+        format = Format.of(64, 0.5, 4, "rows", code)
+        assert backends.for_cache(format, F32, torch.device("cpu")) is backends.NATIVE
+        assert backends.for_step(backends.Work(format, format, F32, torch.device("cpu"), 2)) is backends.NATIVE
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, F32, F16, BF16, torch.float64])
@@ -243,24 +318,42 @@ def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_neve
 # ----------------------------------------------------------------------------------------- what lies beside the buffers
 
 
-@pytest.mark.parametrize(("queries", "group", "mask"), [(1, 2, None), (2, 2, "bool")])
-def test_a_step_keeps_to_its_buffers(kernels, queries, group, mask):
+def refusing(kernels):
+    """``decode_attention`` that gives zeros where it refuses a step."""
+
     def decode(*given, checked, **how):
         try:
             return kernels.decode_attention(*given, **how)
-        except RuntimeError:  # refused
+        except RuntimeError:
             return torch.zeros(*given[0].shape[:3], given[2].shape[3])
 
-    check_step(decode, queries, group, mask, order="rows")
+    return decode
 
 
-def test_a_whole_tile_at_the_end_of_a_buffer_is_read_within_it(kernels):
+@pytest.mark.parametrize(("queries", "group", "mask"), [(1, 2, None), (2, 2, "bool")])
+def test_a_step_keeps_to_its_buffers(kernels, queries, group, mask):
+    check_step(refusing(kernels), queries, group, mask, order="rows")
+
+
+@pytest.mark.parametrize(
+    ("codes", "kept", "queries"),
+    [
+        (("int8", "int4"), 8, 1),
+        *at_night(pairwise([("int8", "int4"), ("int4", "int8"), ("none", "int8")], (8, HEAD_DIM), (1, 2))),
+    ],
+)
+def test_a_step_over_codes_keeps_to_its_buffers(kernels, codes, kept, queries):
+    check_step(refusing(kernels), queries, 2, order="rows", codes=codes, kept=kept)
+
+
+@pytest.mark.parametrize(("codes", "dims"), [(("none", "none"), (64, 64)), (("int8", "int4"), (HEAD_DIM, VALUE_DIM))])
+def test_a_whole_tile_at_the_end_of_a_buffer_is_read_within_it(kernels, codes, dims):
     """Its last row has bits for more elements than there are behind it."""
     tokens, window, slots = 65, 2, 64
-    new = [randn(1, heads, 1, 64, seed=heads) for heads in (2, 1, 1)]
-    caches = [
-        kernels.compressed(randn(1, 1, tokens, 64, seed=i), tokens, 8, window, slots, by=portable) for i in range(2)
-    ]
+    new = [randn(1, heads, 1, dim, seed=heads) for heads, dim in ((2, dims[0]), (1, dims[0]), (1, dims[1]))]
+    dense = [randn(1, 1, tokens, dim, seed=i) for i, dim in enumerate(dims)]
+    how = [{"by": portable, "code": code} for code in codes]
+    caches = [kernels.compressed(x, tokens, 8, window, slots, **h) for x, h in zip(dense, how, strict=True)]
     results = []
     for sentinel in SENTINELS:
         with Zones(sentinel) as zones:
@@ -363,7 +456,7 @@ def test_without_a_compiler_pytorch_does_it_with_one_warning(monkeypatch):
 
 def test_a_build_knows_the_processor():
     """The cache on disk may be shared by machines of different processors."""
-    assert torch.backends.cpu.get_cpu_capability() in native.source("prompt.cpp", F32, HEAD_DIM=64)
+    assert torch.backends.cpu.get_cpu_capability() in native.source("prompt.cpp", F32, ROW_DIM=64)
 
 
 # --------------------------------------------------------------------------------------------- the order of elements
