@@ -1,10 +1,10 @@
 """The ops on a CPU: C++ kernels from ``cpp/``, built on the machine that they run on.
 
 Each function has the arguments and the results of its namesake in ``portable``. A kernel is built for a dtype, head
-dims, codes and the query heads of a KV head; kept elements, window, mask, query tokens and all sizes are arguments, so
-one build serves a model at every sparsity (with a code, one for 0 and one for all others). Builds are kept on disk by torch's own code cache, and are made in the background
-from the moment that a graph is traced (``prepare_step``), beside what Inductor has to compile. Where one cannot be
-built, each function raises NotBuiltError.
+dims, codes, whether there are bitmaps, and the query heads of a KV head; kept elements, window, mask, query tokens and
+all sizes are arguments, so one build serves a model at every sparsity (with a code, one serves 0 and one all others).
+Builds are kept on disk by torch's own code cache, and are made in the background from the moment that a graph is traced
+(``prepare_step``), beside what Inductor has to compile. Where one cannot be built, each function raises NotBuiltError.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 // A compressed cache tensor: its buffers, as lowering/format.py describes them with order=rows.
 #pragma once
+#include <algorithm>
 #include "rows.h"
 
 constexpr int BLOCK = 32;             // tokens
