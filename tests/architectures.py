@@ -136,7 +136,7 @@ SPEECH_TO_TEXT: dict[str, dict[str, Any]] = {
                 "begin_suppress_tokens": None, "suppress_tokens": None},
 }  # fmt: skip
 ARCHITECTURES = CAUSAL | TEXT_TO_TEXT | SPEECH_TO_TEXT
-QUANTIZED = [name + INT8 for name in ("llama", "mistral", "mixtral")]
+QUANTIZED = [name + INT8 for name in ("llama", "mistral", "mixtral", "qwen3", "gemma3_text")]
 
 
 @dataclass(frozen=True)

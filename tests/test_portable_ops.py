@@ -307,6 +307,7 @@ def test_a_step_equals_the_oracle_on_every_device(device, dtype, group):
 @given(cases())
 def test_nothing_pruned_equals_dense_attention(case):
     case.key_sparsity = case.value_sparsity = case.softcap = 0.0
+    case.key_code = case.value_code = "none"
     case.sinks = None  # SDPA has none
     case.query, case.keys, case.values = case.query.float(), case.keys.float(), case.values.float()
     mask = torch.arange(case.tokens) <= torch.arange(case.written, case.tokens).unsqueeze(-1)
