@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from live_caches import REWINDABLE, Shape
-from reference import kept_count, prune, reference_attention
+from reference import reference_attention
 
 
 @dataclass
@@ -39,12 +39,7 @@ class History:
         """K and V as the latest token sees them."""
         if self.held is None:
             return self.rows
-        pruned = max(self.held, self.tokens - self.shape.window)
-        sparsities = self.shape.key_sparsity, self.shape.value_sparsity
-        return [
-            torch.cat([prune(x[:, :, :pruned], kept_count(x.shape[3], sparsity)), x[:, :, pruned:]], dim=2)
-            for x, sparsity in zip(self.rows, sparsities, strict=True)
-        ]
+        return self.shape.stored(self.rows, max(self.held, self.tokens - self.shape.window))
 
     def attend(self, query: Tensor, new: list[Tensor], at: int, mask: Tensor | None, eager: bool, **how) -> Tensor:
         """What queries [B, Hq, L, D] get as their K and V come in at ``at``. mask: [B or 1, Hq or 1, L, at + L].

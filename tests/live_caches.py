@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mustafar_compile import CompressedKV, StaleCacheError
-from reference import kept_count, prune
+from reference import kept_count, prune, quantized
 
 REWINDABLE = 16
 """Tokens by which a cache can be set back without a loss."""
@@ -29,6 +29,19 @@ class Shape:
     key_sparsity: float
     value_sparsity: float
     window: int
+    key_code: str = "none"
+    value_code: str = "none"
+
+    def stored(self, rows: list[Tensor], pruned: int) -> list[Tensor]:
+        """K and V [B, H, n, D] of which the first ``pruned`` tokens are what the cache has of them."""
+        kinds = (self.key_sparsity, self.key_code), (self.value_sparsity, self.value_code)
+        past = [_stored(x[:, :, :pruned], *kind) for x, kind in zip(rows, kinds, strict=True)]
+        return [torch.cat([old, x[:, :, pruned:]], dim=2) for old, x in zip(past, rows, strict=True)]
+
+
+def _stored(x: Tensor, sparsity: float, code: str) -> Tensor:
+    kept = kept_count(x.shape[3], sparsity)
+    return prune(x, kept) if code == "none" else quantized(x, kept, code).to(x.dtype)
 
 
 @dataclass(eq=False)
@@ -94,12 +107,7 @@ class Live:
 
     def dense(self, rows: list[Tensor]) -> list[Tensor]:
         """The cache with these exact K and V as the latest tokens see it."""
-        sparsities = self.shape.key_sparsity, self.shape.value_sparsity
-        pruned = max(self.held, rows[0].shape[2] - self.shape.window)
-        return [
-            torch.cat([prune(x[:, :, :pruned], kept_count(x.shape[3], sparsity)), x[:, :, pruned:]], dim=2)
-            for x, sparsity in zip(rows, sparsities, strict=True)
-        ]
+        return self.shape.stored(rows, max(self.held, rows[0].shape[2] - self.shape.window))
 
     def write(self, new: list[Tensor], at: int) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Tokens [B, H, L, D] of K and V at ``at``, one by one: all rows then, and what each token sees."""

@@ -77,7 +77,10 @@ def test_the_public_names_resolve():
     [
         ({"options": {"key_sparsity": 1.0}}, r"key_sparsity=1.0 is not accepted; it must be a number in \[0, 1\)"),
         ({"options": {"window": -3}}, r"window=-3 is not accepted; it must be an integer of at least 1"),
-        ({"options": {"sparsity": 0.5}}, r"option 'sparsity' is unknown; accepted are preset, key_sparsity, value_sparsity"),
+        (
+            {"options": {"sparsity": 0.5}},
+            r"option 'sparsity' is unknown; accepted are preset, key_sparsity",
+        ),
         ({"mode": "fastest"}, r"mode 'fastest' is unknown; accepted are 'default'.*'reduce-overhead'"),
     ],
 )

@@ -26,6 +26,7 @@ from conftest import SHARDS, sharded
 from live_caches import Live, Shape
 from mustafar_compile import CompressedKV, CompressedWriteError, StaleCacheError
 from mustafar_compile.lowering import ops
+from mustafar_compile.lowering.format import CODES
 from reference import reference_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -52,6 +53,8 @@ shapes = st.builds(
     key_sparsity=st.sampled_from([0.0, 0.5, 0.7]),
     value_sparsity=st.sampled_from([0.0, 0.5, 0.9]),
     window=st.integers(1, 12),
+    key_code=st.sampled_from(CODES),
+    value_code=st.sampled_from(CODES),
 )
 
 
@@ -103,8 +106,8 @@ class Caches(RuleBasedStateMachine):
         shape, tokens = self.shape, None if room is None else key.shape[2]
         key, value = (x if room is None else F.pad(x, (0, 0, 0, room - tokens)) for x in (key, value))
         return [
-            CompressedKV.from_dense(key, shape.key_sparsity, shape.window, tokens),
-            CompressedKV.from_dense(value, shape.value_sparsity, shape.window, tokens),
+            CompressedKV.from_dense(key, shape.key_sparsity, shape.window, tokens, shape.key_code),
+            CompressedKV.from_dense(value, shape.value_sparsity, shape.window, tokens, shape.value_code),
         ]
 
     def step(self, query, key, value, past_key, past_value, position, mask, length=None):
