@@ -36,6 +36,7 @@ template <int HEAD_DIM> struct Pruner {
   static constexpr int PARTS = blocks_of(HEAD_DIM, 64), WORDS = blocks_of(HEAD_DIM, WORD);
   alignas(64) Key keys[PARTS * 64];
   uint64_t kept[PARTS];  // a bit for each channel
+  static constexpr Key OCTAVES = 4 * (DTYPE == FP32 ? 1 << 23 : DTYPE == BF16 ? 1 << 7 : 1 << 10);  // a factor of 16
 
   // Sets ``kept`` to the elements of largest magnitude, of equals the lower channels. Returns whether one is extreme.
   INLINE bool prune(const T* row, int count) {
@@ -45,13 +46,23 @@ template <int HEAD_DIM> struct Pruner {
       top = keys[c] > top ? keys[c] : top;
     }
     for (int c = HEAD_DIM; c < PARTS * 64; c++) keys[c] = 0;
-    choose(count);
+    choose(top, count);
     return top >= EXTREME;
   }
 
   // Writes the kept elements and the words of the bitmap.
   INLINE void pack(const T* row, T* values, uint32_t* words) const {
     memcpy(words, kept, 4 * WORDS);
+#if defined(SIMD_AVX2)
+    T packed[HEAD_DIM + 8], *to = packed;
+    for (int c = 0; c < HEAD_DIM; c += 8) {
+      uint8_t bits = kept[c / 64] >> c % 64;
+      pack_eight(bits, row + c, to);
+      to += __builtin_popcount(bits);
+    }
+    memcpy(values, packed, (to - packed) * sizeof(T));
+    return;
+#endif
     for (int part = 0; part < PARTS; part++) {
 #if defined(SIMD_AVX512)
       constexpr int LANES_OF_T = 64 / sizeof(T);
@@ -80,22 +91,28 @@ template <int HEAD_DIM> struct Pruner {
   }
 
  private:
-  // The largest key that at least ``count`` keys reach is found bit by bit.
-  INLINE void choose(int count) {
+  // The largest key that at least ``count`` keys reach: between ``low``, which more reach, and ``high``, which fewer do.
+  // Keys are spread evenly enough for a guess by their numbers to be near; every third guess halves what is left. Most rows
+  // are cut where just as many keys are above, long before low and high meet. ``top``: the largest key.
+  INLINE void choose(Key top, int count) {
     if (count == HEAD_DIM) {
       mark(0);
       clear_behind();
       return;
     }
-    Key threshold = 0;
-    for (int bit = DTYPE == FP32 ? 30 : 14; bit >= 0; bit--) {
-      Key higher = threshold | (Key)1 << bit;
-      int reached = mark(higher);
+    Key low = 0, high = top + 1, first = top > OCTAVES ? top - OCTAVES : 1;
+    int above_low = HEAD_DIM, above_high = 0;
+    for (int i = 0; high - low > 1; i++) {
+      float share = i % 3 == 2 ? 0.5f : (float)(above_low - count) / (above_low - above_high);
+      Key step = (Key)((high - low) * share), guess = i == 0 ? first : low + (step > 0 ? step : 1);
+      if (guess >= high) guess = high - 1;
+      int reached = mark(guess);
       if (reached == count) return;
-      if (reached > count) threshold = higher;
+      (reached > count ? low : high) = guess;
+      (reached > count ? above_low : above_high) = reached;
     }
-    mark(threshold);
-    drop_last_equals(threshold, count);
+    mark(low);
+    drop_last_equals(low, count);
   }
 
   INLINE int mark(Key least) {

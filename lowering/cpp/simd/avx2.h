@@ -48,6 +48,35 @@ INLINE F expanded(uint8_t bits, const int8_t* p) {
   __m128i from = _mm_loadl_epi64((const __m128i*)SOURCES.at[bits]);
   return of_levels(_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)p), from));
 }
+
+// For each byte of bits: which of eight channels come, one after the other, as bytes of a shuffle or numbers of lanes.
+struct Taken {
+  alignas(64) uint8_t at[256][sizeof(T) == 4 ? 8 : 16];
+  constexpr Taken() : at() {
+    for (int bits = 0; bits < 256; bits++)
+      for (int channel = 0, rank = 0; channel < 8; channel++) {
+        if (!(bits >> channel & 1)) continue;
+        if (sizeof(T) == 4) at[bits][rank] = channel;
+        else {
+          at[bits][2 * rank] = 2 * channel;
+          at[bits][2 * rank + 1] = 2 * channel + 1;
+        }
+        rank++;
+      }
+  }
+};
+static constexpr Taken TAKEN{};
+
+// Those of eight elements whose bit is set, one after the other; behind them, up to eight, anything.
+INLINE void pack_eight(uint8_t bits, const T* from, T* to) {
+  if constexpr (DTYPE == FP32) {
+    __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)TAKEN.at[bits]));
+    _mm256_storeu_ps((float*)to, _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)from), lanes));
+  } else {
+    __m128i bytes = _mm_load_si128((const __m128i*)TAKEN.at[bits]);
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)from), bytes));
+  }
+}
 INLINE uint64_t at_least(const Key* keys, Key least) {  // keys have no sign bit, so signed comparisons do
   uint64_t bits = 0;
   if constexpr (DTYPE == FP32) {
