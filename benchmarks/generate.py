@@ -33,6 +33,7 @@ import mustafar_compile
 from mustafar_compile.lowering.format import CODES
 
 NAME = "generate"
+SIZES = ("batch", "context", "layers", "sparsity", "code")
 Row = dict[str, Any]
 
 
@@ -159,8 +160,7 @@ def run(way: str, given: argparse.Namespace) -> Row | None:
         return None
     if report.graphs:
         print(report)
-    sizes = {"batch": given.batch, "context": given.context, "layers": given.layers, "sparsity": given.sparsity}
-    sizes["code"] = given.code
+    sizes = {name: getattr(given, name) for name in SIZES}
     row = {"way": way} | sizes | row | {"matched": f"{len(report.matched)} of {given.layers}"}
     print(row, flush=True)
     return row
@@ -168,7 +168,7 @@ def run(way: str, given: argparse.Namespace) -> Row | None:
 
 def key_of(row: Row) -> tuple:
     """What a row is about."""
-    return tuple(row[name] for name in ("batch", "context", "layers", "sparsity", "code", "way"))
+    return tuple(row[name] for name in (*SIZES, "way"))
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:

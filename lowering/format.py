@@ -277,6 +277,10 @@ class Format:
         sizes = _sizes(batch, heads, blocks_for(capacity))
         return sum(buffer.stored_bytes(sizes, itemsize) for buffer in self.buffers)
 
+    def named(self, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The buffers of a cache by their names."""
+        return {buffer.name: x for buffer, x in zip(self.buffers, buffers, strict=True)}
+
     def window_of(self, buffers: Sequence[Tensor]) -> Tensor:
         """The ring of a cache, which has its dtype."""
         return buffers[self.place("window")]

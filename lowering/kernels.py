@@ -214,8 +214,8 @@ def _levels(device: torch.device) -> Tensor:
 
 def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, Any]:
     """The buffers of K or V as the kernels of a step call them: None in place of what the format does not have."""
-    named = {f"{role}_{buffer.name}": x for buffer, x in zip(format.buffers, buffers, strict=True)}
-    return {f"{role}_{name}": None for name in _PACKED} | named
+    named = dict.fromkeys(_PACKED) | format.named(buffers)
+    return {f"{role}_{name}": x for name, x in named.items()}
 
 
 def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device) -> dict[str, Tensor]:

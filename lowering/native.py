@@ -166,7 +166,7 @@ def simd_name(simd: str = "") -> str:
 
 def _cache(format: Format, buffers: Sequence[Tensor]) -> _Cache:
     assert format.order == "rows", f"C++ kernels do not read {format}"
-    pointers = {buffer.name: given.data_ptr() for buffer, given in zip(format.buffers, buffers, strict=True)}
+    pointers = {name: x.data_ptr() for name, x in format.named(buffers).items()}
     return _Cache(blocks=buffers[0].shape[2], kept=format.kept, **pointers)
 
 

@@ -205,9 +205,10 @@ class Tuned:
         """The most registers of a thread: 128 let 16 warps run on a multiprocessor, 168 let 12."""
         if max(self.step.key.head_dim, self.step.value.head_dim) > 128:
             return 255
-        prefetched = max(len(rows.registers()) for rows in (self.decode.keys, self.decode.values))
-        if not (self.decode.keys.has_bitmap and self.decode.values.has_bitmap):
+        both = self.decode.keys, self.decode.values
+        if not all(rows.has_bitmap for rows in both):
             return 168  # nothing is staged: both rows are in registers at once
+        prefetched = max(len(rows.registers()) for rows in both)
         return 128 if prefetched <= (24 if self.step.softcap else 44) else 168
 
     @property

@@ -18,13 +18,10 @@ from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from ragged_models import RaggedModel, steps_at
 from reference import reference_attention
+from test_own_loops import WINDOW, assert_close, options
 
-WINDOW, SLOTS, PROMPT = 4, 48, 7
+SLOTS, PROMPT = 48, 7
 INF = float("inf")
-
-
-def options(sparsity=0.0):
-    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
 
 
 def compared(model, positions, n):
@@ -147,10 +144,6 @@ def rounded(end):
 
 def compiled(model, sparsity=0.0):
     return torch.compile(model.step, backend="mustafar", options=options(sparsity))
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(torch.cat(actual, 1), torch.cat(expected, 1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(autouse=True)
@@ -281,7 +274,7 @@ def test_caches_that_are_held_compressed_alone():
     del model.k_cache, model.v_cache
     outputs = []
     with without_compiler(), explain() as report:
-        compiled_step = torch.compile(begun, backend="mustafar", options=options())
+        compiled_step = torch.compile(begun, backend="mustafar", options=options(0.0))
         for step in (begun, compiled_step):
             caches = None
 

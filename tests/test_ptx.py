@@ -229,7 +229,7 @@ def test_shared_memory_of_decoding(decode):
 @pytest.mark.parametrize("prune", PRUNES, ids=range(len(PRUNES)))
 def test_shared_memory_of_pruning(prune):
     block = prune.block()
-    if not prune.has_bitmap:
+    if not prune.rows.has_bitmap:
         assert "shared" not in block.text
         return
     assert shared_of({"prune": block}) == [prune.shared_bytes]

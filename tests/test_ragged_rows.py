@@ -23,8 +23,9 @@ from ragged_models import (
     run,
     steps_at,
 )
+from test_own_loops import WINDOW, assert_close, options
 
-WINDOW, SLOTS = 4, 48
+SLOTS = 48
 REWOUND = [(2, 7, 9), (0, 4, 10), (1, 5, 11), (2, 3, 12), (3, 4, 2), (0, 5, 3), (1, 6, 4)]
 """After a prompt of nine tokens, padded at its end: rows go on, are rewound by some or many, and begin again."""
 
@@ -36,16 +37,8 @@ WRITES = {
 BY_ROW = "as torch.arange counts them, and a token of each at one place for all heads"
 
 
-def options(sparsity: float) -> dict:
-    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
-
-
 def compiled(step, sparsity: float = 0.0):
     return torch.compile(step, backend="mustafar", options=options(sparsity))
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(torch.cat(actual, 1), torch.cat(expected, 1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(autouse=True)

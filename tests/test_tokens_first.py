@@ -16,6 +16,7 @@ from models import TokensFirstModel, pruned_steps
 from mustafar_compile import CompressedKV, StaleCacheError, cache_stats, explain, safe_globals
 from mustafar_compile.reporting import notices
 from reference import pruned_cache, reference_attention
+from test_own_loops import assert_close
 
 WINDOW, SLOTS = 4, 40
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
@@ -32,10 +33,6 @@ def _uncompiled(monkeypatch):
 
 def embeddings(*counts, batch=2):
     return [torch.randn(batch, count, 32) for count in counts]
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(torch.cat(actual, 1), torch.cat(expected, 1), rtol=1e-5, atol=1e-6)
 
 
 def compiled(model):

@@ -61,8 +61,7 @@ template <int HEAD_DIM> struct Pruner {
       to += __builtin_popcount(bits);
     }
     memcpy(values, packed, (to - packed) * sizeof(T));
-    return;
-#endif
+#else
     for (int part = 0; part < PARTS; part++) {
 #if defined(SIMD_AVX512)
       constexpr int LANES_OF_T = 64 / sizeof(T);
@@ -88,6 +87,7 @@ template <int HEAD_DIM> struct Pruner {
       for (uint64_t bits = kept[part]; bits; bits &= bits - 1) *values++ = row[part * 64 + __builtin_ctzll(bits)];
 #endif
     }
+#endif
   }
 
  private:

@@ -59,6 +59,11 @@ def _as_float(to: str, bits: str, dtype: str) -> Lines:
         yield f"{{ .reg .b16 half; cvt.u16.u32 half, {bits}; cvt.f32.f16 {to}, half; }}"
 
 
+def _nearest(x: str) -> str:
+    """A number -> its level, in the low bits. Rounded twice on purpose, as the contract has it: never one fma."""
+    return f"mul.rn.f32 {x}, {x}, inverse; add.rn.f32 {x}, {x}, {_ROUND};"
+
+
 def _levels(to: str, j: int, dtype: str, mask: str) -> Lines:
     """Two elements of v<j> -> the levels in the low bytes of <to>0 and <to>1. mask: which of their bits count."""
     yield f"and.b32 mine, v{j}, {mask};"
@@ -68,7 +73,7 @@ def _levels(to: str, j: int, dtype: str, mask: str) -> Lines:
         yield "{ .reg .b16 front, back; mov.b32 {front,back}, mine;"
         yield f"cvt.f32.f16 {to}0, front; cvt.f32.f16 {to}1, back; }}"
     for half in range(2):
-        yield f"mul.rn.f32 {to}{half}, {to}{half}, inverse; add.rn.f32 {to}{half}, {to}{half}, {_ROUND};"
+        yield _nearest(f"{to}{half}")
 
 
 def _four_levels(to: str, j: int, dtype: str, mask: str) -> Lines:
@@ -105,7 +110,7 @@ def _find_bounds(dtype: str) -> Lines:
     """Lane: least -> ``floors``; bound<i>, from which on level i + 1 of the row is nearer than i, in all bytes."""
     yield ".reg .b32 small, large, bound<7>, wide; .reg .b64 from;"
     yield from _as_float("size", "least", dtype)
-    yield f"mul.rn.f32 size, size, inverse; add.rn.f32 size, size, {_ROUND}; mov.b32 least, size;"
+    yield f"{_nearest('size')} mov.b32 least, size;"
     yield "and.b32 least, least, 127;"
     yield "cvt.u16.u32 narrow, least; @stored st.global.b8 [floors], narrow;"
     yield "mad.wide.u32 from, least, 8, levels; ld.global.v2.b32 {small,large}, [from];"

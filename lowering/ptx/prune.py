@@ -156,20 +156,19 @@ class Prune:
     code: str = "none"
 
     @property
-    def has_bitmap(self) -> bool:
-        """As of ``Format``. Where there is none, nothing is pruned."""
-        return self.code == "none" or self.kept < 32 * self.words
+    def rows(self) -> Rows:
+        """What it packs. Where they have no bitmap, nothing is pruned."""
+        return Rows(self.words, self.kept, self.code)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program: a slot for each value, and one for what is not kept behind the last."""
-        return self.warps * (self.kept + 1) * 128 * self.has_bitmap
+        return self.warps * self.rows.staged_bytes()
 
     @property
     def addresses(self) -> list[str]:
         """The addresses that the block takes."""
-        packed = Rows(self.words, self.kept, self.code).buffers
-        return ["row", "ring", "flags", *packed, *["levels"] * (self.code == "int4")]
+        return ["row", "ring", "flags", *self.rows.buffers, *["levels"] * (self.code == "int4")]
 
     def block(self) -> Block:
         """Prune and pack one row a lane.
@@ -188,7 +187,7 @@ class Prune:
         yield f".reg .b32 x<{16 * self.words}>, v<{self.kept // 2}>;"
         yield from load_row(self.words)
         yield from keep_window(self.words)
-        if self.has_bitmap:
+        if self.rows.has_bitmap:
             yield from self._prune()
         else:
             yield from (f"mov.b32 v{j}, x{j};" for j in range(self.kept // 2))
@@ -214,7 +213,7 @@ class Prune:
 
     def _encode(self) -> Lines:
         count = self.kept // 2
-        if self.has_bitmap:
+        if self.rows.has_bitmap:
             yield from fetch(0, count)
-        yield from find_peak(count, self.code, self.dtype, note=not self.has_bitmap)
+        yield from find_peak(count, self.code, self.dtype, note=not self.rows.has_bitmap)
         yield from store_levels(count, self.code, self.dtype)

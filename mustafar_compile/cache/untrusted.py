@@ -28,8 +28,9 @@ def check_saved(format: Any, buffers: Any, tokens: Any, grows: Any, tokens_dim: 
         _check_counts(known, buffers, tokens, grows)
         if known.has_bitmap:
             _check_bitmap(known, buffers)
-        if "floors" in (names := [buffer.name for buffer in known.packed]):
-            _require(bool((buffers[names.index("floors")] <= TOP).all()), f"a floor of some row is above {TOP}")
+        if known.code == "int4":
+            floors = buffers[known.place("floors")]
+            _require(bool((floors <= TOP).all()), f"a floor of some row is above {TOP}")
 
 
 def _require(holds: bool, problem: str) -> None:
