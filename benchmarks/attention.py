@@ -18,7 +18,20 @@ from typing import Any
 
 import dense
 import torch
-from timing import DEVICE, DTYPES, cold, copy_bandwidth, free, graphed, kernel_us, median_ms, operations, parser, write
+from timing import (
+    DEVICE,
+    DTYPES,
+    cold,
+    copy_bandwidth,
+    free,
+    graphed,
+    kernel_us,
+    median_ms,
+    operations,
+    parser,
+    save,
+    write,
+)
 from torch import Tensor
 
 from mustafar_compile.lowering.format import CODES, Format
@@ -134,14 +147,16 @@ def measure(shape: Shape, sparsities: list[float], codes: list[str], flex: bool)
     how = {"dtype": DTYPES[shape.dtype], "device": DEVICE}
     key, value = (torch.randn(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim, **how) for _ in range(2))
     query = torch.randn(shape.batch, shape.kv_heads * shape.gqa, 1, shape.head_dim, **how)
-    peers = dense.measure(query, key, value, flex)
+    peers, fp8 = dense.measure(query, key, value, flex), dense.measure_fp8(query, key, value)
     dense_bytes = key.nbytes + value.nbytes
     rows = []
     for code, sparsity in itertools.product(codes, sparsities):
         ours = Compressed(query, key, value, sparsity, code)
         error, kind = ours.error(), {"code": code, "sparsity": sparsity}
         if error <= TOLERANCE:
-            rows.append(asdict(shape) | kind | row(ours, peers, dense_bytes) | {"error": error})
+            measured = row(ours, peers, dense_bytes)
+            over_fp8 = {} if fp8 is None else {"fp8_ms": fp8, "over_fp8": fp8 / measured["ours_ms"]}
+            rows.append(asdict(shape) | kind | measured | over_fp8 | {"error": error})
         else:
             print(f"{shape}, {kind}: WRONG by {error:.2g}, so its time is not reported", flush=True)
         del ours
@@ -187,6 +202,7 @@ def main() -> None:
     for shape in shapes:
         print(shape, flush=True)
         rows += measure(shape, given.sparsity or list(SPARSITIES), given.code or ["none"], shape in flex)
+        save("attention", rows)  # a long run may be cut short
         free()
     write("attention", rows)
 

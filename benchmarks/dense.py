@@ -53,44 +53,59 @@ def flex_attention() -> Attention:
     return lambda query, key, value: compiled(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def flashinfer(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
-    """FlashInfer over the same tokens in pages. Raises ImportError where it is not installed."""
+def flashinfer(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """FlashInfer over the same tokens in pages of ``dtype``. Raises ImportError where it is not installed.
+
+    Without tensor cores: with them, version 0.6.0 took 97 s to compile for an H100 and ran at less than half the speed.
+    Not in a CUDA graph: replayed, that version reads what is not its own.
+    """
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     batch, heads, tokens, head_dim = key.shape
     query_heads, pages = query.shape[1], tokens // _PAGE
     paged = tuple(
-        x.view(batch, heads, pages, _PAGE, head_dim).transpose(1, 2).reshape(-1, heads, _PAGE, head_dim)
+        x.view(batch, heads, pages, _PAGE, head_dim).transpose(1, 2).reshape(-1, heads, _PAGE, head_dim).to(dtype)
         for x in (key, value)
     )
     workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=key.device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=query_heads // heads >= 4)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=False)
     of_request = torch.arange(batch + 1, dtype=torch.int32, device=key.device) * pages
     page = torch.arange(batch * pages, dtype=torch.int32, device=key.device)
     filled = torch.full((batch,), _PAGE, dtype=torch.int32, device=key.device)
-    types = {"q_data_type": query.dtype, "kv_data_type": key.dtype}
+    types = {"q_data_type": query.dtype, "kv_data_type": dtype}
     wrapper.plan(of_request, page, filled, query_heads, heads, head_dim, _PAGE, **types)
     rows = query[:, :, 0].contiguous()
     return lambda: wrapper.run(rows, paged)
 
 
 def measure(query: Tensor, key: Tensor, value: Tensor, flex: bool = False) -> dict[str, float]:
-    """Milliseconds of each way that works, in a CUDA graph. flex: FlexAttention too, which takes seconds to compile."""
+    """Milliseconds of each way that works, all but FlashInfer's in a CUDA graph.
+
+    flex: FlexAttention too, which takes seconds to compile.
+    """
     ways = sdpa_attentions() | ({"flex": flex_attention()} if flex else {})
     times = {}
     for name, attention in ways.items():
-        _try(name, times, lambda attention=attention: lambda: attention(query, key, value))
+        _try(name, times, lambda attention=attention: graphed(lambda: attention(query, key, value)))
     if ON_GPU and key.shape[2] % _PAGE == 0:
-        _try("flashinfer", times, lambda: flashinfer(query, key, value))
+        _try("flashinfer", times, lambda: flashinfer(query, key, value, key.dtype))
     if not times:
         raise RuntimeError("no dense attention runs here")
     return times
 
 
+def measure_fp8(query: Tensor, key: Tensor, value: Tensor) -> float | None:
+    """Milliseconds of attention over a dense cache in fp8 (e4m3); None where nothing has it."""
+    times: dict[str, float] = {}
+    if ON_GPU and key.shape[2] % _PAGE == 0:
+        _try("flashinfer, fp8", times, lambda: flashinfer(query, key, value, torch.float8_e4m3fn))
+    return next(iter(times.values()), None)
+
+
 def _try(name: str, times: dict[str, float], make: Callable[[], Callable[[], Tensor]]) -> None:
     """Time what ``make`` returns. Not every way takes every shape and dtype; each reason is printed once."""
     try:
-        times[name] = median_ms(graphed(make()))
+        times[name] = median_ms(make())
     except (ImportError, OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         first_line = str(error).partition("\n")[0]
         reason = f"dense attention by {name} is left out: {type(error).__name__}: {first_line}"

@@ -6,6 +6,7 @@
 eager     no compiler, dynamic cache
 hf        cache_implementation="static": compiled by transformers itself, mode="reduce-overhead"
 inductor  model.compile(), dynamic cache
+quantized cache_implementation="quantized": transformers' own, 4 bits of quanto, eager
 compile   model.compile(backend="mustafar"), dynamic cache
 static    the same, cache_implementation="static"
 config    CompileConfig(backend="mustafar", mode=None, options=...), static cache: an eager prompt, compiled steps
@@ -82,6 +83,10 @@ def inductor(model: Any, given: argparse.Namespace) -> Row:
     return {}
 
 
+def quantized(model: Any, given: argparse.Namespace) -> Row:
+    return {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
+
+
 def compiled(model: Any, given: argparse.Namespace) -> Row:
     model.compile(backend="mustafar", options=settings(given))
     return {}
@@ -106,6 +111,7 @@ WAYS: dict[str, Callable[[Any, argparse.Namespace], Row]] = {
     "eager": eager,
     "hf": hf,
     "inductor": inductor,
+    "quantized": quantized,
     "compile": compiled,
     "static": static,
     "config": config,
