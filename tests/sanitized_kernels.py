@@ -15,9 +15,10 @@ from guarded import STEPS, step_at, step_inputs
 from mustafar_compile.lowering import kernels, ops, portable
 
 
-def check(variant, head_dim, group, mask):
+def check(variant, head_dim, group, mask, code="none"):
     """A step whose last block is partly filled, and the dense cache again."""
     how = {"group": group, "head_dim": head_dim, "value_dim": head_dim, "dtype": torch.bfloat16, "window": 4}
+    how |= {"key_code": code, "value_code": code}
     case = make_case(tokens=77, device="cuda", **how)
     if mask:
         case.mask = make_mask(mask, (2, 1, 1, 77), seed=5).cuda()
@@ -40,6 +41,8 @@ if __name__ == "__main__":
     for variant in ("tuned", "portable"):
         check(variant, 128, 4, "bool")
         check(variant, 64, 8, None)
+        check(variant, 128, 4, None, "int8")
+        check(variant, 64, 4, "bool", "int4")
         if sys.argv[1] == "memcheck":  # the warps of a program read each other's rows where a bitmap has too many bits
             check_outside(variant, 1, "bool")
             check_outside(variant, 3, None)

@@ -25,6 +25,7 @@ from mustafar_compile import CompressedKV, explain
 from mustafar_compile.cache.attached import States, find_state
 from mustafar_compile.cache.memory import place_of
 from mustafar_compile.lowering import ops
+from mustafar_compile.lowering.format import CODES
 from nightly import mostly_at_night
 from test_fuzz_cache import TOLERANCE, saved_and_loaded
 
@@ -62,6 +63,8 @@ class Architecture:
             key_sparsity=choose.choice([0.0, 0.5, 0.7]),
             value_sparsity=choose.choice([0.0, 0.5, 0.9]),
             window=choose.choice([1, 2, 5, 12, 20, 200]),
+            key_code=choose.choice(CODES),
+            value_code=choose.choice(CODES),
         )
         model = (TransformersModel if form in CACHES else OwnModel)(choose, shape, form)
         grows = model.room is None
@@ -70,7 +73,7 @@ class Architecture:
 
     def compile(self) -> None:
         shape = self.model.shape
-        names = ("key_sparsity", "value_sparsity", "window")
+        names = ("key_sparsity", "value_sparsity", "window", "key_code", "value_code")
         self.model.compile(options={name: getattr(shape, name) for name in names}, dynamic=self.dynamic)
 
 

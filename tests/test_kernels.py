@@ -51,6 +51,7 @@ from cases import (
 from guarded import check_compress, check_decompress, check_step
 from mustafar_compile.lowering import backends, native, ops, portable
 from mustafar_compile.lowering.format import CODES, Format
+from nightly import mostly_at_night
 from pairwise import pairwise
 from ragged import POSITIONS, check_ragged, check_ragged_cache
 from reference import pruned_cache
@@ -60,7 +61,6 @@ from mustafar_compile.lowering import kernels
 from mustafar_compile.lowering.step import Step, Tuned
 
 HALVES = (torch.bfloat16, torch.float16)
-CODED = [code for code in CODES if code != "none"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -328,41 +328,47 @@ class Shape:
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Kernels of a shape take seconds to compile, so only the first are for every day.
 SHAPES = [
     Shape(BF16, (128, 128), (64, 64), 4, 32),
     Shape(BF16, (128, 128), (40, 40), 4, 32, "bool", position=True),
     Shape(BF16, (128, 128), (64, 40), 8, 7, "bias"),
-    Shape(FP16, (128, 128), (64, 64), 1, 1, "-inf"),
     Shape(BF16, (64, 64), (32, 32), 7, 40, "lowest"),
+    Shape(FP16, (64, 128), (24, 72), 3, 33, "bool", softcap=20.0),
+    Shape(BF16, (256, 256), (128, 128), 2, 32, "bool", sinks=True),
+    Shape(BF16, (128, 128), (64, 40), 4, 32, queries=5, position=True),
+    Shape(BF16, (64, 64), (32, 24), 8, 3, "bias", queries=16, sinks=True),
+    Shape(BF16, (80, 80), (40, 24), 5, 32, "bool", queries=16, sinks=True),
+    Shape(FP32, (128, 128), (64, 64), 4, 32, "bias", sinks=True),
+    Shape(BF16, (128, 128), (128, 64), 4, 32, codes=("int8", "int4")),
+    Shape(FP16, (128, 64), (64, 24), 2, 7, "bias", queries=4, codes=("int4", "int8")),
+    Shape(BF16, (128, 128), (64, 64), 8, 32, softcap=20.0, codes=("none", "int8")),
+    Shape(FP32, (64, 80), (64, 40), 4, 7, position=True, codes=("int8", "int4")),
+    Shape(FP16, (128, 128), (64, 64), 1, 1, "-inf"),
     Shape(FP16, (64, 64), (8, 64), 2, 100, position=True),
     Shape(BF16, (64, 64), (32, 32), 8, 32, "bias", sinks=True),
-    Shape(FP16, (64, 128), (24, 72), 3, 33, "bool", softcap=20.0),
     Shape(BF16, (96, 96), (48, 48), 4, 32, softcap=5.0),
-    Shape(BF16, (256, 256), (128, 128), 2, 32, "bool", sinks=True),
     Shape(FP16, (256, 128), (8, 16), 16, 64),
     Shape(BF16, (128, 128), (128, 128), 16, 32, "bias", position=True),
     Shape(BF16, (32, 32), (16, 8), 1, 5),
-    Shape(BF16, (128, 128), (64, 40), 4, 32, queries=5, position=True),
     Shape(FP16, (128, 128), (40, 64), 1, 32, "bool", queries=4),
-    Shape(BF16, (64, 64), (32, 24), 8, 3, "bias", queries=16, sinks=True),
     Shape(BF16, (128, 128), (64, 64), 2, 100, queries=2, softcap=20.0, sinks=True),
     Shape(BF16, (80, 80), (40, 24), 4, 32, "bool"),
-    Shape(BF16, (80, 80), (40, 24), 5, 32, "bool", queries=16, sinks=True),
     Shape(FP16, (24, 24), (8, 16), 3, 7),
-    Shape(FP32, (128, 128), (64, 64), 4, 32, "bias", sinks=True),
     Shape(FP32, (64, 80), (32, 40), 16, 7, position=True),
     Shape(FP32, (128, 128), (64, 64), 4, 7, queries=5, position=True),
-    Shape(BF16, (128, 128), (128, 64), 4, 32, codes=("int8", "int4")),
     Shape(BF16, (128, 128), (40, 128), 4, 32, "bool", position=True, codes=("int4", "int4")),
-    Shape(FP16, (128, 64), (64, 24), 2, 7, "bias", queries=4, codes=("int4", "int8")),
-    Shape(BF16, (128, 128), (64, 64), 8, 32, softcap=20.0, codes=("none", "int8")),
     Shape(BF16, (80, 80), (40, 24), 5, 32, "-inf", sinks=True, queries=16, codes=("int8", "int4")),
     Shape(FP16, (24, 24), (8, 24), 3, 7, codes=("int4", "int4")),
-    Shape(FP32, (64, 80), (64, 40), 4, 7, position=True, codes=("int8", "int4")),
 ]
 TUNED = [s for s in SHAPES if s.dtype != FP32 and all(d % 32 == 0 for d in s.dims)]
+EVERY_DAY = 14
 WITH_VARIANTS = [(s, v) for s in SHAPES for v in ("tuned", "portable") if v == "portable" or s in TUNED]
-variants = pytest.mark.parametrize(("shape", "variant"), WITH_VARIANTS, ids=[f"{s}-{v}" for s, v in WITH_VARIANTS])
+variants = pytest.mark.parametrize(
+    ("shape", "variant"),
+    mostly_at_night(WITH_VARIANTS, sum(shape in SHAPES[:EVERY_DAY] for shape, _ in WITH_VARIANTS)),
+    ids=[f"{s}-{v}" for s, v in WITH_VARIANTS],
+)
 tuned_and_portable = pytest.mark.parametrize("variant", ["tuned", "portable"])
 some = settings(max_examples=max(25, settings.default.max_examples), deadline=None)
 
@@ -544,12 +550,12 @@ def test_inputs_of_any_strides(how, dtype, variant):
 # Values that are not ordinary
 
 EXTREME = [NAN, INF, -INF, 3e38, -3e38, 2.0**96, -(2.0**96), 2.0**98], ["keys", "values"], [*HALVES, FP32]
-SPOILT = [*itertools.product(*EXTREME, ["none"]), *pairwise(*EXTREME, CODED)]
+SPOILT = list(dict.fromkeys([*pairwise(*EXTREME, CODES), *itertools.product(*EXTREME, ["none"])]))
 
 
 @needs_gpu
 @tuned_and_portable
-@pytest.mark.parametrize(("value", "role", "dtype", "code"), SPOILT)
+@pytest.mark.parametrize(("value", "role", "dtype", "code"), mostly_at_night(SPOILT, len(pairwise(*EXTREME, CODES))))
 def test_extreme_values_count_as_in_the_oracle(value, role, dtype, code, variant):
     if dtype == torch.float16 and math.isfinite(value):
         value = math.copysign(65504.0, value)
@@ -760,8 +766,11 @@ UNCODED = [
     *itertools.product([FP32], [(32, 8), (128, 64), (80, 24), (256, 256)], [0]),
 ]
 CODED_SIZES = [(32, 8), (64, 64), (128, 40), (128, 64), (128, 128), (80, 40), (24, 24), (256, 128)]
-COMPRESSED = [(*shape, "none") for shape in UNCODED] + pairwise([*HALVES, FP32], CODED_SIZES, [0, 1], CODED)
-compressed_shapes = pytest.mark.parametrize(("dtype", "sizes", "shift", "code"), COMPRESSED)
+OF_ALL_CODES = pairwise([*HALVES, FP32], CODED_SIZES, [0, 1], CODES)
+COMPRESSED = [*OF_ALL_CODES, *((*shape, "none") for shape in UNCODED if (*shape, "none") not in OF_ALL_CODES)]
+compressed_shapes = pytest.mark.parametrize(
+    ("dtype", "sizes", "shift", "code"), mostly_at_night(COMPRESSED, len(OF_ALL_CODES))
+)
 
 
 def shifted(x, by):
