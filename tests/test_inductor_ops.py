@@ -130,6 +130,7 @@ def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either():
     check_allocations(config, code)
 
 
+@pytest.mark.nightly
 def test_compiled_compression_equals_the_eager():
     torch.manual_seed(0)
     dense, tokens = torch.randn(2, 2, 50, 24, dtype=torch.bfloat16), torch.tensor([40])

@@ -101,6 +101,7 @@ def test_a_single_layer_of_unknown_number_refuses_skip_layers():
     assert isinstance(past[0], CompressedKV)
 
 
+@pytest.mark.nightly
 def test_one_layer_under_two_paths_is_one_row():
     model = hf_model(num_hidden_layers=1)
     with without_compiler(), explain() as report:

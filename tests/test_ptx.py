@@ -396,7 +396,7 @@ def plain_step(mask, dtype, queries, sizes=SIZES[0], sinks=False):
 @needs_compiler
 @pytest.mark.parametrize(
     ("mask", "dtype", "queries", "sizes", "checked"),
-    mostly_at_night(pairwise(MASKS, DTYPES, QUERIES, SIZES, (False, True)), 3),
+    mostly_at_night(pairwise(MASKS, DTYPES, QUERIES, SIZES, (False, True)), 2),
 )
 def test_the_plain_kernels_compile(mask, dtype, queries, sizes, checked):
     """As Triton compiles them: its interpreter takes more than its compiler."""

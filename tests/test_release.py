@@ -17,6 +17,7 @@ from models import BufferModel, SliceModel, hf_model, prompt, run_steps
 from mustafar_compile import ReleaseError, backend, cache_stats, explain
 from mustafar_compile.cache import attached, stats
 from mustafar_compile.patterns.rewriting.plan import Argument, AttachedBuffer
+from nightly import at_night
 from reference import pruned_cache, pruned_generation
 from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
 
@@ -114,6 +115,7 @@ def test_a_prompt_in_chunks_goes_on_from_the_pruned_tokens(poisoned):
     assert_close([outputs], [twin.step(second, torch.arange(18, 36))])
 
 
+@pytest.mark.nightly
 @pytest.mark.native
 def test_caches_of_any_length_through_inductor(poisoned):
     """Inductor must find the length among the inputs: the buffers have numbers of blocks, which follow from it."""
@@ -168,7 +170,7 @@ def test_a_cache_on_a_cpu_is_refused_before_anything_is_lost():
     assert all(x.untyped_storage().nbytes() and not x.any() for x in caches(model))
 
 
-@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, *at_night([{}])], ids=["static", "dynamic"])
 def test_caches_of_the_backend_itself_need_no_release(how):
     model, inputs = hf_model(num_hidden_layers=1), prompt()
     with without_compiler():
