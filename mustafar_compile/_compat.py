@@ -41,6 +41,7 @@ FakeTensorMode = _probe("torch._subclasses", "FakeTensorMode")
 AttrSource = _probe("torch._dynamo.source", "AttrSource")
 _LocalSource = _probe("torch._dynamo.source", "LocalSource")
 _is_the_object = _probe("torch._dynamo.guards", "GuardBuilder").ID_MATCH
+_has_as_many = _probe("torch._dynamo.guards", "GuardBuilder").SEQUENCE_LENGTH
 _DynamoContext = _probe("torch._dynamo.eval_frame", "_TorchDynamoContext")
 _dynamo_log = _probe("torch._dynamo.convert_frame", "log")
 ConstantSource = _probe("torch._dynamo.source", "ConstantSource")
@@ -352,6 +353,25 @@ def bind_to_module() -> None:
     for name, value in _InstructionTranslator.current_tx().f_locals.items():
         if isinstance(value, torch.nn.Module):
             guards.add(_LocalSource(name).make_guard(_is_the_object))
+
+
+def guard_on_hooks(name: str) -> None:
+    """Make the compilation in progress one for as many forward hooks as there are now on the modules that it concerns.
+
+    Those that it guards on an attribute ``name`` of. By default Dynamo guards on hooks only where there are some.
+    """
+    owners = guarded_owners(name)
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for guard in list(guards):
+        path, _, attribute = guard.name.rpartition(".")
+        if attribute == name and isinstance(owners.get(path), torch.nn.Module):
+            hooks = AttrSource(guard.originating_source.base, "_forward_hooks")
+            guards.add(hooks.make_guard(_has_as_many))
+
+
+def has_hook_on_arguments(module: Any) -> bool:
+    """Whether a forward hook of a module is given the keyword arguments of its forward."""
+    return bool(getattr(module, "_forward_hooks_with_kwargs", None))
 
 
 def runs_in_a_wrapper() -> bool:

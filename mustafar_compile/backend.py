@@ -17,7 +17,7 @@ from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
 from .calling.plain_inputs import PlainInputs
-from .calling.recompiling import count_for_each_layer, let_buffers_grow, let_models_share_a_function
+from .calling.recompiling import count_for_each_layer, heed_hooks, let_buffers_grow, let_models_share_a_function
 from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
@@ -131,10 +131,11 @@ def _through_stages(gm: GraphModule, example_inputs: Sequence[Any], settings: Se
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
     count_for_each_layer(found)
+    heed_hooks()
     let_models_share_a_function()
     if _gives_gradients(gm):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
-        found = [NoMatch(m.attention, reason, m.key, m.value, isinstance(m, Match)) for m in found]
+        found = [NoMatch(m.attention, reason, m.key, m.value, lost=isinstance(m, Match)) for m in found]
     matches = [m for m in found if isinstance(m, Match)]
     rewritten = None
     if matches or caches:

@@ -13,7 +13,17 @@ from torch.fx import Node
 from ..lowering.format import Format
 from .attention.attention import Attention
 from .attention.find import find_attention
-from .cache.conditions import Context, NothingLost, Reason, check_cache, check_read, format_for, other_uses, require
+from .cache.conditions import (
+    Context,
+    NextStep,
+    NothingLost,
+    Reason,
+    check_cache,
+    check_read,
+    format_for,
+    other_uses,
+    require,
+)
 from .cache.phase import phase_of
 from .cache.rows import names_rows
 from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
@@ -63,7 +73,8 @@ class Match:
 class NoMatch:
     """An attention that runs as it is, and why.
 
-    key, value: what is known of its cache. lost: whether that could have been compressed.
+    key, value: what is known of its cache. lost: whether that could have been compressed. waits: whether the next step
+    compresses it.
     """
 
     attention: Attention
@@ -71,6 +82,7 @@ class NoMatch:
     key: CacheUpdate | None = None
     value: CacheUpdate | None = None
     lost: bool = True
+    waits: bool = False
 
     @property
     def form(self) -> str:
@@ -137,7 +149,8 @@ def _checked(m: Match, check: Callable[[Match], None]) -> Match | NoMatch:
 
 
 def _no_match(attention: Attention, reason: Reason, key: CacheUpdate | None, value: CacheUpdate | None) -> NoMatch:
-    return NoMatch(attention, str(reason), key, value, lost=not isinstance(reason, NothingLost))
+    lost, waits = not isinstance(reason, NothingLost), isinstance(reason, NextStep)
+    return NoMatch(attention, str(reason), key, value, lost, waits)
 
 
 def _check_sharing(m: Match, found: Sequence[Match | NoMatch]) -> None:

@@ -1,4 +1,4 @@
-"""What Dynamo is told of our compilations, where by default it would compile ever anew until it gives up."""
+"""What Dynamo is told of our compilations: where by default it would compile ever anew, and where not when it must."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .. import _compat
 from ..cache.tensor import CompressedKV
+from ..patterns.graph.layers import OWN_NUMBER
 from ..patterns.match import Match, NoMatch
 from ..patterns.rewriting.plan import Compressed, Extended, Plan
 
@@ -21,6 +22,14 @@ def count_for_each_layer(found: Sequence[Match | NoMatch]) -> None:
     layers = {m.attention.layer for m in found}
     if len(layers) == 1 and None not in layers:
         _compat.bind_to_module()
+
+
+def heed_hooks() -> None:
+    """Compile anew where layers get forward hooks, or lose them: by default Dynamo does not notice the first.
+
+    A hook may evict tokens from the cache of a prompt, as presses of kvpress do.
+    """
+    _compat.guard_on_hooks(OWN_NUMBER)
 
 
 def let_models_share_a_function() -> None:

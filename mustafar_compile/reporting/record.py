@@ -112,7 +112,7 @@ def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:
     if isinstance(m, NoMatch):
         known = [update for update in (m.key, m.value) if update is not None and _is_new(update, counted)]
         sizes = [_cache_bytes(update, _own_format(update, context), context) for update in known]
-        return Entry(**place, reason=m.reason, **_summed(sizes))
+        return Entry(**place, reason=m.reason, waits=m.waits, **_summed(sizes))
     sizes = [_cache_bytes(x, format, context) for x, format in m.updates if _is_new(x, counted)]
     return Entry(**place, phases=(m.phase,), kernels=_kernels(m), **_summed(sizes))
 

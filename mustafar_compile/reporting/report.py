@@ -13,9 +13,10 @@ class Entry:
     """One attention layer.
 
     layer: its number, None where unknown. name: its module path. form: how its cache is kept. phases: "prefill",
-    "decode" where matched. reason: why not in some graph, "" where matched in all. kernels: what carries out its decode
-    steps, "" without any. dense_bytes, stored_bytes: of K and V together, when the graph was compiled; 0 where there is
-    no cache or an earlier layer shares it. function: the one that Dynamo compiled, as it names it.
+    "decode" where matched. reason: why not in some graph, "" where matched in all. waits: whether that is of a prompt
+    that its next step compresses. kernels: what carries out its decode steps, "" without any. dense_bytes,
+    stored_bytes: of K and V together, when the graph was compiled; 0 where there is no cache or an earlier layer shares
+    it. function: the one that Dynamo compiled, as it names it.
     """
 
     layer: int | None
@@ -23,6 +24,7 @@ class Entry:
     form: str
     phases: tuple[str, ...] = ()
     reason: str = ""
+    waits: bool = False
     kernels: str = ""
     dense_bytes: int = 0
     stored_bytes: int = 0
@@ -120,10 +122,15 @@ def _same_layer(a: Entry, b: Entry) -> bool:
 
 
 def _merged(a: Entry, b: Entry) -> Entry:
-    """Two sightings of a layer: any miss shows. The later form and sizes count, though not of a miss."""
+    """Two sightings of a layer: any miss shows, but no wait that is over.
+
+    The later form and sizes count, though not of a miss.
+    """
     phases = tuple(dict.fromkeys((*a.phases, *b.phases)))
     seen = a if a.phases and not b.phases else b
-    return replace(seen, phases=phases, reason=b.reason or a.reason, kernels=b.kernels or a.kernels)
+    misses = [entry for entry in (b, a) if entry.reason and not (entry.waits and phases)]
+    reason, waits = misses[0].reason if misses else "", all(entry.waits for entry in misses)
+    return replace(seen, phases=phases, reason=reason, waits=waits, kernels=b.kernels or a.kernels)
 
 
 def _verdict(entry: Entry) -> str:

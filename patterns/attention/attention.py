@@ -20,7 +20,8 @@ class Attention:
     or additive, broadcastable to [B, Hq, L, S]. softcap: cap(x) is ``softcap * tanh(x / softcap)``, 0 for none. sinks:
     [Hq], one more score for each head that takes weight and gives no value. layer: its number in the model,
     None where unknown. name: its module path, "" where unknown. window: the sliding window that its layer is said to
-    have, None without one. problem: why it can never be matched, or None.
+    have, None without one. evictable: whether a hook on its module is given its cache, and may change it. problem: why
+    it can never be matched, or None.
     """
 
     node: Node
@@ -37,6 +38,7 @@ class Attention:
     layer: int | None = None
     name: str = ""
     window: int | None = None
+    evictable: bool = False
     problem: str | None = None
 
     @property

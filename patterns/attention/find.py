@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from mustafar_compile import _compat
+
 from ..graph.layers import layer_numbers, module_path, numbered_modules, own_number, stated_window
 from ..graph.nodes import is_call, located
 from .attention import Attention
@@ -60,4 +62,5 @@ def find_attention(graph: Graph) -> list[Attention]:
     modules = numbered_modules(nodes)
     for attention, (layer, name), module in zip(found, _places(nodes, modules), modules, strict=True):
         attention.layer, attention.name, attention.window = layer, name, stated_window(module)
+        attention.evictable = _compat.has_hook_on_arguments(module)
     return found

@@ -56,6 +56,13 @@ class NothingLost(Reason):
     """Why an attention is not to match: its cache does not grow with the text, it has none, or the user said so."""
 
 
+class NextStep(NothingLost):
+    """Why an attention is not to match in this graph: a hook may evict tokens first, and the next step compresses."""
+
+    def __init__(self) -> None:
+        super().__init__("a hook on its module is given the cache of the prompt, which the next step compresses")
+
+
 def require(condition: Any, reason: str | Reason) -> None:
     """Raise ``Reason`` where ``condition`` does not hold."""
     if not condition:
@@ -76,7 +83,9 @@ def check_cache(attention: Attention, update: CacheUpdate, functional: Functiona
     require(isinstance(head_dim, int) and head_dim % 8 == 0, f"head_dim {head_dim} is not a multiple of 8")
     require(update.base not in context.parameters, "the cache is a parameter; make it a buffer")
     written_back = is_written_back(update, functional)
-    require(written_back or update.node in functional.outputs, "the updated cache does not leave the graph")
+    evicted = attention.evictable and update.base is None
+    lost = NextStep() if evicted else "the updated cache does not leave the graph"
+    require(written_back or update.node in functional.outputs, lost)
     in_place = written_back or update.grows or update.base is None
     require(in_place, "the updated cache is a new tensor and is not written back to its buffer")
     require(

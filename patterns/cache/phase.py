@@ -10,7 +10,7 @@ from ..attention.attention import Attention
 from ..graph.nodes import computed_alike
 from ..graph.symbols import expression, same_size
 from ..graph.views import Read
-from .conditions import Context, NothingLost, require
+from .conditions import Context, NextStep, NothingLost, require
 from .positions import is_run
 from .update import CacheUpdate
 
@@ -32,19 +32,25 @@ def phase_of(attention: Attention, key: Cached, value: Cached, window: int, grap
     _check_alike(update, value[0], context)
     if update.base is None:
         _check_beginning(attention, update)
-        return "prefill"
+        return _prefill(attention)
     if same_size(attention.query_length, 1):
         require(not attention.is_causal, "is_causal=True with one query attends to the first key only")
     elif update.grows:
         require(not attention.is_causal, "is_causal=True over a past lets queries attend to the first keys only")
     if not _is_step(attention, update, window, graph, context):
         _check_chunk(attention, update, context)
-        return "prefill"
+        return _prefill(attention)
     for cached in (key, value):
         _check_step(attention, *cached)
     alike = computed_alike(update.position, value[0].position)
     require(alike, "keys and values are written at different positions")
     return "decode"
+
+
+def _prefill(attention: Attention) -> str:
+    """What evicts tokens at the end of a prompt is to see them as they are, so they are compressed after it."""
+    require(not attention.evictable, NextStep())
+    return "prefill"
 
 
 def _check_alike(key: CacheUpdate, value: CacheUpdate, context: Context) -> None:

@@ -14,7 +14,7 @@ from mustafar_compile import _compat
 _SCOPES = {"L": 1, "G": 1, "self": 1, "_orig_mod": 1, "fn": 1, "args": 2, "kwargs": 2}
 """What paths begin with that is not of the model, and how many parts belong to it."""
 
-_OWN_NUMBER = "layer_idx"  # what transformers calls it
+OWN_NUMBER = "layer_idx"  # what transformers calls it
 
 _WINDOWS = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
 """What types of layers that keep only the latest tokens have in their names, and where their window stands. Both as in
@@ -69,14 +69,14 @@ def numbered_modules(nodes: Sequence[Node]) -> list[Any]:
 
     So it is with caches that look the number up, also where each layer is compiled by itself.
     """
-    guarded = {clean_path(path): module for path, module in _compat.guarded_owners(_OWN_NUMBER).items()}
-    known = {path: module for path, module in guarded.items() if isinstance(getattr(module, _OWN_NUMBER, None), int)}
+    guarded = {clean_path(path): module for path, module in _compat.guarded_owners(OWN_NUMBER).items()}
+    known = {path: module for path, module in guarded.items() if isinstance(getattr(module, OWN_NUMBER, None), int)}
     return [next((known[path] for path in _paths_around(node) if path in known), None) for node in nodes]
 
 
 def own_number(module: Any) -> int | None:
     """The number that one of the modules above says; None for None."""
-    return getattr(module, _OWN_NUMBER, None)
+    return getattr(module, OWN_NUMBER, None)
 
 
 def stated_window(module: Any) -> int | None:
