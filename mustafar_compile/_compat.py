@@ -52,6 +52,7 @@ _storage_uses: Callable[[int], int] = _probe("torch._C", "_storage_Use_Count")
 forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_throw_on_mutable_data_ptr")
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
 holds_tensors: Callable[[Any], bool] = _probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+_probe("torch.nn", "Module")._compiled_call_impl  # noqa: B018
 foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
@@ -260,6 +261,20 @@ def give_version_counter(tensor: torch.Tensor) -> None:
         twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     _swap_tensors(tensor, twin)
+
+
+@contextmanager
+def compiled_calls(model: torch.nn.Module, replaced: Callable[[Callable], Callable]) -> Iterator[bool]:
+    """Within it, calls of a module that ``model.compile`` compiled go to ``replaced(call)``. False where it did not."""
+    call = model._compiled_call_impl
+    if call is None:
+        yield False
+        return
+    model._compiled_call_impl = replaced(call)
+    try:
+        yield True
+    finally:
+        model._compiled_call_impl = call
 
 
 def takes_static_cache(model: Any) -> bool:
