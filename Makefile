@@ -30,6 +30,7 @@ ifeq ($(strip $(VENV)),)
   demo := $(base)
   test := $(base)
   quantizer := $(base)
+  tools := $(base)
   lint := $(base)
 else
   python := $(VENV)/bin/python
@@ -37,6 +38,7 @@ else
   demo := $(base)
   test := $(VENV)/.installed-test
   quantizer := $(VENV)/.installed-architectures
+  tools := $(VENV)/.installed-integrations
   lint := $(VENV)/.installed-dev
 endif
 
@@ -75,7 +77,8 @@ peers: $(test)
 	OMP_NUM_THREADS=1 $(python) tests/peers.py --source $(SOURCE) $(if $(MODELS),--models $(MODELS)) $(if $(TEST),-- $(TEST))
 
 # What takes too long for every change. The new tables are left in build/.
-nightly: $(test) $(quantizer)
+nightly: $(test) $(quantizer) $(tools)
+	$(if $(VENV),$(python) -m pip install -qq --no-deps kvpress)
 	$(MAKE) test TEST="-m nightly $(TEST)"
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(python) tests/architectures.py $(if $(WORKERS),--workers $(WORKERS)) \

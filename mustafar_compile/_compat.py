@@ -285,6 +285,14 @@ def takes_static_cache(model: Any) -> bool:
     return getattr(model, flag)
 
 
+def attention_implementation(model: Any) -> str:
+    """By what name a model of transformers attends."""
+    name = "_attn_implementation"
+    if not hasattr(model.config, name):
+        raise ImportError(f"mustafar_compile needs a transformers config's {name}; supported: {_SUPPORTED}")
+    return getattr(model.config, name)
+
+
 def fake_mode_of(values: Iterable[Any]) -> Any:
     """The mode that the fake tensors among ``values`` belong to, a context manager."""
     return next(x for x in values if isinstance(x, FakeTensor)).fake_mode

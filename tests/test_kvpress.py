@@ -21,7 +21,6 @@ PRESSES = {
     "knorm": lambda: kvpress.KnormPress(0.6),
     "composed": lambda: kvpress.ComposedPress([kvpress.KnormPress(0.3), kvpress.ThinKPress(0.5, window_size=8)]),
     "rerotated": lambda: kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(0.5)),
-    "pyramid": lambda: kvpress.PyramidKVPress(0.5, window_size=8),
 }
 
 
@@ -112,9 +111,9 @@ def test_a_padded_prompt_is_refused():
         model.generate(**prompt(padded=True, length=PROMPT), max_new_tokens=2)
 
 
-def test_layers_of_a_static_cache_keep_as_many_tokens():
+def test_presses_that_leave_layers_different_numbers_of_tokens_are_refused():
     with pytest.raises(ValueError, match="different numbers of tokens"):
-        generate(hf_model(num_hidden_layers=2), PRESSES["pyramid"](), cache_implementation="static")
+        generate(hf_model(num_hidden_layers=2), kvpress.PyramidKVPress(0.5, window_size=8))
 
 
 @pytest.mark.parametrize("codes", [("none", "none"), ("int8", "int4")])

@@ -1,6 +1,6 @@
 """Heavy hitters: tokens that get little attention leave the cache, and what stays may be pruned; all in one forward.
 
-H2O (arXiv 2306.14048): the tokens that stay are the latest ones, and of the others those that got most attention, summed
+H2O (arXiv 2306.14048): what stays are the latest tokens, and of the others those that got most attention, summed
 over all queries so far. Each KV head has its own; the heads of a group are summed.
 """
 

@@ -34,8 +34,8 @@ def pressing(model: Any, press: BasePress) -> Iterator[None]:
     prompt runs dense, and as it is where the model was compiled by ``model.compile``. Caches may be dynamic or static.
     Layers with a sliding window keep theirs. Positions go on from the prompt's length, not from what is left of it.
 
-    Raises ValueError for a press that does not act at the end of a prompt or masks tokens instead of dropping them
-    (AdaKVPress), for a padded prompt, and for a static cache of which layers would keep different numbers of tokens.
+    Raises ValueError for a press that does not act at the end of a prompt (DecodingPress), that masks tokens instead of
+    dropping them (AdaKVPress) or leaves layers different numbers of tokens (PyramidKVPress), and for a padded prompt.
     """
     if not isinstance(press, BasePress) or type(press).__call__ is not BasePress.__call__:
         raise ValueError(
@@ -127,11 +127,11 @@ def _check_evicted(module: Any, cache: Any) -> None:
             "pressing: this press masks tokens, other numbers of them in each KV head, and its cache stays as large; "
             "accepted are presses that leave all heads of a layer as many tokens, such as SnapKVPress"
         )
-    first, layer = cache.layers[0], cache.layers[module.layer_idx]
-    if hasattr(layer, "max_cache_len") and int(first.get_seq_length()) != int(layer.get_seq_length()):
+    lengths = {int(layer.get_seq_length()) for layer in (cache.layers[0], cache.layers[module.layer_idx])}
+    if not cache.layers[0].is_sliding and len(lengths) > 1:
         raise ValueError(
-            "pressing: this press leaves layers different numbers of tokens, and the layers of a static cache have one "
-            "mask; take a dynamic cache: generate(..., cache_implementation='dynamic')"
+            "pressing: this press leaves layers different numbers of tokens, and compiled steps have one mask for all "
+            "layers; accepted are presses that leave all layers as many"
         )
 
 

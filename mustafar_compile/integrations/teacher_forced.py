@@ -1,0 +1,91 @@
+"""What a model says of a given text when its cache is compressed: all tokens in one forward, without a decode step.
+
+Token by token, each would attend to the latest tokens exactly and to older ones as its cache stores them. Here every
+query does so at once, as the text is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from ..lowering import ops
+from ..lowering.format import Format
+from ..policy import policy
+from ..settings import Settings
+
+_NAME = "mustafar_teacher_forced"
+_NOT_PLAIN = "softcap", "s_aux"  # arguments of attention that change it
+_QUERIES = 512  # at a time: the mask of all would take gigabytes
+
+
+@contextmanager
+def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
+    """Within it a model of transformers attends, in a forward without a cache, as if ``settings`` had made its cache.
+
+    Texts begin at the first token and may be padded on the right. Layers with a sliding window and ``skip_layers`` are
+    dense. The model runs as it is, also where it was compiled. Raises NotImplementedError, in the forward, for
+    attention with a softcap or sinks.
+    """
+    from transformers import AttentionInterface
+
+    format_of = policy(settings)
+
+    def interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **more: Any) -> Any:
+        unknown = [name for name in _NOT_PLAIN if more.get(name) is not None]
+        if unknown:
+            raise NotImplementedError(f"mustafar: attention with {', '.join(unknown)} cannot be teacher-forced")
+        sliding = more.get("sliding_window")
+        formats = [
+            format_of(module.layer_idx, role, x.shape[3], x.dtype, x.device) for role, x in (("key", k), ("value", v))
+        ]
+        if sliding is not None or None in formats:
+            window, stored = sliding or k.shape[2], None
+        else:
+            window, stored = settings.window, (as_stored(k, formats[0]), as_stored(v, formats[1]))
+        return attention(q, k, v, stored, scaling, window).transpose(1, 2), None
+
+    before = _compat.attention_implementation(model)
+    AttentionInterface.register(_NAME, interface)
+    model.set_attn_implementation(_NAME)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def as_stored(x: Tensor, format: Format) -> Tensor:
+    """Keys or values [B, H, T, D], all of them as a cache gives them back that have left its window.
+
+    But for the last, which no query reads so.
+    """
+    text, tokens = replace(format, window=1).encode(), x.shape[2]
+    buffers = ops.compress(x, torch.tensor([tokens], device=x.device), text, tokens)
+    return ops.decompress(buffers, text, tokens)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor, Tensor] | None, scale: float, window: int
+) -> Tensor:
+    """Causal attention to the latest ``window`` tokens as they are, and to older ones as they are stored, if they are.
+
+    q: [B, Hq, T, D]; k, v and what is ``stored`` of them: [B, H, T, D], where H divides Hq. Returns [B, Hq, T, D].
+    """
+    keys, values = (k, v) if stored is None else (torch.cat([old, x], 2) for old, x in zip(stored, (k, v), strict=True))
+    tokens = torch.arange(k.shape[2], device=k.device)
+    results = []
+    for queries, part in zip(tokens.split(_QUERIES), q.split(_QUERIES, 2), strict=True):
+        age = queries[:, None] - tokens
+        exact = (age >= 0) & (age < window)
+        mask = exact if stored is None else torch.cat([age >= window, exact], 1)
+        results.append(
+            torch.nn.functional.scaled_dot_product_attention(part, keys, values, mask, scale=scale, enable_gqa=True)
+        )
+    return torch.cat(results, 2)
