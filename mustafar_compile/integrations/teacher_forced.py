@@ -42,13 +42,12 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
         if unknown:
             raise NotImplementedError(f"mustafar: attention with {', '.join(unknown)} cannot be teacher-forced")
         sliding = more.get("sliding_window")
-        formats = [
+        key_format, value_format = (
             format_of(module.layer_idx, role, x.shape[3], x.dtype, x.device) for role, x in (("key", k), ("value", v))
-        ]
-        if sliding is not None or None in formats:
-            window, stored = sliding or k.shape[2], None
-        else:
-            window, stored = settings.window, (as_stored(k, formats[0]), as_stored(v, formats[1]))
+        )
+        window, stored = sliding or k.shape[2], None
+        if sliding is None and key_format is not None and value_format is not None:
+            window, stored = settings.window, (as_stored(k, key_format), as_stored(v, value_format))
         return attention(q, k, v, stored, scaling, window).transpose(1, 2), None
 
     before = _compat.attention_implementation(model)
