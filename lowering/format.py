@@ -34,6 +34,9 @@ floors  [B, H, N, 32, 1]            uint8  int4 only: the level of the smallest 
 
 A coded cache that keeps all channels has no bitmap.
 
+Which elements of a row are kept is up to the strategy (``strategies``). One that needs to know more than the row has
+small buffers of its own between ``window`` and ``counts``.
+
 The ring has room for the window and for ``MAX_QUERY_TOKENS`` tokens that have left it. With ``tokens`` written and the
 ring holding those from ``held`` on, the tokens below ``max(held, tokens - window)`` count as pruned and are packed in
 ``values`` and ``bitmap``; slots from there on hold nothing that is read, and may hold anything. A cache that is rewound
@@ -44,7 +47,6 @@ that come back to the window are still in the ring. Rewound further, it keeps as
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -53,20 +55,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import BLOCK_TOKENS, MAX_QUERY_TOKENS, Buffer
+from .strategies import STRATEGIES, Strategy, strategy_named
+
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a cache may have to be compressed."""
-
-BLOCK_TOKENS = 32
-"""Tokens of a block."""
 
 CHUNK = 8
 """Kept elements of a token that lie side by side: 16 bytes at 2 bytes an element. Rows keep a multiple of it."""
 
 WORD_CHANNELS = 32
 """Channels of a word of the bitmap."""
-
-MAX_QUERY_TOKENS = 16
-"""The most tokens that one decode step takes, and that a cache can be rewound by without a loss."""
 
 EXTREME = 2.0**97
 """NaN, infinities and magnitudes from here on are extreme: tricks of fast kernels are not exact with them."""
@@ -78,6 +77,8 @@ _VALUES = {"none": None, "int8": torch.int8, "int4": torch.uint8}  # dtypes of t
 
 ORDERS = ("blocks", "rows")
 """How kept elements and bits stand."""
+
+_TEXTS = ("code", "order", "strategy")  # the fields that are no numbers
 
 _CAPACITY_STEP = 64
 
@@ -119,42 +120,6 @@ def order_for(device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """One buffer of a compressed cache tensor.
-
-    dims: its sizes, of which "batch", "heads" and "blocks" are those of the cache and "tokens" that of a block. dtype:
-    None for the cache's own.
-    """
-
-    name: str
-    dims: tuple[int | str, ...]
-    dtype: torch.dtype | None = None
-
-    @property
-    def grows(self) -> bool:
-        """Whether it gets larger with the tokens that the cache has room for."""
-        return "blocks" in self.dims
-
-    @property
-    def token_dim(self) -> int:
-        """Of a buffer that grows: the dimension that runs over the tokens of a block."""
-        return self.dims.index("tokens")
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Of a buffer that grows: what it has of one token, in the order of its dimensions."""
-        return tuple(size for size in self.dims if isinstance(size, int))
-
-    def shape(self, sizes: dict[str, Any]) -> tuple[Any, ...]:
-        """Its shape, given the sizes of a cache."""
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
-
-    def stored_bytes(self, sizes: dict[str, Any], itemsize: Any) -> Any:
-        """Bytes that it takes. itemsize: of the cache's dtype."""
-        return math.prod(self.shape(sizes)) * (itemsize if self.dtype is None else self.dtype.itemsize)
-
-
-@dataclass(frozen=True)
 class Format:
     """How one cache tensor is compressed. Make one with ``of``, ``decode`` or ``interned``, which give one object each.
 
@@ -163,6 +128,7 @@ class Format:
     window: latest tokens that stay dense and exact, at least 1.
     code: how kept elements are stored, one of ``CODES``.
     order: how they and the bits stand, one of ``ORDERS``.
+    strategy: by what elements are chosen, one of ``STRATEGIES``. Where all are kept it is "magnitude".
 
     Raises FormatError for other values.
     """
@@ -172,6 +138,7 @@ class Format:
     window: int
     code: str = "none"
     order: str = "blocks"
+    strategy: str = "magnitude"
 
     def __post_init__(self) -> None:
         sizes_fit = self.head_dim > 0 and self.head_dim % CHUNK == 0 and self.window >= 1
@@ -181,20 +148,45 @@ class Format:
                 f"{self} cannot be; accepted are a head_dim and a kept that are multiples of {CHUNK}, kept at most "
                 f"head_dim, a window of at least 1, a code of {', '.join(CODES)} and an order of {', '.join(ORDERS)}"
             )
+        chooses = self.kept < self.head_dim or self.strategy == "magnitude"
+        if self.strategy not in STRATEGIES or not chooses:
+            raise FormatError(
+                f"{self} cannot be; accepted is a strategy of {', '.join(STRATEGIES)}, and where all elements are kept "
+                "magnitude"
+            )
 
     @classmethod
-    def interned(cls, head_dim: int, kept: int, window: int, code: str = "none", order: str = "blocks") -> Format:
-        """The one object for these values: guards compare formats on every call."""
-        return _interned(cls(head_dim, kept, window, code, order))
+    def interned(cls, *values: Any, **named: Any) -> Format:
+        """The one object for these values of the fields: guards compare formats on every call."""
+        return _interned(cls(*values, **named))
 
     @classmethod
-    def of(cls, head_dim: int, sparsity: float, window: int, order: str = "blocks", code: str = "none") -> Format:
+    def of(
+        cls,
+        head_dim: int,
+        sparsity: float,
+        window: int,
+        order: str = "blocks",
+        code: str = "none",
+        strategy: str = "magnitude",
+    ) -> Format:
         """The format for a sparsity in [0, 1)."""
-        return cls.interned(head_dim, kept_elements(head_dim, sparsity), window, code, order)
+        kept = kept_elements(head_dim, sparsity)
+        return cls.interned(head_dim, kept, window, code, order, strategy if kept < head_dim else "magnitude")
 
     def ordered(self, order: str) -> Format:
         """This format with its elements in another order."""
         return self if order == self.order else _interned(replace(self, order=order))
+
+    @functools.cached_property
+    def plain(self) -> Format:
+        """This format without what its strategy adds: what kernels that are given the ranking know of it."""
+        return _interned(replace(self, strategy="magnitude"))
+
+    @property
+    def ranking(self) -> Strategy:
+        """Its strategy. Raises UnbuiltStrategyError where there is only a name of it."""
+        return strategy_named(self.strategy)
 
     def encode(self) -> str:
         """Its values as a text, as ops and saved caches hold it: "head_dim=128,kept=64,window=32".
@@ -210,7 +202,7 @@ class Format:
         """The inverse of ``encode``. Raises FormatError for any other text."""
         try:
             pairs = dict(pair.split("=") for pair in text.split(","))
-            values: dict[str, Any] = {k: v if k in ("code", "order") else int(v) for k, v in pairs.items()}
+            values: dict[str, Any] = {k: v if k in _TEXTS else int(v) for k, v in pairs.items()}
             return cls.interned(**values)
         except (TypeError, ValueError) as error:
             raise FormatError(f"{text!r} is not a format; accepted is such as {cls(128, 64, 32).encode()!r}") from error
@@ -248,7 +240,8 @@ class Format:
         if self.code == "int4":
             of_rows.append(Buffer("floors", _in_blocks("tokens", 1), torch.uint8))
         window = Buffer("window", ("batch", "heads", self.ring, self.head_dim))
-        return (*of_rows, window, Buffer("counts", ("batch", 3), torch.int64))
+        counts = Buffer("counts", ("batch", 3), torch.int64)
+        return (*of_rows, window, *self.ranking.buffers(self.head_dim), counts)
 
     @property
     def packed(self) -> tuple[Buffer, ...]:
@@ -280,6 +273,18 @@ class Format:
     def named(self, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
         """The buffers of a cache by their names."""
         return {buffer.name: x for buffer, x in zip(self.buffers, buffers, strict=True)}
+
+    def state_of(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the buffers that belong to the strategy."""
+        return list(buffers[self.place("window") + 1 : -1])
+
+    def plain_of(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """The buffers without those of the strategy: of the format ``plain``."""
+        return [*buffers[: self.place("window") + 1], buffers[-1]]
+
+    def joined(self, plain: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
+        """The buffers of a cache, from those of the format ``plain`` and those of the strategy."""
+        return [*plain[:-1], *state, plain[-1]]
 
     def window_of(self, buffers: Sequence[Tensor]) -> Tensor:
         """The ring of a cache, which has its dtype."""

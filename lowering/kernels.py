@@ -32,7 +32,9 @@ _APPENDING_IN_PLACE = 5  # programs of ``append``, by their registers, where one
 _GIVEN_UP = 16  # of so many programs of ``attend`` one, so that ``append`` runs beside them
 
 
-def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int) -> list[Tensor]:
+def compress(
+    dense: Tensor, tokens: Tensor, format: Format, capacity: int, weights: Tensor | None = None
+) -> list[Tensor]:
     """See ``portable.compress``."""
     batch, heads, length, _ = dense.shape
     buffers = [
@@ -133,6 +135,8 @@ def decode_attention(
     scale: float,
     softcap: float = 0.0,
     length: int | None = None,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
     *,
     variant: str = "tuned",
     overlap: bool = True,

@@ -170,7 +170,9 @@ def _cache(format: Format, buffers: Sequence[Tensor]) -> _Cache:
     return _Cache(blocks=buffers[0].shape[2], kept=format.kept, **pointers)
 
 
-def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int, *, simd: str = "") -> list[Tensor]:
+def compress(
+    dense: Tensor, tokens: Tensor, format: Format, capacity: int, weights: Tensor | None = None, *, simd: str = ""
+) -> list[Tensor]:
     """See ``portable.compress``. What is not pruned yet is not packed either: nothing reads it."""
     batch, heads, length, _ = dense.shape
     dense = dense if dense.stride(-1) == 1 else dense.contiguous()
@@ -218,6 +220,8 @@ def decode_attention(
     scale: float,
     softcap: float = 0.0,
     length: int | None = None,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
     *,
     simd: str = "",
 ) -> Tensor:

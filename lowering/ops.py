@@ -21,23 +21,41 @@ from .format import MAX_QUERY_TOKENS, Format
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
 
-_SCHEMAS = {
-    "compress": "(Tensor dense, Tensor tokens, str format, SymInt capacity) -> Tensor[]",
-    "decompress": "(Tensor[] buffers, str format, SymInt length) -> Tensor",
-    "decode_attention": "(Tensor query, Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values,"
+_COMPRESS = "(Tensor dense, Tensor tokens, str format, SymInt capacity"
+_DECOMPRESS = "(Tensor[] buffers, str format, SymInt length) -> Tensor"
+_DECODE_ATTENTION = (
+    "(Tensor query, Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values,"
     " str key_format, str value_format, Tensor? position, Tensor? mask, Tensor? sinks, float scale,"
-    " float softcap=0.0, SymInt? length=None) -> Tensor",
+    " float softcap=0.0, SymInt? length=None"
+)
+_SCHEMAS = {
+    "compress": f"{_COMPRESS}, Tensor? queries=None, Tensor[]? past=None) -> Tensor[]",
+    "compress_kernel": f"{_COMPRESS}, Tensor? weights=None) -> Tensor[]",
+    "decompress": _DECOMPRESS,
+    "decompress_kernel": _DECOMPRESS,
+    "decode_attention": f"{_DECODE_ATTENTION}) -> Tensor",
+    "decode_attention_kernel": f"{_DECODE_ATTENTION}, Tensor? key_weights=None, Tensor? value_weights=None) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    _LIBRARY.define(f"{_name}_kernel{_schema}")
 
 
-def _compress(dense: Tensor, tokens: Tensor, format: str, capacity: int) -> list[Tensor]:
+def _compress(
+    dense: Tensor,
+    tokens: Tensor,
+    format: str,
+    capacity: int,
+    queries: Tensor | None = None,
+    past: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     form = Format.decode(format)
+    written, rows = tokens.reshape(-1).to(torch.int64).expand(dense.shape[0]), form.plain
+    weights, state = form.ranking.of_prompt(dense, written, form, queries, past)
     if backends.for_cache(form, dense.dtype, dense.device) is backends.PORTABLE:
-        return portable.compress(dense, tokens, form, capacity)
-    return torch.ops.mustafar.compress_kernel(dense, tokens, format, capacity)
+        packed = portable.compress(dense, tokens, rows, capacity, weights)
+    else:
+        packed = torch.ops.mustafar.compress_kernel(dense, tokens, rows.encode(), capacity, weights)
+    return form.joined(packed, state)
 
 
 def _decompress(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
@@ -45,7 +63,7 @@ def _decompress(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
     window = form.window_of(buffers)
     if backends.for_cache(form, window.dtype, window.device) is backends.PORTABLE:
         return portable.decompress(buffers, form, length)
-    return torch.ops.mustafar.decompress_kernel(buffers, format, length)
+    return torch.ops.mustafar.decompress_kernel(form.plain_of(buffers), form.plain.encode(), length)
 
 
 def _decode_attention(
@@ -56,8 +74,12 @@ def _decode_attention(
     values: Sequence[Tensor],
     key_format: str,
     value_format: str,
-    *rest: Any,
-    **options: Any,
+    position: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    length: int | None = None,
 ) -> Tensor:
     counts = [x.shape[2] for x in (query, key, value)]
     if not 1 <= counts[0] <= MAX_QUERY_TOKENS or counts[1] != counts[0] or counts[2] != counts[0]:
@@ -65,23 +87,49 @@ def _decode_attention(
             f"decode_attention was given a query, key and value of {counts} tokens; accepted are as many of each, 1 to "
             f"{MAX_QUERY_TOKENS}"
         )
-    key_form, value_form = Format.decode(key_format), Format.decode(value_format)
-    window, other = key_form.window_of(keys), value_form.window_of(values)
-    work = backends.Work(
-        key_form, value_form, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0]
-    )
+    forms, caches = (Format.decode(key_format), Format.decode(value_format)), (keys, values)
+    window, other = (form.window_of(cache) for form, cache in zip(forms, caches, strict=True))
+    work = backends.Work(*forms, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0])
     alike = query.dtype == other.dtype == window.dtype and other.shape[1] == window.shape[1]
+    rankings = [_Ranking(form, cache, query, position) for form, cache in zip(forms, caches, strict=True)]
+    weights = [ranking.weights() for ranking in rankings]
+    rest = position, mask, sinks, scale, softcap, length, *weights
     if not alike or backends.for_step(work) is backends.PORTABLE:
-        return portable.decode_attention(query, key, value, keys, values, key_form, value_form, *rest, **options)
-    attention = torch.ops.mustafar.decode_attention_kernel
-    return attention(query, key, value, keys, values, key_format, value_format, *rest, **options)
+        result = portable.decode_attention(query, key, value, keys, values, *forms, *rest)
+    else:
+        plain = [form.plain_of(cache) for form, cache in zip(forms, caches, strict=True)]
+        texts = [form.plain.encode() for form in forms]
+        result = torch.ops.mustafar.decode_attention_kernel(query, key, value, *plain, *texts, *rest)
+    for ranking in rankings:  # not before the step has checked where its tokens go
+        ranking.remember()
+    return result
 
 
-def _compress_kernel(dense: Tensor, tokens: Tensor, format: str, capacity: int) -> list[Tensor]:
+class _Ranking:
+    """The strategy of K or V in one decode step."""
+
+    def __init__(self, format: Format, buffers: Sequence[Tensor], query: Tensor, position: Tensor | None) -> None:
+        self.format, self.state = format, format.state_of(buffers)
+        if self.state:  # which alone needs a place; the counts move on in the step
+            counts = buffers[format.place("counts")]
+            at = counts[:, 0].clone() if position is None else position.reshape(-1).to(torch.int64)
+            self.given = query, at.expand(counts.shape[0]), format, self.state
+
+    def weights(self) -> Tensor | None:
+        return self.format.ranking.of_step(*self.given) if self.state else None
+
+    def remember(self) -> None:
+        if self.state:
+            self.format.ranking.remember(*self.given)
+
+
+def _compress_kernel(
+    dense: Tensor, tokens: Tensor, format: str, capacity: int, weights: Tensor | None = None
+) -> list[Tensor]:
     from . import kernels
 
     with torch.cuda.device_of(dense):  # kernels are launched on the current device
-        return kernels.compress(dense, tokens, Format.decode(format), capacity)
+        return kernels.compress(dense, tokens, Format.decode(format), capacity, weights)
 
 
 def _decompress_kernel(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
@@ -116,8 +164,10 @@ def _natively(name: str, *given: Any) -> Any:
         return getattr(portable, name)(*given)
 
 
-def _compress_native(dense: Tensor, tokens: Tensor, format: str, capacity: int) -> list[Tensor]:
-    return _natively("compress", dense, tokens, Format.decode(format), capacity)
+def _compress_native(
+    dense: Tensor, tokens: Tensor, format: str, capacity: int, weights: Tensor | None = None
+) -> list[Tensor]:
+    return _natively("compress", dense, tokens, Format.decode(format), capacity, weights)
 
 
 def _decompress_native(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
@@ -128,14 +178,14 @@ def _decode_attention_native(*given: Any) -> Tensor:
     return _natively("decode_attention", *given[:5], *map(Format.decode, given[5:7]), *given[7:])
 
 
-for _name in _SCHEMAS:
+for _name in ("compress", "decompress", "decode_attention"):
     _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_kernel"], "CUDA")
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_native"], "CPU")
 
 
 @torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
-def _(dense, tokens, format, capacity):
+def _(dense, tokens, format, capacity, weights=None):
     form = Format.decode(format)
     if dense.device.type == "cpu":
         native.prepare_prompt(form, dense.dtype)
@@ -165,8 +215,10 @@ compress: Callable[..., list[Tensor]] = torch.ops.mustafar.compress.default
 """Prune and pack a dense cache tensor.
 
 dense: [B, H, S, D], float32, float16 or bfloat16, any strides. tokens: int64, [1] or [B], on the device of ``dense``:
-rows written. format: the text of a ``Format``. capacity: tokens that the cache is to have room for. Returns the buffers
-of the format, in its order.
+rows written. format: the text of a ``Format``. capacity: tokens that the cache is to have room for. queries: of keys,
+[B, Hq, n, D], the queries of the last n of these tokens as attention sees them, if they are known; the strategy of the
+format says whether it wants them. past: what the strategy remembers of the cache that ``dense`` continues, if any
+(``Format.state_of``). Returns the buffers of the format, in its order.
 """
 
 decompress: Callable[..., Tensor] = torch.ops.mustafar.decompress.default

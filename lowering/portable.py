@@ -19,6 +19,7 @@ from . import rows as packing
 from .checks import OUT_OF_PLACE, UNWRITTEN
 from .format import BLOCK_TOKENS, Buffer, Format, blocks_for
 from .masks import admitted, decides_later, with_four_dims
+from .strategies.rings import ring_tokens
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ class _Cache:
     """A cache tensor, its buffers by their names."""
 
     def __init__(self, buffers: Sequence[Tensor], format: Format) -> None:
-        *packed, self.window, self.counts = buffers
+        *packed, self.window, self.counts = format.plain_of(buffers)
         self.format = format
         self.packed = dict(zip(format.packed, packed, strict=True))
 
@@ -81,12 +82,7 @@ class _Cache:
 
     def ring_tokens(self) -> Tensor:
         """The token that each slot of the ring holds, [B, R]; negative: none."""
-        return _ring_tokens(self.tokens, self.format.ring)
-
-
-def _ring_tokens(tokens: Tensor, slots: int) -> Tensor:
-    last = (tokens - 1).unsqueeze(-1)
-    return last - torch.remainder(last - torch.arange(slots, device=tokens.device), slots)
+        return ring_tokens(self.tokens, self.format.ring)
 
 
 def _of_each_row(tokens: Tensor, like: Tensor) -> Tensor:
@@ -94,12 +90,17 @@ def _of_each_row(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.reshape(-1).to(torch.int64).expand(like.shape[0])
 
 
-def compress(dense: Tensor, tokens: Tensor, format: Format, capacity: int) -> list[Tensor]:
-    """Buffers of a cache tensor [B, H, S, D] whose first ``tokens`` (int64, [1] or [B]) rows are written."""
+def compress(
+    dense: Tensor, tokens: Tensor, format: Format, capacity: int, weights: Tensor | None = None
+) -> list[Tensor]:
+    """Buffers of a cache tensor [B, H, S, D] whose first ``tokens`` (int64, [1] or [B]) rows are written.
+
+    weights: [B, H, 1, D], see ``strategies.strategy``; the buffers are without those of the strategy.
+    """
     tokens = _of_each_row(tokens, dense)
     slots = blocks_for(capacity) * BLOCK_TOKENS
     rows = dense[:, :, :slots]
-    packed = [torch.nn.functional.pad(x, (0, 0, 0, slots - rows.shape[2])) for x in packing.pack(rows, format)]
+    packed = [torch.nn.functional.pad(x, (0, 0, 0, slots - rows.shape[2])) for x in packing.pack(rows, format, weights)]
     packed = [_blocked(x, buffer) for x, buffer in zip(packed, format.packed, strict=True)]
     counts = torch.stack([tokens, (tokens - format.ring).clamp(min=0), _has_extreme(dense, tokens)], dim=-1)
     return [*packed, _ring(dense, tokens, format.ring), counts]
@@ -119,12 +120,12 @@ def reordered(buffers: Sequence[Tensor], format: Format, order: str) -> list[Ten
         _blocked(packing.reordered_words(x, format.order, order) if buffer.name == "bitmap" else x, into)
         for (buffer, x), into in zip(rows.items(), wanted.packed, strict=True)
     )
-    return [*packed, cache.window, cache.counts]
+    return [*packed, *buffers[len(format.packed) :]]
 
 
 def _ring(dense: Tensor, tokens: Tensor, slots: int) -> Tensor:
     """The latest ``slots`` of the first ``tokens`` rows of [B, H, S, D] in their slots; zeros where there is none."""
-    in_ring = _ring_tokens(tokens, slots)
+    in_ring = ring_tokens(tokens, slots)
     if dense.shape[2] == 0:  # a row to select where there is none
         dense = torch.nn.functional.pad(dense, (0, 0, 0, 1))
     batch = torch.arange(dense.shape[0], device=dense.device).unsqueeze(-1)
@@ -150,9 +151,16 @@ def decompress(buffers: Sequence[Tensor], format: Format, length: int) -> Tensor
     return torch.where((token < first_exact)[:, None, :, None], pruned.to(written.dtype), written).contiguous()
 
 
-def append(rows: Tensor, buffers: Sequence[Tensor], format: Format, position: Tensor | None) -> None:
+def append(
+    rows: Tensor,
+    buffers: Sequence[Tensor],
+    format: Format,
+    position: Tensor | None,
+    weights: Tensor | None = None,
+) -> None:
     """Write tokens [B, H, L, D] from ``position`` on (default: behind the last); prune those that leave the window.
 
+    weights: [B, H, L or 1, D], by which the one ranks that leaves for each of them, see ``strategies.strategy``.
     A position before the last token rewinds the cache to it. What the ring no longer holds stays pruned then, so the
     window refills from the tokens written after.
     """
@@ -164,7 +172,10 @@ def append(rows: Tensor, buffers: Sequence[Tensor], format: Format, position: Te
     # As many slots as tokens come in, each once; those that none leaves for keep what they hold.
     slot = leaving.clamp(min=0, max=cache.slots - count) + offset
     leaves = (slot >= torch.maximum(held, leaving)) & (slot < leaving + count)
-    packed, stays = packing.pack(cache.read_ring(slot), format), cache.read_rows(slot)
+    if weights is not None and count != 1 and weights.shape[2] != 1:
+        token = (slot - leaving).clamp(min=0, max=count - 1)  # for which it leaves
+        weights = aten.index(weights, [cache.batch, None, token]).transpose(1, 2)
+    packed, stays = packing.pack(cache.read_ring(slot), format, weights), cache.read_rows(slot)
     leaves = leaves[:, None, :, None]
     cache.write_rows(slot, [torch.where(leaves, new, old) for new, old in zip(packed, stays, strict=True)])
     extreme = packing.extreme(rows).any(3).any(2).any(1, keepdim=True).to(torch.int64)
@@ -300,12 +311,14 @@ def decode_attention(
     scale: float,
     softcap: float = 0.0,
     length: int | None = None,
+    key_weights: Tensor | None = None,
+    value_weights: Tensor | None = None,
 ) -> Tensor:
     """One decode step of one layer: append the new tokens' keys and values, then attend. See ``ops.py``."""
     cache, count = _Cache(keys, key_format), query.shape[2]
     _check_place(cache, position, count, length)
     if mask is not None and length is not None:
         _check_mask(mask, cache, position, count)
-    append(key, keys, key_format, position)
-    append(value, values, value_format, position)
+    append(key, keys, key_format, position, key_weights)
+    append(value, values, value_format, position, value_weights)
     return attend(query, keys, values, key_format, value_format, mask, sinks, scale, softcap)

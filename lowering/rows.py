@@ -91,11 +91,14 @@ def _ranking_keys(x: Tensor) -> Tensor:
     return magnitude * head_dim + (head_dim - 1 - torch.arange(head_dim, device=x.device))
 
 
-def keep_mask(x: Tensor, kept: int) -> Tensor:
-    """True for the ``kept`` elements of largest magnitude of each row; ties go to the lower channel."""
+def keep_mask(x: Tensor, kept: int, weights: Tensor | None = None) -> Tensor:
+    """True for the ``kept`` elements of largest magnitude of each row; ties go to the lower channel.
+
+    weights: float32, what magnitudes count times in the ranking, see ``strategies.strategy``.
+    """
     if kept == x.shape[-1]:
         return torch.ones_like(x, dtype=torch.bool)
-    keys = _ranking_keys(x)
+    keys = _ranking_keys(x if weights is None else (x.float() * weights).to(x.dtype))
     return keys >= keys.topk(kept, dim=-1).values[..., -1:]
 
 
@@ -117,11 +120,14 @@ def reordered_words(words: Tensor, order: str, wanted: str) -> Tensor:
     return (kept << channel_bits(wanted, words.device)).sum(-1, dtype=torch.int32)
 
 
-def pack(x: Tensor, format: Format) -> list[Tensor]:
-    """Prune and pack rows [..., D]: values, words of the bitmap and what a code adds, where the format has them."""
+def pack(x: Tensor, format: Format, weights: Tensor | None = None) -> list[Tensor]:
+    """Prune and pack rows [..., D]: values, words of the bitmap and what a code adds, where the format has them.
+
+    weights: as of ``keep_mask``.
+    """
     if not format.has_bitmap:
         return codes.encoded(x, format.code)
-    mask = keep_mask(x, format.kept)
+    mask = keep_mask(x, format.kept, weights)
     words = _words(mask, format.order)
     _, rank = channel_ranks(words, format)
     slot = torch.where(mask, rank, format.kept)  # pruned elements all go to one slot that is cut off

@@ -28,6 +28,7 @@ def policy(settings: Settings) -> FormatOf:
             )
         if layer in settings.skip_layers:
             return None
-        return Format.of(head_dim, settings.sparsity(role), settings.window, order_for(device), settings.code(role))
+        order, code, strategy = order_for(device), settings.code(role), settings.strategy(role)
+        return Format.of(head_dim, settings.sparsity(role), settings.window, order, code, strategy)
 
     return format_of

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .lowering.format import CODES
+from .lowering.strategies import STRATEGIES_OF
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Settings:
     key_code: how kept elements of keys are stored: "none" as they are, "int8" or "int4" in so many bits, relative to
         the largest magnitude of their row.
     value_code: the same for values.
+    key_strategy: by what the elements of keys that are kept are chosen: "magnitude", "output-aware" or "think".
+    value_strategy: the same for values: "magnitude", "think", "channel-magnitude" or "channel-output-aware".
     window: latest tokens that stay dense and exact, at least 1.
     skip_layers: numbers of the attention layers that are left dense, counted from 0.
     strict: raise NothingMatchedError for a graph in which no attention could be rewritten. A graph with neither
@@ -32,6 +35,8 @@ class Settings:
     value_sparsity: float = 0.5
     key_code: str = "none"
     value_code: str = "none"
+    key_strategy: str = "magnitude"
+    value_strategy: str = "magnitude"
     window: int = 32
     skip_layers: frozenset[int] = field(default_factory=frozenset)
     strict: bool = False
@@ -45,6 +50,9 @@ class Settings:
         for name in ("key_code", "value_code"):
             value = getattr(self, name)
             _check(name, value, value in CODES, f"one of {', '.join(map(repr, CODES))}")
+        for role, names in STRATEGIES_OF.items():
+            value = self.strategy(role)
+            _check(f"{role}_strategy", value, value in names, f"one of {', '.join(map(repr, names))}")
         _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
         for name in ("strict", "release_dense", "raise_errors"):
             value = getattr(self, name)
@@ -62,6 +70,10 @@ class Settings:
     def code(self, role: str) -> str:
         """The code of "key" or "value"."""
         return self.key_code if role == "key" else self.value_code
+
+    def strategy(self, role: str) -> str:
+        """The strategy of "key" or "value"."""
+        return self.key_strategy if role == "key" else self.value_strategy
 
 
 PRESETS: dict[str, dict[str, Any]] = {

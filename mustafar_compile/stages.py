@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import MustafarError
+from .lowering.strategies import UnbuiltStrategyError
 from .patterns.rewriting.rewriter import UnsupportedWriteError
 
 
@@ -21,7 +22,7 @@ def stage(done: str, raise_errors: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (MustafarError, UnsupportedWriteError):
+    except (MustafarError, UnsupportedWriteError, UnbuiltStrategyError):
         raise
     except Exception as error:
         if raise_errors:

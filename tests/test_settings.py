@@ -49,6 +49,18 @@ def test_codes_that_are_refused(name, value):
         Settings(**{name: value})
 
 
+KEYS, VALUES = "'magnitude', 'output-aware', 'think'", "'magnitude', 'think', 'channel-magnitude', 'channel-output-aware'"
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("key_strategy", KEYS), ("value_strategy", VALUES)])
+def test_strategies_of_each_side(name, accepted):
+    for strategy in accepted.replace("'", "").split(", "):
+        assert Settings(**{name: strategy}).strategy(name.removesuffix("_strategy")) == strategy
+    for value in ["output-aware" if name == "value_strategy" else "channel-magnitude", "THINK", None, 1]:
+        with pytest.raises(ValueError, match=f"mustafar: {name}=.* is not accepted; it must be one of {accepted}$"):
+            Settings(**{name: value})
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_what_its_settings_are_and_gives_way(preset):
     settings, inductor = read_options(None, {"preset": preset})

@@ -1,0 +1,93 @@
+"""Output-aware: a channel of K counts for as much as queries make of it (Mustafar, arXiv 2505.22913, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..buffers import MAX_QUERY_TOKENS, Buffer
+from .rings import ring_tokens
+from .strategy import Strategy
+
+if TYPE_CHECKING:
+    from ..format import Format
+
+QUERIES = 32
+"""The latest queries that count."""
+
+SLOTS = QUERIES + MAX_QUERY_TOKENS
+"""Of the ring that holds them: so many that a cache may be rewound and its earlier queries still are there."""
+
+_LARGE = 2.0**97
+
+
+class OutputAware(Strategy):
+    """Ranks ``|K| * w``, w: the sum over the latest 32 queries, and the query heads of the KV head, of ``|Q|``.
+
+    State: ``queries`` [B, H, 48, D] in the dtype of the cache, a ring of those sums over heads; the one of token ``p``
+    stands in slot ``p % 48``. Where w is zero throughout, as where no query was seen, rows rank by magnitude. A cache
+    that was rewound by more than 16 tokens may count queries that were given up until new ones take their slots.
+
+    Sums are in float64, in which they are exact but in rare cases, so that w does not depend on the order of sums.
+    """
+
+    wants_queries = True
+
+    def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
+        return (Buffer("queries", ("batch", "heads", SLOTS, head_dim)),)
+
+    def of_prompt(
+        self, dense: Tensor, tokens: Tensor, format: Format, queries: Tensor | None, past: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        batch, heads, _, head_dim = dense.shape
+        ring = dense.new_zeros(batch, heads, SLOTS, head_dim) if past is None else past[0]
+        held = ring_tokens(tokens, SLOTS)
+        if queries is not None:
+            count = queries.shape[2]
+            place = held - tokens.unsqueeze(-1) + count  # of the slot's token among ``queries``
+            known = (held >= 0) & (place >= 0)
+            each = torch.arange(batch, device=dense.device).unsqueeze(-1)
+            latest = torch.ops.aten.index(queries, [each, None, place.clamp(min=0)]).transpose(1, 2)
+            ring = torch.where(known[:, None, :, None], over_heads(latest, heads, ring.dtype), ring)
+        ring = ring.contiguous()
+        counted = (held >= 0) & (held >= tokens.unsqueeze(-1) - QUERIES)
+        return _weights(ring, counted.unsqueeze(1)), [ring]
+
+    def of_step(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor:
+        (ring,), count = state, query.shape[2]
+        new = over_heads(query, ring.shape[1], ring.dtype)
+        held = ring_tokens(position + count, SLOTS)
+        place = held - position.unsqueeze(-1)  # of the slot's token among the new ones
+        each = torch.arange(ring.shape[0], device=ring.device).unsqueeze(-1)
+        added = torch.ops.aten.index(new, [each, None, place.clamp(min=0)]).transpose(1, 2)
+        ring = torch.where((place >= 0)[:, None, :, None], added, ring)
+        ahead = torch.arange(count, device=ring.device).view(-1, 1) - place.unsqueeze(1)  # of each token, of each slot
+        return _weights(ring, (held >= 0).unsqueeze(1) & (ahead >= 0) & (ahead < QUERIES))
+
+    def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
+        (ring,), count = state, query.shape[2]
+        slot = torch.remainder(position.unsqueeze(-1) + torch.arange(count, device=ring.device), SLOTS)
+        each = torch.arange(ring.shape[0], device=ring.device).unsqueeze(-1)
+        new = over_heads(query, ring.shape[1], ring.dtype)
+        torch.ops.aten.index_put_(ring, [each, None, slot], new.transpose(1, 2))
+
+
+def over_heads(query: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """The sums of ``|Q|`` over the query heads of each KV head: [B, Hq, n, D] -> [B, H, n, D]."""
+    return query.unflatten(1, (heads, -1)).abs().sum(2, dtype=torch.float64).to(dtype)
+
+
+def _weights(ring: Tensor, counted: Tensor) -> Tensor:
+    """The sums over slots that count: a ring [B, H, R, D], boolean [B, L, R] -> [B, H, L, D].
+
+    Times a power of two, so that the largest is from 0.5 to 1: products with it neither overflow nor get lost.
+    """
+    summed = torch.where(counted[:, None, :, :, None], ring.unsqueeze(2), 0).sum(3, dtype=torch.float64).float()
+    top = summed.amax(-1, keepdim=True)
+    usable = (top > 1 / _LARGE) & (top < _LARGE)
+    exponent = torch.where(usable, top, 1).view(torch.int32) >> 23  # its bits, with a bias of 127
+    scale = ((253 - exponent) << 23).view(torch.float32)
+    return torch.where(usable, summed * scale, 1)

@@ -1,0 +1,56 @@
+"""What a strategy is asked: how the elements of rows rank, and what it has to remember for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..buffers import Buffer
+
+if TYPE_CHECKING:
+    from ..format import Format
+
+
+class Strategy:
+    """One way to choose the ``kept`` elements of each row. This one: by magnitude alone, and it remembers nothing.
+
+    A row is one token of one KV head, [D]. Ranking is by ``|x| * weight``, rounded to the dtype of the cache; ties go
+    to the lower channel, and NaN ranks on top. The weights are all that pruning, in kernels as elsewhere, knows of a
+    strategy: float32, a number for each channel, not negative, and at most 1. None stands for ones.
+
+    State is a list of small tensors beside the rows of a cache, as ``buffers`` names them. They are zero in a cache
+    that nothing was written to, and copied, selected, moved and saved with it. A cache may be rewound by
+    ``MAX_QUERY_TOKENS`` tokens at any time, so what later tokens left in the state must not matter then.
+
+    All methods are plain PyTorch that Inductor compiles, and read nothing on the host. Shapes: B batch, H KV heads, Hq
+    query heads, a multiple of H. Numbers of tokens are int64 [B].
+    """
+
+    wants_queries = False
+    """Whether queries say more about keys than their magnitudes do."""
+
+    def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
+        """The state of a cache with rows of ``head_dim``."""
+        return ()
+
+    def of_prompt(
+        self, dense: Tensor, tokens: Tensor, format: Format, queries: Tensor | None, past: Sequence[Tensor] | None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Weights [B, H, 1, D] for all rows that are pruned now, and the state from then on.
+
+        dense: [B, H, S, D], of which ``tokens`` are written. queries: [B, Hq, n, D] of the last ``n`` of them, as
+        attention sees them; None where they are unknown. past: the state of the cache that was continued, if any.
+        """
+        return None, []
+
+    def of_step(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor | None:
+        """Weights [B, H, L or 1, D]: by the i-th, the row is ranked that leaves the window for token ``position + i``.
+
+        query: [B, Hq, L, D], of the tokens from ``position`` on. Leaves the state as it is.
+        """
+        return None
+
+    def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
+        """Take a step into the state, in place, once its tokens are in the cache. Arguments as of ``of_step``."""
