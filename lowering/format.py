@@ -274,7 +274,7 @@ class Format:
         """The buffers of a cache by their names."""
         return {buffer.name: x for buffer, x in zip(self.buffers, buffers, strict=True)}
 
-    def state_of(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+    def state_of(self, buffers: Sequence[Any]) -> list[Any]:
         """Those of the buffers that belong to the strategy."""
         return list(buffers[self.place("window") + 1 : -1])
 

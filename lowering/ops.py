@@ -93,7 +93,7 @@ def _decode_attention(
     alike = query.dtype == other.dtype == window.dtype and other.shape[1] == window.shape[1]
     rankings = [_Ranking(form, cache, query, position) for form, cache in zip(forms, caches, strict=True)]
     weights = [ranking.weights() for ranking in rankings]
-    rest = position, mask, sinks, scale, softcap, length, *weights
+    rest: Any = position, mask, sinks, scale, softcap, length, *weights
     if not alike or backends.for_step(work) is backends.PORTABLE:
         result = portable.decode_attention(query, key, value, keys, values, *forms, *rest)
     else:

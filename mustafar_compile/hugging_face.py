@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 
 from . import _compat
-from .settings import merged_options
+from .lowering.strategies import strategy_named
+from .settings import merged_options, read_options
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -21,7 +22,8 @@ def prepare(
     On a GPU: prompts as they are, into a static cache; decode steps compiled, as CUDA graphs; the dense cache is freed
     after the prompt. It sets ``cache_implementation`` and ``compile_config`` of ``model.generation_config``, which
     arguments of ``generate`` override. Elsewhere, and for a model that takes no static cache: ``model.compile``, with
-    the cache that the model has by default.
+    the cache that the model has by default. So it is with a ``key_strategy`` that looks at queries, for which prompts
+    are compiled, too.
 
     Of a PEFT model the model inside is prepared, which is what its ``generate()`` calls.
 
@@ -37,7 +39,8 @@ def prepare(
             "others use torch.compile(model, backend='mustafar') or mustafar_compile.compile_loop"
         )
     options = merged_options("prepare", mode, options, settings)
-    if generating.device.type == "cuda" and _compat.takes_static_cache(generating):
+    by_queries = strategy_named(read_options(None, options)[0].key_strategy).wants_queries
+    if generating.device.type == "cuda" and _compat.takes_static_cache(generating) and not by_queries:
         options.setdefault("release_dense", True)
         generating.generation_config.cache_implementation = "static"
         compiled: Any = CompileConfig(backend="mustafar", mode=None, options=options)  # type: ignore[arg-type]

@@ -60,6 +60,16 @@ class Match:
         return zip((self.key, self.value), self.formats, strict=True)
 
     @property
+    def wants_queries(self) -> bool:
+        """Whether keys rank by queries, too."""
+        return self.formats[0].ranking.wants_queries
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether they do in a step over a cache of the caller, of whose earlier queries nothing is known."""
+        return self.phase == "decode" and self.wants_queries
+
+    @property
     def form(self) -> str:
         return cache_form(self.key)
 

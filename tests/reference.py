@@ -18,37 +18,47 @@ def kept_count(head_dim: int, sparsity: float) -> int:
     return min(int(eights) * 8, head_dim)
 
 
-def kept_mask(x: Tensor, kept: int) -> Tensor:
-    """True for the ``kept`` largest magnitudes of each row; ties to the lower channel, NaN first."""
-    largest = x.abs().sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+def kept_mask(x: Tensor, kept: int, weights: Tensor | None = None) -> Tensor:
+    """True for the ``kept`` largest magnitudes of each row; ties to the lower channel, NaN first.
+
+    weights: what magnitudes count times, in float32; the product is rounded to the dtype of ``x``.
+    """
+    ranked = x.abs() if weights is None else (x.abs().float() * weights).to(x.dtype)
+    largest = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, largest, True)
 
 
-def prune(x: Tensor, kept: int) -> Tensor:
-    """Rows [..., D] with all but the ``kept`` largest magnitudes set to zero."""
-    return torch.where(kept_mask(x, kept), x, torch.zeros_like(x))
+def prune(x: Tensor, kept: int, weights: Tensor | None = None) -> Tensor:
+    """Rows [..., D] with all but the ``kept`` largest magnitudes, times ``weights``, set to zero."""
+    return torch.where(kept_mask(x, kept, weights), x, torch.zeros_like(x))
 
 
-def quantized(x: Tensor, kept: int, code: str) -> Tensor:
+def quantized(x: Tensor, kept: int, code: str, weights: Tensor | None = None) -> Tensor:
     """What rows [..., D] are once they are pruned and stored in a code, in float32."""
-    row = prune(x, kept).float()
+    row = prune(x, kept, weights).float()
     peak = row.abs().amax(-1, keepdim=True)
     level = (row.abs() * (torch.full_like(peak, 127) / peak)).round().where(peak >= 2.0**-119, 0)
     if code == "int4":
-        floor = level.masked_fill(~kept_mask(x, kept), 127).amin(-1, keepdim=True).double()
+        floor = level.masked_fill(~kept_mask(x, kept, weights), 127).amin(-1, keepdim=True).double()
         levels = [(floor + (127 - floor) * i * (8 * i + floor) / (7 * (56 + floor)) + 0.5).floor() for i in range(8)]
         levels = torch.cat(levels, -1).unsqueeze(-2)
         distance = (level.double().unsqueeze(-1) - levels).abs()
         level = levels.expand(distance.shape).gather(-1, distance.argmin(-1, keepdim=True)).squeeze(-1).float()
     row = (level.copysign(row) * (peak * (1 / 127))).masked_fill(~peak.isfinite(), math.nan)
-    return row.where(kept_mask(x, kept), 0)
+    return row.where(kept_mask(x, kept, weights), 0)
 
 
-def pruned_cache(x: Tensor, sparsity: float, window: int, code: str = "none") -> Tensor:
-    """A cache tensor [B, H, n, D] in which all tokens but the last ``window`` are pruned; float32 with a code."""
+def pruned_cache(
+    x: Tensor, sparsity: float, window: int, code: str = "none", weights: Tensor | None = None
+) -> Tensor:
+    """A cache tensor [B, H, n, D] in which all tokens but the last ``window`` are pruned; float32 with a code.
+
+    weights: of each row, [B, H, n, D].
+    """
     first_exact = max(x.shape[2] - window, 0)
     kept, past = kept_count(x.shape[3], sparsity), x[:, :, :first_exact]
-    pruned = prune(past, kept) if code == "none" else quantized(past, kept, code)
+    weights = None if weights is None else weights[:, :, :first_exact]
+    pruned = prune(past, kept, weights) if code == "none" else quantized(past, kept, code, weights)
     return torch.cat([pruned, x[:, :, first_exact:].to(pruned.dtype)], dim=2)
 
 

@@ -49,7 +49,8 @@ def test_codes_that_are_refused(name, value):
         Settings(**{name: value})
 
 
-KEYS, VALUES = "'magnitude', 'output-aware', 'think'", "'magnitude', 'think', 'channel-magnitude', 'channel-output-aware'"
+KEYS = "'magnitude', 'output-aware', 'think'"
+VALUES = "'magnitude', 'think', 'channel-magnitude', 'channel-output-aware'"
 
 
 @pytest.mark.parametrize(("name", "accepted"), [("key_strategy", KEYS), ("value_strategy", VALUES)])

@@ -51,8 +51,9 @@ class OutputAware(Strategy):
             known = (held >= 0) & (place >= 0)
             each = torch.arange(batch, device=dense.device).unsqueeze(-1)
             latest = torch.ops.aten.index(queries, [each, None, place.clamp(min=0)]).transpose(1, 2)
-            ring = torch.where(known[:, None, :, None], over_heads(latest, heads, ring.dtype), ring)
-        ring = ring.contiguous()
+            ring = torch.where(known[:, None, :, None], over_heads(latest, heads, ring.dtype), ring).contiguous()
+        elif past is not None:
+            ring = ring.clone()
         counted = (held >= 0) & (held >= tokens.unsqueeze(-1) - QUERIES)
         return _weights(ring, counted.unsqueeze(1)), [ring]
 

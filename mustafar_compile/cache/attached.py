@@ -26,7 +26,7 @@ from ..errors import ReleaseError
 from ..lowering import ops
 from ..lowering.format import Format
 from ..patterns.rewriting.plan import Attached
-from ..reporting.notices import notify
+from ..reporting.notices import notify, notify_blind
 from .memory import Place, overlap, place_of
 from .release import is_released, release
 
@@ -166,6 +166,8 @@ def _watch(dense: Tensor) -> None:
 
 
 def _compress(dense: Tensor, attached: Attached, arguments: Sequence[Any]) -> list[Tensor]:
+    if attached.blind:
+        notify_blind()
     position = attached.position(*arguments)
     tokens = torch.as_tensor(position, dtype=torch.int64, device=dense.device).reshape(-1)
     rows = dense if attached.tokens_dim == 2 else dense.transpose(1, 2)

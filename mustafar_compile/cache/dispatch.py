@@ -167,7 +167,8 @@ def _index_copy(cache: CompressedKV, dim: int, position: Tensor, rows: Tensor) -
     dense = cache.dense().index_copy_(dim, position, rows)
     dense = dense if cache.tokens_dim == 2 else dense.transpose(1, 2)
     tokens = position.max().reshape(1) + 1
-    packed = ops.compress(dense, tokens, cache.format.encode(), cache.capacity)
+    state = cache.format.state_of(cache.buffers)
+    packed = ops.compress(dense, tokens, cache.format.encode(), cache.capacity, None, state)
     for mine, new in zip(cache.buffers, packed, strict=True):
         mine.copy_(new)
     return cache

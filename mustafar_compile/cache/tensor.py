@@ -82,22 +82,32 @@ class CompressedKV(Handle):
 
     @classmethod
     def from_dense(
-        cls, dense: Tensor, sparsity: float, window: int, tokens: int | None = None, code: str = "none"
+        cls,
+        dense: Tensor,
+        sparsity: float,
+        window: int,
+        tokens: int | None = None,
+        code: str = "none",
+        strategy: str = "magnitude",
+        queries: Tensor | None = None,
     ) -> CompressedKV:
         """Compress a dense [B, H, S, D] of which ``tokens`` are written (default: all, and the cache can grow).
 
         dense: float32, float16 or bfloat16, D a multiple of 8. sparsity: in [0, 1). window: at least 1. code: how kept
-        elements are stored, one of ``lowering.format.CODES``. Raises ValueError for anything else.
+        elements are stored, one of ``lowering.format.CODES``. strategy: one of ``lowering.strategies.STRATEGIES``.
+        queries: of keys, those of the last n tokens as attention sees them, [B, Hq, n, D] with Hq a multiple of H; not
+        every strategy wants them. Raises ValueError for anything else.
         """
         _check_dense(dense, tokens)
+        _check_queries(dense, queries)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity!r} is not accepted; it must be a number in [0, 1)")
-        format = Format.of(dense.shape[3], sparsity, window, order_for(dense.device), code)
+        format = Format.of(dense.shape[3], sparsity, window, order_for(dense.device), code, strategy)
         grows = tokens is None
         length = dense.shape[2]
         capacity = grown_capacity(length) if grows else length
         written = torch.tensor([length if tokens is None else tokens], device=dense.device)
-        buffers = ops.compress(dense, written, format.encode(), capacity)
+        buffers = ops.compress(dense, written, format.encode(), capacity, queries)
         return cls.from_buffers(format, buffers, length, grows)
 
     @property
@@ -178,6 +188,7 @@ class CompressedKV(Handle):
     def __repr__(self) -> str:
         kept = f"{self.format.kept} of {self.format.head_dim} kept"
         kept += f" in {self.format.code}" if self.format.code != "none" else ""
+        kept += f" by {self.format.strategy}" if self.format.strategy != "magnitude" else ""
         return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"
 
     @classmethod
@@ -194,6 +205,16 @@ def _check_dense(dense: Tensor, tokens: int | None) -> None:
         )
     if tokens is not None and not 0 <= tokens <= dense.shape[2]:
         raise ValueError(f"tokens={tokens} is not accepted; it must be from 0 to the {dense.shape[2]} that there are")
+
+
+def _check_queries(dense: Tensor, queries: Tensor | None) -> None:
+    batch, heads, _, head_dim = dense.shape
+    fits = queries is None or (queries.dim() == 4 and (queries.shape[0], queries.shape[3]) == (batch, head_dim))
+    if queries is not None and not (fits and queries.shape[2] and queries.shape[1] and queries.shape[1] % heads == 0):
+        raise ValueError(
+            f"queries of {list(queries.shape)} are not accepted; they must be [{batch}, Hq, n, {head_dim}] with Hq a "
+            f"multiple of {heads} and at least one token"
+        )
 
 
 def restored(format: str, buffers: Sequence[Tensor], tokens: int, grows: bool, tokens_dim: int) -> CompressedKV:

@@ -23,6 +23,15 @@ def notify(message: str, stacklevel: int = 2) -> None:
         warnings.warn(f"mustafar: {message}", stacklevel=stacklevel + 1)
 
 
+def notify_blind() -> None:
+    """Say that keys rank by less than their strategy wants."""
+    notify(
+        "keys that were cached before the first compiled step are pruned without their queries, which were not seen: "
+        "where key_strategy is output-aware, by magnitude. Compile the prompt, too, into a cache that it makes itself",
+        stacklevel=3,
+    )
+
+
 def notify_decompressed(func: Any) -> None:
     """Say that an op outside the compiled graphs decompresses a cache, and if Dynamo gave up compiling, that too."""
     notify(f"{func} runs on a compressed KV cache outside the compiled graphs, which decompresses it", stacklevel=5)

@@ -17,7 +17,7 @@ from ..patterns.attention.find import places
 from ..patterns.cache.conditions import Context
 from ..patterns.match import CacheUpdate, Match, NoMatch
 from ..stages import StageError
-from .notices import notify, open_reports
+from .notices import notify, notify_blind, open_reports
 from .report import Entry, asked
 
 log = logging.getLogger("mustafar_compile")
@@ -27,6 +27,9 @@ def record_graph(found: Sequence[Match | NoMatch], context: Context) -> None:
     """Enter the attention layers of one graph into the open reports and the log."""
     counted: set[Node] = set()
     _record([_entry(m, context, counted) for m in found])
+    dense_past = [m for m in found if isinstance(m, Match) and m.key.grows and m.key.base not in context.caches]
+    if any(m.is_blind for m in dense_past):
+        notify_blind()
 
 
 _DENSE_STEP = (

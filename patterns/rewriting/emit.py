@@ -88,14 +88,28 @@ class Emitter:
             return update.position
         return self.call(aten._to_copy.default, update.position, device=device)
 
-    def compress(self, dense: Node, update: CacheUpdate, format: Format) -> list[Node]:
-        """The buffers of ``dense``, which is the cache before or after ``update``."""
+    def compress(
+        self,
+        dense: Node,
+        update: CacheUpdate,
+        format: Format,
+        queries: Node | None = None,
+        past: list[Node] | None = None,
+    ) -> list[Node]:
+        """The buffers of ``dense``, which is the cache before or after ``update``.
+
+        queries: [B, Hq, n, D], of the last of its tokens, where they are known. past: the buffers of the cache that it
+        continues, if that is compressed.
+        """
         length, rows = self.size(dense, update.tokens_dim), self.swapped(dense, update.tokens_dim)
         if update.grows:
             tokens, capacity = self.tokens(length, dense), self._growing_capacity(length)
         else:
             tokens, capacity = self._written_tokens(update), length
-        packed = self.call(ops.compress.default, rows, tokens, format.encode(), capacity)
+        known: dict[str, Any] = {} if queries is None else {"queries": queries}
+        if past is not None and (state := format.state_of(past)):
+            known["past"] = state
+        packed = self.call(ops.compress.default, rows, tokens, format.encode(), capacity, **known)
         return [self.call(operator.getitem, packed, i) for i in range(len(format.buffers))]
 
     def _growing_capacity(self, tokens: Any) -> Any:

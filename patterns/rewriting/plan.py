@@ -81,6 +81,7 @@ class Attached:
     index: its argument. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]. shape: [B, H, S, D] as the graph sees it,
     sizes may be symbolic. format: of the state. batch: the rows in use. position: maps the original arguments to
     the position of the new token. releases: whether its dense memory is given back, since the graph does not use it.
+    blind: whether its strategy wants queries of the tokens that are in it before the graph runs.
     """
 
     index: int
@@ -90,6 +91,7 @@ class Attached:
     batch: int | Argument
     position: GraphModule
     releases: bool
+    blind: bool = False
 
 
 Input = Argument | Buffer | AttachedBuffer | Size

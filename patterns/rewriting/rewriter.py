@@ -158,7 +158,7 @@ class Rewriter:
             return known
         position = self.emit.first_position(match.key)
         rows = [self.emit.new_rows(update) for update, _ in match.updates]
-        buffers = [self._state(update, format, position) for update, format in match.updates]
+        buffers = [self._state(match, update, format, position) for update, format in match.updates]
         if position is None and match.key.node in self.shared:
             counts = buffers[0][match.formats[0].place("counts")]
             position = self.emit.call(aten.clone.default, self.emit.call(aten.select.int, counts, 1, 0))
@@ -186,7 +186,7 @@ class Rewriter:
         swapped = self.emit.call(aten.transpose.int, result, 1, 2)
         return self.emit.call(aten.transpose.int, self.emit.call(aten.contiguous.default, swapped), 1, 2)
 
-    def _state(self, update: CacheUpdate, format: Format, position: Node | None) -> list[Node]:
+    def _state(self, match: Match, update: CacheUpdate, format: Format, position: Node | None) -> list[Node]:
         """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
         base = update.base
         assert base is not None
@@ -200,7 +200,7 @@ class Rewriter:
             self.replaced[update.node] = _New(buffers, format, True, update.tokens_dim)
             return buffers
         elif base not in self.caches:
-            self._attach(update, format, position)
+            self._attach(match, update, format, position)
         return self.caches[base].buffers
 
     def _attach_in_place_of_dense(self, match: Match) -> None:
@@ -208,9 +208,9 @@ class Rewriter:
         for update, format in match.updates:
             if update.base is not None and not update.grows and not self._is_compressed(update.base):
                 with self.graph.inserting_before(update.node):
-                    self._attach(update, format, self.emit.first_position(update))
+                    self._attach(match, update, format, self.emit.first_position(update))
 
-    def _attach(self, update: CacheUpdate, format: Format, position: Node | None) -> None:
+    def _attach(self, match: Match, update: CacheUpdate, format: Format, position: Node | None) -> None:
         assert update.base is not None
         assert position is not None
         base, tokens_dim, releases = update.base, update.tokens_dim, self.release_dense
@@ -220,7 +220,8 @@ class Rewriter:
         if tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
         index, batch, of_state = self.inputs.index[base], self.inputs.holding(shape[0]), self._extract(position)
-        self.attached.append(Attached(index, tokens_dim, tuple(shape), format, batch, of_state, releases))
+        blind = match.is_blind and update is match.key
+        self.attached.append(Attached(index, tokens_dim, tuple(shape), format, batch, of_state, releases, blind))
 
     def _count(self, update: CacheUpdate) -> int | Argument:
         return self.inputs.holding(update.new.meta["val"].shape[update.tokens_dim])
@@ -247,15 +248,20 @@ class Rewriter:
         for update, format in match.updates:
             if update.base is not None and not update.grows and not self._is_compressed(update.base):
                 continue  # a buffer of the caller stays dense; the first decode step compresses it
+            wanted = update is match.key and match.wants_queries
             with self.graph.inserting_before(match.attention.node.next):
-                self._store(update, format)
+                self._store(update, format, match.attention.query if wanted else None)
 
-    def _store(self, update: CacheUpdate, format: Format) -> None:
-        """Compress the cache after ``update``: in place, or to be returned instead of the dense one."""
+    def _store(self, update: CacheUpdate, format: Format, queries: Node | None = None) -> None:
+        """Compress the cache after ``update``: in place, or to be returned instead of the dense one.
+
+        queries: those of the attention that reads the cache, if its strategy wants them.
+        """
         cache = self.caches.get(update.base) if update.base is not None else None
         if update.node in self.replaced or (cache is not None and cache.written):
             return
-        buffers = self.emit.compress(update.node, update, format)
+        past = None if cache is None else cache.buffers
+        buffers = self.emit.compress(update.node, update, format, queries, past)
         if cache is None or update.grows:
             self.replaced[update.node] = _New(buffers, format, update.grows, update.tokens_dim)
             return

@@ -1,0 +1,105 @@
+"""The oracle of strategies: what each row is ranked by, from plain keys, values and queries. See ``reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from reference import kept_count, pruned_cache, reference_attention
+
+LATEST = 32
+"""Queries that count."""
+
+
+def over_heads(queries: Tensor, heads: int) -> Tensor:
+    """|Q|, summed over the query heads of each KV head as a cache of this dtype holds it: [B, H, n, D]."""
+    groups = queries.chunk(heads, dim=1)
+    return torch.stack([group.abs().double().sum(1) for group in groups], dim=1).to(queries.dtype)
+
+
+def output_aware(sums: Tensor) -> Tensor:
+    """The weights [B, H, D] of rows that are ranked when [B, H, n, D] are the latest sums; ones where none says more."""
+    w = sums[:, :, -LATEST:].double().sum(2).float()
+    mantissa, exponent = torch.frexp(w.amax(-1, keepdim=True))
+    return torch.where(mantissa == 0, torch.ones_like(w), torch.ldexp(w, -exponent))
+
+
+def think(x: Tensor, kept: int, queries: Tensor | None = None) -> Tensor:
+    """1 for the ``kept`` channels with the largest means of squares in a prompt [B, H, n, D], else 0: [B, H, D]."""
+    score = x.float().square().mean(2)
+    if queries is not None:
+        groups = queries[:, :, -LATEST:].float().chunk(x.shape[1], dim=1)
+        score = score * torch.stack([group.square().mean((1, 2)) for group in groups], dim=1)
+    return torch.zeros_like(score).scatter(-1, score.topk(kept).indices, 1.0)
+
+
+def weights_of_rows(
+    strategy: str, x: Tensor, kept: int, prompt: int, window: int, queries: Tensor | None
+) -> Tensor | None:
+    """By what each row of a cache [B, H, n, D] is ranked when it leaves the window: [B, H, n, D].
+
+    prompt: tokens that came in first, at once. queries: of all tokens, [B, Hq, n, D].
+    """
+    if strategy == "magnitude":
+        return None
+    if strategy == "think":
+        known = None if queries is None else queries[:, :, :prompt]
+        return think(x[:, :, :prompt], kept, known).unsqueeze(2).expand_as(x)
+    sums, count = over_heads(queries, x.shape[1]), x.shape[2]
+    seen = [max(row + window, prompt - 1) for row in range(count)]
+    return torch.stack([output_aware(sums[:, :, : min(last, count - 1) + 1]) for last in seen], dim=2)
+
+
+class Layer:
+    """One layer that attends to a cache which is pruned by strategies. Its prompt comes in at once."""
+
+    def __init__(self, strategies: tuple[str, str], sparsity: float, window: int, codes: tuple[str, str]) -> None:
+        self.strategies, self.sparsity, self.window, self.codes = strategies, sparsity, window, codes
+        self.queries: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Of the latest queries over all exact K and V so far."""
+        if self.queries is None:
+            self.queries, self.prompt = q, q.shape[2]
+            return reference_attention(q, k, v, 0, 0, 1, mask, scale)
+        self.queries = torch.cat([self.queries, q], dim=2)
+        keys, values = self.stored(k, v)
+        return reference_attention(q, keys, values, 0, 0, 1, mask, scale)
+
+    def stored(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """K and V as the latest token sees them, in their dtype."""
+        caches = []
+        for x, strategy, code, queries in zip((k, v), self.strategies, self.codes, (self.queries, None), strict=True):
+            kept = kept_count(x.shape[3], self.sparsity)
+            weights = weights_of_rows(strategy, x, kept, self.prompt, self.window, queries)
+            caches.append(pruned_cache(x, self.sparsity, self.window, code, weights).to(x.dtype))
+        return caches
+
+
+@contextmanager
+def ranked_generation(
+    strategies: tuple[str, str], sparsity: float, window: int, codes: tuple[str, str] = ("none", "none")
+) -> Iterator[list[Layer]]:
+    """Within it, eager HF models with SDPA generate as the model with caches pruned by strategies should."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    layers: list[Layer] = []
+
+    def attend(module, query, key, value, attention_mask, scaling, **how):
+        if module.layer_idx == len(layers):
+            layers.append(Layer(strategies, sparsity, window, codes))
+        if attention_mask is None and query.shape[2] > 1:
+            attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        layer = layers[module.layer_idx]
+        layer.latest = key, value
+        return layer.attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield layers
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
