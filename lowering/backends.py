@@ -17,7 +17,7 @@ from .format import CHUNK, Format, order_for
 from .step import DTYPE_NAMES, Step
 
 MAX_HEAD_DIM = 256
-RANKED = ("magnitude",)
+RANKED = ("magnitude", "output-aware", "think")
 """Strategies that are a ranking within each row, which kernels are given as weights."""
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 

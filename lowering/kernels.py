@@ -46,9 +46,11 @@ def compress(
     if dense.numel() == 0:
         return buffers
     tokens = tokens.reshape(-1).expand(batch)
-    prune = Prune(format.words, format.kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype], format.code)
-    by_lane = _prunes_by_lane(dense, prune)
-    module, block_count = _compressor(prune if by_lane else None, format, dense.dtype)
+    weighted = weights is not None
+    prune = Prune(format.words, format.kept, _COMPRESS_WARPS, DTYPE_NAMES[dense.dtype], format.code, weighted)
+    weights = None if weights is None else weights.contiguous()
+    by_lane = _prunes_by_lane(dense, prune) and (weights is None or weights.data_ptr() % 16 == 0)
+    module, block_count = _compressor(prune if by_lane else None, format, dense.dtype, weighted)
     grid = (batch * heads * cdiv(length, BLOCK_TOKENS * block_count),)
     blocks = format.capacity_of(buffers) // BLOCK_TOKENS
     module.compress[grid](
@@ -57,6 +59,7 @@ def compress(
         *buffers,
         *(tokens.stride(0), heads, length, blocks, *dense.stride()),
         **({"levels": _levels(dense.device)} if by_lane and format.code == "int4" else {}),
+        **({} if weights is None else {"weights": weights}),
         num_warps=_COMPRESS_WARPS,
     )
     return buffers
@@ -71,9 +74,11 @@ def _prunes_by_lane(dense: Tensor, prune: Prune) -> bool:
 
 
 @functools.cache
-def _compressor(prune: Prune | None, format: Format, dtype: torch.dtype) -> tuple[ModuleType, int]:
+def _compressor(
+    prune: Prune | None, format: Format, dtype: torch.dtype, by_weights: bool = False
+) -> tuple[ModuleType, int]:
     """The compressing kernel, tuned or portable, and how many blocks of tokens a program takes."""
-    constants = {"format": format, "dtype": DTYPE_NAMES[dtype]}
+    constants = {"format": format, "dtype": DTYPE_NAMES[dtype], "by_weights": by_weights}
     if prune is None:
         return render.kernels("compress", **constants, padded=padded(format.head_dim)), 1
     return render.kernels("compress_nvidia", **constants, warps=prune.warps, block=prune.block()), prune.warps
@@ -155,6 +160,8 @@ def decode_attention(
     # Copied before the first launch: a kernel that starts early waits only for the one right ahead of it.
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
+    ranked = {"key": key_weights, "value": value_weights}
+    weights = {role: _of_each_token(w, queries) for role, w in ranked.items() if w is not None}
     step = Step.of(key_format, value_format, query_heads // heads, queries, query.dtype, mask, sinks, softcap)
     cache = _by_name("key", key_format, keys) | _by_name("value", value_format, values)
     packed = {name: x for name, x in cache.items() if name.endswith(_PACKED)}
@@ -194,8 +201,9 @@ def decode_attention(
     room = blocks["key_blocks"] * BLOCK_TOKENS + key_format.window if length is None else length
     mask_pieces = 0 if length is None or mask is None else cdiv(mask.shape[-1], MASK_PIECE) * checked
     new = {"key": key, "value": value, "moved": scratch["moved"], "length": room}
+    new |= {f"{role}_weights": w for role, w in weights.items()}
     asserting = {"sanitize_overflow": False} if device.type == "cuda" else {}  # of all assertions, only our own
-    step.append(overlap, checked).append[rows, step.window_parts + mask_pieces](
+    step.append(overlap, checked, tuple(weights)).append[rows, step.window_parts + mask_pieces](
         **given, **cache, **placed, **new, num_warps=step.append_warps, **early, **asserting
     )
 
@@ -220,6 +228,11 @@ def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, 
     """The buffers of K or V as the kernels of a step call them: None in place of what the format does not have."""
     named = dict.fromkeys(_PACKED) | format.named(buffers)
     return {f"{role}_{name}": x for name, x in named.items()}
+
+
+def _of_each_token(weights: Tensor, tokens: int) -> Tensor:
+    """Weights [B, H, L or 1, D] of each of L tokens."""
+    return weights.expand(-1, -1, tokens, -1).contiguous()
 
 
 def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ class _Step(ctypes.Structure):
         )
     ]
     _fields_ += [(name, ctypes.c_double) for name in ("scale", "softcap")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("key_weights", "value_weights")]
 
 
 class _Prompt(ctypes.Structure):
@@ -68,6 +69,7 @@ class _Prompt(ctypes.Structure):
             *("batch", "heads", "tokens", "window", "threads"),
         )
     ]
+    _fields_ += [("weights", ctypes.c_void_p)]
 
 
 def source(name: str, dtype: torch.dtype, simd: str = "", **constants: int) -> str:
@@ -180,7 +182,7 @@ def compress(
     buffers = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]  # so that files hold nothing of others
     counts, tokens = buffers[format.place("counts")], tokens.reshape(-1).clamp(max=length)
     counts[:, 0], counts[:, 1], counts[:, 2] = tokens, (tokens - format.ring).clamp(min=0), 0
-    _run("compress", dense, format, buffers, length, simd)
+    _run("compress", dense, format, buffers, length, simd, _as_weights(weights, 1))
     return buffers
 
 
@@ -192,7 +194,15 @@ def decompress(buffers: Sequence[Tensor], format: Format, length: int, *, simd: 
     return dense
 
 
-def _run(what: str, dense: Tensor, format: Format, buffers: Sequence[Tensor], tokens: int, simd: str) -> None:
+def _run(
+    what: str,
+    dense: Tensor,
+    format: Format,
+    buffers: Sequence[Tensor],
+    tokens: int,
+    simd: str,
+    weights: Tensor | None = None,
+) -> None:
     batch, heads = dense.shape[:2]
     if not batch * heads:
         return
@@ -202,6 +212,7 @@ def _run(what: str, dense: Tensor, format: Format, buffers: Sequence[Tensor], to
         _cache(format, buffers),
         *dense.stride()[:3],
         *(batch, heads, tokens, format.window, torch.get_num_threads()),
+        _address(weights),
     )
     getattr(library, what)(ctypes.byref(given))
 
@@ -236,19 +247,30 @@ def decode_attention(
     sinks = None if sinks is None else sinks.float().contiguous()
     position = None if position is None else position.reshape(-1).to(torch.int64)
     mask = None if mask is None else _as_read(mask)
+    weights = [_as_weights(w, queries) for w in (key_weights, value_weights)]
     step = _Step(
         *(x.data_ptr() for x in (query, key, value)),
         _cache(key_format, keys),
         _cache(value_format, values),
-        *(None if x is None else x.data_ptr() for x in (position, mask, sinks, out)),
+        *map(_address, (position, mask, sinks, out)),
         0 if position is None or position.numel() == 1 else position.stride(0),
         *_described(mask),
         *(batch, heads, queries, key_format.window, -1 if length is None else length, torch.get_num_threads()),
         *(scale, softcap),
+        *map(_address, weights),
     )
     if problem := library.decode_attention(ctypes.byref(step)):
         raise RuntimeError(_PROBLEMS[problem])
     return out
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _as_weights(weights: Tensor | None, tokens: int) -> Tensor | None:
+    """Weights [B, H, L or 1, D] as the kernels read them, one row for each of L tokens."""
+    return None if weights is None else weights.expand(-1, -1, tokens, -1).float().contiguous()
 
 
 def _as_read(mask: Tensor) -> Tensor:

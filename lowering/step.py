@@ -145,10 +145,13 @@ class Step:
             "headroom": 0 if self.dtype == "fp16" else 24,
         }
 
-    def append(self, overlap: bool, checked: bool = True) -> ModuleType:
-        """Kernel ``append``. overlap: it runs beside ``attend``. checked: it asserts what ``checks`` says."""
+    def append(self, overlap: bool, checked: bool = True, weighted: tuple[str, ...] = ()) -> ModuleType:
+        """Kernel ``append``. overlap: it runs beside ``attend``. checked: it asserts what ``checks`` says.
+
+        weighted: those of "key" and "value" whose rows rank by weights, too, which it is given.
+        """
         constants = {"checked": checked, "out_of_place": OUT_OF_PLACE, "unwritten": UNWRITTEN}
-        return _kernels(self, "append", overlap=overlap, mask_piece=MASK_PIECE, masked=MASKED, **constants)
+        return _kernels(self, "append", overlap=overlap, mask_piece=MASK_PIECE, masked=MASKED, weighted=weighted, **constants)
 
     def portable(self) -> ModuleType:
         """Kernel ``attend`` in plain Triton."""

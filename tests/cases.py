@@ -79,11 +79,18 @@ class Cache(list):
         return self.changed(lambda x: x.to(device))
 
 
-def compressed(dense, tokens, kept, window, capacity, by=ops, order="blocks", code="none"):
+def compressed(dense, tokens, kept, window, capacity, by=ops, order="blocks", code="none", weights=None):
     """``by.compress``; ``by`` is ``ops`` or one that carries them out. tokens: a number, or one for each row."""
     format = Format.interned(dense.shape[3], kept, window, code, order)
     tokens = torch.as_tensor(tokens, device=dense.device).reshape(-1)
-    return Cache(by.compress(dense, tokens, format.encode() if by is ops else format, capacity), format)
+    ranked = () if weights is None else (weights,)
+    return Cache(by.compress(dense, tokens, format.encode() if by is ops else format, capacity, *ranked), format)
+
+
+def weights_of(batch, heads, tokens, head_dim, seed=0, device="cpu"):
+    """Weights of channels as strategies give them, some of them 0 and some 1."""
+    w = torch.rand(batch, heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
+    return torch.where(w < 0.1, 0, torch.where(w > 0.9, 1, w)).to(device)
 
 
 def decompressed(cache, length, by=ops):

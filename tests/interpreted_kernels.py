@@ -39,6 +39,7 @@ from cases import (
     rows,
     seeds,
     sparsities,
+    weights_of,
     with_length,
 )
 from guarded import STEPS, check_compress, check_decompress, check_step
@@ -123,6 +124,8 @@ def test_rows_of_all_kinds(x, eights, code):
 @pytest.mark.parametrize(("head_dim", "kept"), [(8, 8), (24, 8), (64, 32), (80, 40), (128, 8), (128, 120)])
 def test_rows_that_are_hard_to_rank(head_dim, kept, dtype):
     check_rows(KERNELS, hard_rows(head_dim, kept, dtype), kept)
+    if dtype != torch.bfloat16 and head_dim < 64:
+        check_rows(KERNELS, hard_rows(head_dim, kept, dtype), kept, weights=weights_of(1, 1, 1, head_dim))
 
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -27,6 +27,7 @@ from cases import (
     row_holding,
     sparsity_for,
     strided,
+    weights_of,
     with_length,
 )
 from mustafar_compile.lowering import portable
@@ -58,9 +59,9 @@ class Kernels:
         """``make_case`` with heads, codes and order as these kernels want them."""
         return make_case(**self.sizes | self.codes | how, order=self.order)
 
-    def compressed(self, dense, tokens, kept, window, capacity, by=None, code="none"):
+    def compressed(self, dense, tokens, kept, window, capacity, by=None, **how):
         """A cache, compressed by these kernels or ``by`` others."""
-        return compressed(dense, tokens, kept, window, capacity, by=by or self, order=self.order, code=code)
+        return compressed(dense, tokens, kept, window, capacity, by=by or self, order=self.order, **how)
 
     def compressed_as_portable(self, *given, **how):
         """``compressed``, which must be what ``portable`` makes."""
@@ -98,10 +99,11 @@ def check_a_compressed_cache(kernels, sizes, written, window, spare, sparsity, d
         assert_same_rows(decompressed(cache, asked, by=kernels), with_length(expected, asked), code)
 
 
-def check_rows(kernels, x, kept, code="none"):
-    """Rows [n, D] come back pruned, bit by bit; with a code as what it makes of them."""
-    cache = kernels.compressed_as_portable(x[None, None], len(x), kept, 1, len(x), code=code)
-    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1, code)
+def check_rows(kernels, x, kept, code="none", weights=None):
+    """Rows [n, D] come back pruned, bit by bit; with a code as what it makes of them. weights: [1, 1, 1, D]."""
+    cache = kernels.compressed_as_portable(x[None, None], len(x), kept, 1, len(x), code=code, weights=weights)
+    each = None if weights is None else weights.expand(1, 1, *x.shape)
+    expected = pruned_cache(x[None, None], sparsity_for(x.shape[-1], kept), 1, code, each)
     assert_same_rows(decompressed(cache, len(x), by=kernels), expected, code)
 
 
@@ -136,6 +138,29 @@ class KernelChecks:
             assert [c.counts.tolist() for c in caches] == [[[2, 0, 0], [2, 0, f]] for f in flags]
         attention(query, plain, plain, *caches, scale=0.1, decode=kernels.decode_attention)
         assert [c.counts.tolist() for c in caches] == [[[3, 0, 0], [3, 0, f]] for f in flags]
+
+    @pytest.mark.parametrize("queries", [1, 3])
+    def test_rows_rank_by_weights(self, kernels, queries):
+        """Those of a prompt by some of each KV head, those that leave the window by some of each new token, too."""
+        window, code = 3, kernels.codes.get("key_code", "none")
+        case = kernels.case(tokens=33 + queries, queries=queries, dtype=kernels.dtypes[-1])
+        heads, dim = case.keys.shape[1], case.keys.shape[3]
+        prompt, weights = weights_of(2, heads, 1, dim, 1), weights_of(2, heads, queries, dim, 2)
+        outs, caches = [], []
+        for by in (kernels, portable):
+            how = {"by": by, "code": code}
+            x = [x[:, :, : case.written] for x in (case.keys, case.values)]
+            past = [kernels.compressed(x[0], torch.tensor([33, 21]), dim // 2, window, 40, weights=prompt, **how)]
+            past += [kernels.compressed(x[1], torch.tensor([33, 21]), case.values.shape[3] // 2, window, 40, **how)]
+            new = [x[:, :, case.written :] for x in (case.keys, case.values)]
+            given = {"key_weights": weights, "value_weights": weights if dim == new[1].shape[3] else None}
+            outs.append(attention(case.query, *new, *past, scale=0.1, decode=by.decode_attention, **given))
+            caches.append(past)
+        for mine, other in zip(*caches, strict=True):
+            assert_same_cache(mine, other)
+        plain = kernels.compressed(x[0], torch.tensor([33, 21]), dim // 2, window, 40, by=portable, code=code)
+        assert not torch.equal(plain.bitmap, caches[0][0].bitmap), "weights change what is kept"
+        torch.testing.assert_close(*outs, rtol=1e-2, atol=1e-2)
 
     def test_what_may_attend_to_nothing_gives_zeros(self, kernels):
         case = kernels.case(tokens=40)

@@ -21,7 +21,7 @@ def over_heads(queries: Tensor, heads: int) -> Tensor:
 
 
 def output_aware(sums: Tensor) -> Tensor:
-    """The weights [B, H, D] of rows that are ranked when [B, H, n, D] are the latest sums; ones where none says more."""
+    """The weights [B, H, D] of rows that are ranked when [B, H, n, D] are the sums so far. Sums of 0 say nothing."""
     w = sums[:, :, -LATEST:].double().sum(2).float()
     mantissa, exponent = torch.frexp(w.amax(-1, keepdim=True))
     return torch.where(mantissa == 0, torch.ones_like(w), torch.ldexp(w, -exponent))

@@ -48,9 +48,7 @@ def quantized(x: Tensor, kept: int, code: str, weights: Tensor | None = None) ->
     return row.where(kept_mask(x, kept, weights), 0)
 
 
-def pruned_cache(
-    x: Tensor, sparsity: float, window: int, code: str = "none", weights: Tensor | None = None
-) -> Tensor:
+def pruned_cache(x: Tensor, sparsity: float, window: int, code: str = "none", weights: Tensor | None = None) -> Tensor:
     """A cache tensor [B, H, n, D] in which all tokens but the last ``window`` are pruned; float32 with a code.
 
     weights: of each row, [B, H, n, D].

@@ -46,6 +46,7 @@ from cases import (
     sparsity_for,
     step_of,
     strided,
+    weights_of,
     with_length,
 )
 from guarded import check_compress, check_decompress, check_step
@@ -632,6 +633,23 @@ def test_the_flag_of_extreme_values(dtype, value, flag):
             new = [plain, plain]
 
 
+@needs_gpu
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_rows_that_leave_the_window_rank_by_weights(dtype, queries):
+    case = make_case(head_dim=128, value_dim=64, tokens=40 + queries, queries=queries, dtype=dtype)
+    ours, weights = pasts(case), [weights_of(2, 2, queries, x.shape[3], 1) for x in (case.keys, case.values)]
+    theirs, ranked = (
+        [cache.to("cpu") for cache in ours],
+        dict(zip(("key_weights", "value_weights"), weights, strict=True)),
+    )
+    by_weights = functools.partial(kernels.decode_attention, **{role: w.cuda() for role, w in ranked.items()})
+    case.to("cuda").step(*ours, decode=by_weights)
+    for x, mine, other, w in zip((case.keys, case.values), ours, theirs, weights, strict=True):
+        portable.append(x[:, :, case.written :], other, other.format, None, w)
+        assert_same_cache(mine, other)
+
+
 # Steps in sequence
 
 
@@ -789,6 +807,8 @@ def test_the_tuned_compressor_serves_aligned_rows(head_dim, dtype):
     assert not kernels._prunes_by_lane(shifted(dense, 1), prune_)
     assert not kernels._prunes_by_lane(strided(dense, "channels strided"), prune_)
     assert not kernels._prunes_by_lane(dense.float(), prune_)
+    weighted = kernels.Prune(head_dim // 32, head_dim // 2, 4, kernels.DTYPE_NAMES[dtype], weighted=True)
+    assert kernels._prunes_by_lane(dense, weighted)
 
 
 @needs_gpu
@@ -838,6 +858,11 @@ def test_rows_that_are_hard_to_rank(dtype, sizes, shift, code):
     assert_same_cache(cache, compressed(dense, length, kept, 1, length, by=portable, code=code))
     expected = pruned_cache(dense, sparsity_for(head_dim, kept), 1, code)
     assert_same_rows(decompressed(cache, length, by=kernels).cpu(), expected, code)
+    weights = weights_of(1, 1, 1, head_dim, kept)
+    cache = compressed(
+        shifted(dense.cuda(), shift), length, kept, 1, length, kernels, code=code, weights=weights.cuda()
+    )
+    assert_same_cache(cache, compressed(dense, length, kept, 1, length, portable, code=code, weights=weights))
 
 
 @needs_gpu

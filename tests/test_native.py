@@ -34,6 +34,7 @@ from cases import (
     rows,
     seeds,
     sparsities,
+    weights_of,
 )
 from compilers import allocations, without_inductor
 from guarded import HEAD_DIM, SENTINELS, VALUE_DIM, Zones, check_compress, check_decompress, check_step
@@ -105,6 +106,7 @@ def test_rows_of_all_kinds(kernels, x, eights):
 )
 def test_rows_that_are_hard_to_rank(kernels, head_dim, kept, dtype):
     check_rows(kernels, hard_rows(head_dim, kept, dtype), kept)
+    check_rows(kernels, hard_rows(head_dim, kept, dtype), kept, weights=weights_of(1, 1, 1, head_dim))
 
 
 @pytest.mark.parametrize(

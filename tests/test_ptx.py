@@ -53,6 +53,7 @@ DECODES += [
 ]
 PRUNES = [Prune(w, k, 4, dtype) for w, k in ((1, 8), (2, 32), (3, 48), (4, 8), (4, 88)) for dtype in ("bf16", "fp16")]
 PRUNES += [Prune(4, k, 4, dtype, c) for k, dtype, c in pairwise((40, 128), ("bf16", "fp16"), ("int8", "int4"))]
+PRUNES += [Prune(4, 40, 4, "bf16", "none", True), Prune(2, 32, 4, "fp16", "int4", True)]
 
 
 def blocks_of(maker):
@@ -282,7 +283,7 @@ def test_results_become_dtypes():
 
 SM_90 = GPUTarget("cuda", 90, 32)
 COUNTS = {"counts", "key_counts", "value_counts", "position", "moved", "tokens"}
-FLOATS = {"sums", "states"}
+FLOATS = {"sums", "states", "weights", "key_weights", "value_weights"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 ROWS = {"query", "key", "value", "key_window", "value_window", "window", "dense", "result", "sinks"}
 STORED = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
@@ -385,6 +386,21 @@ def test_the_tuned_compressor_compiles_without_spilling(head_dim, kept, dtype, t
     assert (stack, local) == (0, 0)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("head_dim", "kept", "dtype"),
+    [(128, 64, torch.bfloat16), *at_night([(64, 32, torch.float16), (128, 40, torch.float16)])],
+)
+def test_the_tuned_compressor_by_weights_compiles_without_spilling(head_dim, kept, dtype, tmp_path):
+    name = DTYPE_NAMES[dtype]
+    prune = Prune(head_dim // 32, kept, 4, name, weighted=True)
+    module, _ = kernels._compressor(prune, Format.interned(head_dim, kept, 32), dtype, True)
+    kernel = compiled(module.compress, name, gluon=True, num_warps=4)
+    _, stack, local = usage(kernel, tmp_path)
+    assert (stack, local) == (0, 0)
+    assert "fma" not in kernel.asm["ptx"], "products are rounded as those of PyTorch are"
+
+
 SIZES = (80, 64, 40, 24), (24, 16, 8, 8)  # head dims and kept channels: whole words and powers of two are easier
 MASKS, DTYPES, QUERIES = ("none", "boolean", "additive"), ("bf16", "fp32"), (1, 16)
 
@@ -433,7 +449,8 @@ CODED = "int8", "int4"
 def test_the_plain_kernels_of_coded_rows_compile(codes, dtype, sizes):
     step = step_of(*sizes, dtype=dtype, codes=codes)
     formats = {"key_": step.key, "value_": step.value}
-    append = compiled(step.append(True, False).append, dtype, formats=formats, num_warps=step.append_warps)
+    weighted = ("key", "value")
+    append = compiled(step.append(True, False, weighted).append, dtype, formats=formats, num_warps=step.append_warps)
     attend = compiled(step.portable().attend, dtype, formats=formats)
     combine = compiled(step.combine(9, 1, 32, True, True).combine, dtype, formats=formats)
     assert all(kernel.asm["cubin"] for kernel in (append, attend, combine))
@@ -450,7 +467,7 @@ def test_the_plain_kernels_of_coded_rows_compile(codes, dtype, sizes):
 )
 def test_the_plain_kernels_of_whole_caches_compile(dtype, sizes, code):
     name, format = DTYPE_NAMES[dtype], Format.interned(*sizes, 32, code)
-    module, _ = kernels._compressor(None, format, dtype)
+    module, _ = kernels._compressor(None, format, dtype, code != "none")
     compress = compiled(module.compress, name, formats={"": format}, num_warps=4)
     assert compress.asm["cubin"]
     if code != "none":

@@ -42,14 +42,14 @@ template <class Format> struct Head {
 
   T* exact(int64_t token) const { return ring + token % ring_slots * HEAD_DIM; }
 
-  // Prunes a row into the place of a token. Returns whether an element is extreme.
-  bool prune(int64_t token, const T* row) const {
+  // Prunes a row into the place of a token, see Pruner. Returns whether an element is extreme.
+  bool prune(int64_t token, const T* row, const float* weights) const {
     Stored* to = values + token * row_size;
-    if constexpr (!Format::CODED) return pruned(token, row, to);
+    if constexpr (!Format::CODED) return pruned(token, row, weights, to);
     else {
       Encoder<Format> encoder;
       bool extreme;
-      if constexpr (Format::HAS_BITMAP) extreme = pruned(token, row, encoder.kept);
+      if constexpr (Format::HAS_BITMAP) extreme = pruned(token, row, weights, encoder.kept);
       else {
         memcpy(encoder.kept, row, HEAD_DIM * sizeof(T));
         extreme = has_extreme<HEAD_DIM>(row);
@@ -82,9 +82,9 @@ template <class Format> struct Head {
   }
 
  private:
-  bool pruned(int64_t token, const T* row, T* to) const {
+  bool pruned(int64_t token, const T* row, const float* weights, T* to) const {
     Pruner<HEAD_DIM> pruner;
-    bool extreme = pruner.prune(row, kept);
+    bool extreme = pruner.prune(row, kept, weights);
     pruner.pack(row, to, bitmap + token * WORDS);
     return extreme;
   }

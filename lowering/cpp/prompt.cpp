@@ -11,6 +11,7 @@ struct Prompt {
   Cache cache;
   int64_t batch_stride, head_stride, token_stride;  // of ``dense``
   int64_t batch, heads, tokens, window, threads;
+  const float* weights;  // [batch, heads, channels], or null
 
   T* row(int64_t bh, int64_t token) const {
     return dense + bh / heads * batch_stride + bh % heads * head_stride + token * token_stride;
@@ -30,10 +31,11 @@ extern "C" void compress(const Prompt* prompt) {
     const Head<Rows> head(given.cache, bh, rows, given.window);
     const int64_t pruned = std::min(std::max<int64_t>(written - given.window, 0), head.slots);
     const int64_t first = chunk * CHUNK_TOKENS, end = std::min(first + CHUNK_TOKENS, written);
+    const float* weights = given.weights ? given.weights + bh * HEAD_DIM : nullptr;
     bool extreme = false;
     for (int64_t token = first; token < end; token++) {
       const T* row = given.row(bh, token);
-      extreme |= token < pruned ? head.prune(token, row) : has_extreme<HEAD_DIM>(row);
+      extreme |= token < pruned ? head.prune(token, row, weights) : has_extreme<HEAD_DIM>(row);
       if (token >= written - head.ring_slots) memcpy(head.exact(token), row, HEAD_DIM * sizeof(T));
     }
     if (extreme) {

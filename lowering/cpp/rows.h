@@ -39,7 +39,14 @@ template <int HEAD_DIM> struct Pruner {
   static constexpr Key OCTAVES = 4 * (DTYPE == FP32 ? 1 << 23 : DTYPE == BF16 ? 1 << 7 : 1 << 10);  // a factor of 16
 
   // Sets ``kept`` to the elements of largest magnitude, of equals the lower channels. Returns whether one is extreme.
-  INLINE bool prune(const T* row, int count) {
+  // weights: what magnitudes count times, by channel; null for 1.
+  INLINE bool prune(const T* row, int count, const float* weights) {
+    if (weights) {
+      alignas(64) T ranked[HEAD_DIM];
+      for (int c = 0; c < HEAD_DIM; c++) ranked[c] = from_float(to_float(row[c]) * weights[c]);
+      prune(ranked, count, nullptr);
+      return has_extreme<HEAD_DIM>(row);
+    }
     Key top = 0;
     for (int c = 0; c < HEAD_DIM; c++) {
       keys[c] = key_of(row[c]);

@@ -20,6 +20,7 @@ struct Step {
   int64_t position_stride, mask_kind, mask_batch, mask_head, mask_query, mask_token, mask_tokens, mask_queries;
   int64_t batch, heads, queries, window, length, threads;
   double scale, softcap;
+  const float *key_weights, *value_weights;  // [batch, heads, queries, channels], or null
 };
 
 struct Scratch {
@@ -172,9 +173,15 @@ struct Task {
   }
 };
 
-// New rows [L, HEAD_DIM] of a KV head enter the ring; those that leave the window are packed.
-template <class Format> static bool append(const Head<Format>& head, const T* rows, const Step& step, const Row& row) {
+// New rows [L, HEAD_DIM] of a KV head enter the ring; those that leave the window are packed. ``all_new``, ``weights``: of
+// all KV heads, of which this is the one at ``bh``; of the weights [L, HEAD_DIM] are for what leaves for each new row.
+template <class Format>
+static bool append(const Cache& cache, int64_t bh, const T* all_new, const float* weights, const Step& step) {
   constexpr int HEAD_DIM = Format::HEAD_DIM;
+  const Head<Format> head(cache, bh, step.batch * step.heads, step.window);
+  const Row row(step, cache, bh / step.heads);
+  const T* rows = all_new + bh * step.queries * HEAD_DIM;
+  if (weights) weights += bh * step.queries * HEAD_DIM;
   bool extreme = false;
   for (int64_t i = 0; i < step.queries; i++) {
     const T* from = rows + i * HEAD_DIM;
@@ -182,7 +189,8 @@ template <class Format> static bool append(const Head<Format>& head, const T* ro
     extreme |= has_extreme<HEAD_DIM>(from);
   }
   int64_t leaving = row.start - step.window, end = std::min(leaving + step.queries, head.slots);
-  for (int64_t token = std::max(leaving, row.held); token < end; token++) head.prune(token, head.exact(token));
+  for (int64_t token = std::max(leaving, row.held); token < end; token++)
+    head.prune(token, head.exact(token), weights ? weights + (token - leaving) * HEAD_DIM : nullptr);
   return extreme;
 }
 
@@ -251,11 +259,8 @@ extern "C" int decode_attention(const Step* given) {
     static thread_local Scratch scratch;
 #pragma omp for
     for (int64_t bh = 0; bh < rows; bh++) {
-      const int64_t b = bh / step.heads;
-      Head<Keys> key(step.keys, bh, rows, step.window);
-      Head<Values> value(step.values, bh, rows, step.window);
-      extreme[2 * bh] = append(key, step.key + bh * step.queries * KEY_DIM, step, Row(step, step.keys, b));
-      extreme[2 * bh + 1] = append(value, step.value + bh * step.queries * VALUE_DIM, step, Row(step, step.values, b));
+      extreme[2 * bh] = append<Keys>(step.keys, bh, step.key, step.key_weights, step);
+      extreme[2 * bh + 1] = append<Values>(step.values, bh, step.value, step.value_weights, step);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < tasks; i++)

@@ -6,6 +6,7 @@ that remain. Planes of the channel's own index break ties, so that exactly ``kep
 
 ==========  ==============================================================================================
 x<k>        channels 2k and 2k + 1 of the lane's row
+y<k>        the 32 of a word of the bitmap times their weights, in the dtype of the cache, of rows that rank by them
 plane<p>_<w>  bit p of the magnitudes of bitmap word w's 32 channels, in the bitmap's order of bits
 mine<w>     candidates: channels that tie in all planes seen so far
 b<w>        bitmap word w: channels that are kept for certain
@@ -14,6 +15,7 @@ b<w>        bitmap word w: channels that are kept for certain
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .block import Block, Lines, listed, locate_thread, vectors
@@ -23,6 +25,8 @@ from .rows import Rows
 _SELECT = 0xE4  # lop3: bits of the first operand where the third has ones, of the second elsewhere
 _INDEX_PLANES = (0x0F0F0F0F, 0x33333333, 0x55555555, 0x0000FFFF, 0x00FF00FF)  # bit 4 ... 0 of a channel is zero
 _EXPONENT_BITS = {"bf16": 8, "fp16": 5}
+_PAIRS = {"bf16": "bf16x2", "fp16": "f16x2"}
+_EXTREME = "0f70000000"  # format.EXTREME
 _EXTREME_BITS = {"bf16": 3, "fp16": 5}  # leading exponent bits that are all ones from format.EXTREME on
 
 
@@ -40,15 +44,33 @@ def keep_window(words: int) -> Lines:
         yield f"@recent st.global.v4.b32 [ring+{16 * unit}], {listed('x', *range(4 * unit, 4 * unit + 4))};"
 
 
-def bit_planes(w: int) -> Lines:
-    """Lane: 32 channels of x -> plane<p>_<w>, p < 15.
+def weigh(w: int, dtype: str) -> Lines:
+    """Lane: 32 channels of x, and their weights at ``weights`` -> y; what is largest of x so far, or NaN -> ``top``.
+
+    Rounding makes one NaN of all, and that ranks on top. All lanes read the same weights.
+    """
+    for k in range(16):
+        if k % 2 == 0:
+            yield f"ld.global.nc.v4.f32 {{w0,w1,w2,w3}}, [weights+{128 * w + 8 * k}];"
+        if dtype == "bf16":
+            yield f"shl.b32 up, x{16 * w + k}, 16; and.b32 down, x{16 * w + k}, 0xFFFF0000;"
+            yield "mov.b32 even, up; mov.b32 odd, down;"
+        else:
+            yield f"mov.b32 {{half0,half1}}, x{16 * w + k}; cvt.f32.f16 even, half0; cvt.f32.f16 odd, half1;"
+        yield "abs.f32 even, even; abs.f32 odd, odd; max.NaN.f32 top, top, even; max.NaN.f32 top, top, odd;"
+        yield f"mul.rn.f32 even, even, w{k % 2 * 2}; mul.rn.f32 odd, odd, w{k % 2 * 2 + 1};"
+        yield f"cvt.rn.{_PAIRS[dtype]}.f32 y{k}, odd, even;"
+
+
+def bit_planes(w: int, pairs: Sequence[str]) -> Lines:
+    """Lane: 32 channels, in 16 registers -> plane<p>_<w>, p < 15.
 
     Low and high bytes of four channels to a register, then 8 x 8 bits are transposed in each byte of eight registers.
     """
     for half, selector in enumerate((0x6420, 0x7531)):
         planes = [f"plane{8 * half + i}_{w}" for i in range(8)]
         for i in range(8):
-            yield f"prmt.b32 {planes[i]}, x{16 * w + 2 * i}, x{16 * w + 2 * i + 1}, {selector};"
+            yield f"prmt.b32 {planes[i]}, {pairs[2 * i]}, {pairs[2 * i + 1]}, {selector};"
         for distance, mask in ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
             for i in (i for i in range(8) if not i & distance):
                 a, b = planes[i], planes[i + distance]
@@ -154,6 +176,7 @@ class Prune:
     warps: int
     dtype: str
     code: str = "none"
+    weighted: bool = False  # magnitudes rank times weights of the channels
 
     @property
     def rows(self) -> Rows:
@@ -168,12 +191,14 @@ class Prune:
     @property
     def addresses(self) -> list[str]:
         """The addresses that the block takes."""
-        return ["row", "ring", "flags", *self.rows.buffers, *["levels"] * (self.code == "int4")]
+        others = ["levels"] * (self.code == "int4") + ["weights"] * self.weighted
+        return ["row", "ring", "flags", *self.rows.buffers, *others]
 
     def block(self) -> Block:
         """Prune and pack one row a lane.
 
-        in: addresses row, ring, flags, of the row's place in the buffers of packed rows, and levels for int4; 0 or 1:
+        in: addresses row, ring, flags, of the row's place in the buffers of packed rows, levels for int4, and weights
+        of all channels where it is ``weighted``; 0 or 1:
         is_valid (there is a row), is_recent (it belongs into the window), is_stored (it is pruned).
         """
         inputs = dict.fromkeys(self.addresses, "l")
@@ -204,12 +229,24 @@ class Prune:
         yield f".reg .b32 lower, upper, {', '.join(f'b{w}' for w in range(self.words))};"
         for w in range(self.words):
             yield ".reg .b32 " + ", ".join(f"plane{p}_{w}" for p in range(16)) + ";"
-        for w in range(self.words):
-            yield from bit_planes(w)
-        yield from note_extremes(self.words, self.dtype)
+        yield from self._planes()
         yield from select(self.words, self.kept)
         yield from pack(self.words)
         yield from store_bitmap(self.words)
+
+    def _planes(self) -> Lines:
+        """What rows rank by, in bit planes; whether one holds a value from ``format.EXTREME`` on -> ``flags``."""
+        if not self.weighted:
+            for w in range(self.words):
+                yield from bit_planes(w, [f"x{16 * w + k}" for k in range(16)])
+            yield from note_extremes(self.words, self.dtype)
+            return
+        yield ".reg .b32 y<16>; .reg .f32 w0, w1, w2, w3, even, odd, top; .reg .b16 half0, half1; .reg .pred report;"
+        yield "mov.f32 top, 0f00000000;"
+        for w in range(self.words):
+            yield from weigh(w, self.dtype)
+            yield from bit_planes(w, [f"y{k}" for k in range(16)])
+        yield f"setp.geu.and.f32 report, top, {_EXTREME}, valid; @report red.global.or.b64 [flags], 1;"
 
     def _encode(self) -> Lines:
         count = self.kept // 2
