@@ -150,8 +150,9 @@ class Step:
 
         weighted: those of "key" and "value" whose rows rank by weights, too, which it is given.
         """
-        constants = {"checked": checked, "out_of_place": OUT_OF_PLACE, "unwritten": UNWRITTEN}
-        return _kernels(self, "append", overlap=overlap, mask_piece=MASK_PIECE, masked=MASKED, weighted=weighted, **constants)
+        constants: dict[str, Any] = {"checked": checked, "out_of_place": OUT_OF_PLACE, "unwritten": UNWRITTEN}
+        constants |= {"mask_piece": MASK_PIECE, "masked": MASKED}
+        return _kernels(self, "append", overlap=overlap, weighted=weighted, **constants)
 
     def portable(self) -> ModuleType:
         """Kernel ``attend`` in plain Triton."""
