@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mustafar_compile import CompressedKV, StaleCacheError
+from ranked import Packed
 from reference import kept_count, prune, quantized
 
 REWINDABLE = 16
@@ -31,6 +32,19 @@ class Shape:
     window: int
     key_code: str = "none"
     value_code: str = "none"
+    key_strategy: str = "magnitude"
+    value_strategy: str = "magnitude"
+
+    def packed(self, rows: list[Tensor], query: Tensor) -> list[Packed]:
+        """What caches have of K and V that come in at once."""
+        kinds = (
+            (self.key_strategy, self.key_sparsity, self.key_code, query),
+            (self.value_strategy, self.value_sparsity, self.value_code, None),
+        )
+        return [
+            Packed.of_prompt(strategy, kept_count(x.shape[3], sparsity), code, self.window, x, queries)
+            for x, (strategy, sparsity, code, queries) in zip(rows, kinds, strict=True)
+        ]
 
     def stored(self, rows: list[Tensor], pruned: int) -> list[Tensor]:
         """K and V [B, H, n, D] of which the first ``pruned`` tokens are what the cache has of them."""
@@ -80,13 +94,16 @@ class Live:
 
     shape: Shape
     handles: list[Handle] = field(repr=False)
+    packed: list[Packed]
     held: int = 0
     room: int | None = None
 
     @classmethod
-    def filled(cls, shape: Shape, key: CompressedKV, value: CompressedKV, rows: list[Tensor], room=None) -> Live:
-        """After ``rows`` came in at once."""
-        live = cls(shape, [Handle(key, value, rows)], room=room)
+    def filled(
+        cls, shape: Shape, key: CompressedKV, value: CompressedKV, rows: list[Tensor], query: Tensor, room=None
+    ) -> Live:
+        """After ``rows`` came in at once. query: of the last of them."""
+        live = cls(shape, [Handle(key, value, rows)], shape.packed(rows, query), room=room)
         live.held = live._pruned_for_good(live.tokens)
         return live
 
@@ -107,16 +124,21 @@ class Live:
 
     def dense(self, rows: list[Tensor]) -> list[Tensor]:
         """The cache with these exact K and V as the latest tokens see it."""
-        return self.shape.stored(rows, max(self.held, rows[0].shape[2] - self.shape.window))
+        pruned = max(self.held, rows[0].shape[2] - self.shape.window)
+        both = zip(self.packed, rows, strict=True)
+        return [torch.cat([packed.rows[:, :, :pruned], x[:, :, pruned:]], dim=2) for packed, x in both]
 
-    def write(self, new: list[Tensor], at: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def write(self, new: list[Tensor], query: Tensor, at: int) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Tokens [B, H, L, D] of K and V at ``at``, one by one: all rows then, and what each token sees."""
         seen = []
         for end in range(at + 1, at + new[0].shape[2] + 1):
             rows = [
                 torch.cat([x[:, :, :at], y[:, :, : end - at]], 2) for x, y in zip(self.latest.rows, new, strict=True)
             ]
-            self.held = max(min(self.held, end - 1), self._pruned_for_good(end))
+            held = min(self.held, end - 1)
+            for packed, x in zip(self.packed, rows, strict=True):
+                packed.append(x, query[:, :, end - at - 1 : end - at], held)
+            self.held = max(held, self._pruned_for_good(end))
             seen.append(self.dense(rows))
         self.latest.cropped = False
         for handle in self.handles:
@@ -140,15 +162,16 @@ class Live:
             self.handles = []
         self.use(Handle(key, value, rows))
 
-    def other(self, key: CompressedKV, value: CompressedKV, rows: list[Tensor]) -> Live:
+    def other(self, key: CompressedKV, value: CompressedKV, rows: list[Tensor], packed: list[Packed]) -> Live:
         """A cache of its own with another batch and the history of this one."""
         assert isinstance(key, CompressedKV)
-        return Live(self.shape, [Handle(key, value, rows)], self.held, self.room)
+        return Live(self.shape, [Handle(key, value, rows)], packed, self.held, self.room)
 
     def reset(self) -> None:
         """All zeros: of as many tokens where the cache grows, of none where it is static."""
         if self.room is not None:
             self.held = 0
+        self.packed = [packed.mapped(torch.zeros_like) for packed in self.packed]
         for handle in self.handles:
             handle.rows = [torch.zeros_like(x if self.room is None else x[:, :, :0]) for x in handle.rows]
 

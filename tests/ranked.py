@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from reference import kept_count, pruned_cache, reference_attention
+from reference import kept_count, prune, pruned_cache, quantized, reference_attention
 
 LATEST = 32
 """Queries that count."""
+
+SLOTS = 48
+"""Queries that a cache remembers, each at its number modulo this."""
 
 
 def over_heads(queries: Tensor, heads: int) -> Tensor:
@@ -51,6 +55,82 @@ def weights_of_rows(
     sums, count = over_heads(queries, x.shape[1]), x.shape[2]
     seen = [max(row + window, prompt - 1) for row in range(count)]
     return torch.stack([output_aware(sums[:, :, : min(last, count - 1) + 1]) for last in seen], dim=2)
+
+
+@dataclass
+class Packed:
+    """What a cache tensor has of each row once it is pruned, followed step by step; a rewound one, too.
+
+    rows: [B, H, n, D], as they were last packed. ring: of output-aware, the sums over heads [B, H, 48, D] by slot.
+    channels: of think, the weights [B, H, D].
+    """
+
+    strategy: str
+    kept: int
+    code: str
+    window: int
+    rows: Tensor
+    ring: Tensor | None = None
+    channels: Tensor | None = None
+
+    @classmethod
+    def of_prompt(cls, strategy: str, kept: int, code: str, window: int, x: Tensor, queries: Tensor | None) -> Packed:
+        """Of a prompt [B, H, n, D], whose last tokens have ``queries``."""
+        batch, heads, count, dim = x.shape
+        packed = cls(strategy, kept, code, window, x)
+        if strategy == "output-aware":
+            packed.ring = x.new_zeros(batch, heads, SLOTS, dim)
+            known = min(SLOTS, queries.shape[2])
+            for token, query in enumerate(queries[:, :, -known:].split(1, dim=2), count - known):
+                packed.take(query, token)
+        if strategy == "think":
+            packed.channels = think(x, kept, queries)
+        packed.rows = packed.pruned(x, packed.weights(count - 1))
+        return packed
+
+    def take(self, query: Tensor, token: int) -> None:
+        """The query [B, Hq, 1, D] of a token."""
+        if self.ring is not None:
+            self.ring = self.ring.clone()
+            self.ring[:, :, token % SLOTS] = over_heads(query, self.ring.shape[1])[:, :, 0]
+
+    def weights(self, last: int) -> Tensor | None:
+        """By what rows rank that are pruned when ``last`` is the latest token: [B, H, 1, D]."""
+        if self.ring is not None:
+            slots = [token % SLOTS for token in range(max(last - LATEST + 1, 0), last + 1)]
+            return output_aware(self.ring[:, :, slots]).unsqueeze(2)
+        if self.channels is None:
+            return None
+        chosen = self.channels.any(-1, keepdim=True)
+        return torch.where(chosen, self.channels, 1).unsqueeze(2)
+
+    def pruned(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        if self.code == "none":
+            return prune(x, self.kept, weights)
+        return quantized(x, self.kept, self.code, weights).to(x.dtype)
+
+    def append(self, rows: Tensor, query: Tensor, held: int) -> None:
+        """The last of ``rows`` [B, H, n, D] came in; the one that leaves for it is packed, if it is exact till then."""
+        token = rows.shape[2] - 1
+        self.take(query, token)
+        self.rows = torch.cat([self.rows[:, :, :token], rows[:, :, token:]], dim=2)
+        leaving = token - self.window
+        if leaving >= held:
+            left = self.pruned(rows[:, :, leaving : leaving + 1], self.weights(token))
+            self.rows = torch.cat([self.rows[:, :, :leaving], left, self.rows[:, :, leaving + 1 :]], dim=2)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        """With ``change`` applied to each tensor, all of which have the batch first."""
+        return replace(self, **{name: change(x) for name, x in self._tensors().items()})
+
+    def joined(self, other: Packed, tokens: int) -> Packed:
+        """Both batches, as far as the first ``tokens``."""
+        parts = [replace(x, rows=x.rows[:, :, :tokens])._tensors() for x in (self, other)]
+        return replace(self, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"rows": self.rows, "ring": self.ring, "channels": self.channels}
+        return {name: x for name, x in tensors.items() if x is not None}
 
 
 class Layer:

@@ -55,6 +55,8 @@ shapes = st.builds(
     window=st.integers(1, 12),
     key_code=st.sampled_from(CODES),
     value_code=st.sampled_from(CODES),
+    key_strategy=st.sampled_from(["magnitude", "output-aware", "output-aware", "think"]),
+    value_strategy=st.sampled_from(["magnitude", "magnitude", "think"]),
 )
 
 
@@ -101,13 +103,16 @@ class Caches(RuleBasedStateMachine):
         super().__init__()
         self.live: list[Live] = []
 
-    def start(self, key, value, room):
+    def start(self, query, key, value, room):
         """K and V of a prompt, compressed."""
         shape, tokens = self.shape, None if room is None else key.shape[2]
         key, value = (x if room is None else F.pad(x, (0, 0, 0, room - tokens)) for x in (key, value))
         return [
-            CompressedKV.from_dense(key, shape.key_sparsity, shape.window, tokens, shape.key_code),
-            CompressedKV.from_dense(value, shape.value_sparsity, shape.window, tokens, shape.value_code),
+            CompressedKV.from_dense(x, sparsity, shape.window, tokens, code, strategy, queries)
+            for x, sparsity, code, strategy, queries in (
+                (key, shape.key_sparsity, shape.key_code, shape.key_strategy, query),
+                (value, shape.value_sparsity, shape.value_code, shape.value_strategy, None),
+            )
         ]
 
     def step(self, query, key, value, past_key, past_value, position, mask, length=None):
@@ -149,9 +154,9 @@ class Caches(RuleBasedStateMachine):
 
     @rule(target=caches, batch=st.integers(1, 3), tokens=lengths, spare=st.none() | st.integers(0, 40), seed=seeds)
     def prefill(self, batch, tokens, spare, seed):
-        _, *new = self.new_tokens(batch, tokens, seed)
+        query, *new = self.new_tokens(batch, tokens, seed)
         room = None if spare is None else tokens + spare
-        return self.add(Live.filled(self.shape, *self.start(*new, room), new, room))
+        return self.add(Live.filled(self.shape, *self.start(query, *new, room), new, query, room))
 
     @rule(live=caches, count=query_counts, back=rewinds, kind=mask_kinds, seed=seeds)
     def decode(self, live, count, back, kind, seed):
@@ -167,7 +172,7 @@ class Caches(RuleBasedStateMachine):
         query, *new = self.new_tokens(live.batch, count, seed)
         mask = self.mask(kind, live.batch, count, at + count, live.room, seed)
         attended, *tensors = self.step(query, *new, *live.latest.tensors, position, mask)
-        rows, seen = live.write(new, at)
+        rows, seen = live.write(new, query, at)
         live.extend(*tensors, rows)
         for i, (keys, values) in enumerate(seen):
             row = None if mask is None else mask[:, :, i : i + 1, : keys.shape[2]]
@@ -189,19 +194,21 @@ class Caches(RuleBasedStateMachine):
     @rule(target=caches, live=caches, tokens=st.integers(1, 40), seed=seeds)
     def recompress(self, live, tokens, seed):
         """More tokens by way of dense tensors, as a chunk of a prompt comes in."""
-        _, *new = self.new_tokens(live.batch, tokens, seed)
+        query, *new = self.new_tokens(live.batch, tokens, seed)
         rows = [torch.cat(both, 2) for both in zip(live.dense(live.latest.rows), new, strict=True)]
         room = None if live.room is None else live.room + tokens
-        return self.add(Live.filled(self.shape, *self.start(*rows, room), rows, room))
+        return self.add(Live.filled(self.shape, *self.start(query, *rows, room), rows, query, room))
 
     @rule(target=caches, live=caches, how=st.sampled_from(COPIES))
     def branch(self, live, how):
-        return self.add(live.other(*map(how, live.latest.tensors), live.latest.rows))
+        packed = [packed.mapped(torch.clone) for packed in live.packed]
+        return self.add(live.other(*map(how, live.latest.tensors), live.latest.rows, packed))
 
     @rule(target=caches, live=caches, how=st.sampled_from(list(SELECTIONS)), picks=picks)
     def select(self, live, how, picks):
         change = SELECTIONS[how]([pick % live.batch for pick in picks])
-        return self.add(live.other(*map(change, live.latest.tensors), list(map(change, live.latest.rows))))
+        packed = [packed.mapped(change) for packed in live.packed]
+        return self.add(live.other(*map(change, live.latest.tensors), list(map(change, live.latest.rows)), packed))
 
     @rule(target=caches, live=caches, other=caches)
     def join(self, live, other):
@@ -212,7 +219,8 @@ class Caches(RuleBasedStateMachine):
         parts = [x.tensors for x in (live.latest, other.latest)]
         key, value = (torch.cat(both) for both in zip(*parts, strict=True))
         rows = [torch.cat(both) for both in zip(live.latest.rows, other.latest.rows, strict=True)]
-        return self.add(live.other(key, value, rows))
+        packed = [a.joined(b, live.tokens) for a, b in zip(live.packed, other.packed, strict=True)]
+        return self.add(live.other(key, value, rows, packed))
 
     @rule(live=caches, which=st.integers(0, 4))
     def go_back(self, live, which):
