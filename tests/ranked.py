@@ -80,11 +80,11 @@ class Packed:
         packed = cls(strategy, kept, code, window, x)
         if strategy == "output-aware":
             packed.ring = x.new_zeros(batch, heads, SLOTS, dim)
-            known = min(SLOTS, queries.shape[2])
-            for token, query in enumerate(queries[:, :, -known:].split(1, dim=2), count - known):
-                packed.take(query, token)
+            known = 0 if queries is None else min(SLOTS, queries.shape[2])
+            for token in range(count - known, count):
+                packed.take(queries[:, :, token - count :][:, :, :1], token)
         if strategy == "think":
-            packed.channels = think(x, kept, queries)
+            packed.channels = think(x, kept, queries) if count else x.new_zeros(batch, heads, dim).float()
         packed.rows = packed.pruned(x, packed.weights(count - 1))
         return packed
 
