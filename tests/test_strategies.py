@@ -7,13 +7,26 @@ import torch
 
 from cases import randn
 from compilers import without_compiler
-from models import hf_model, prompt
+from models import BufferModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.lowering import ops
-from ranked import Packed, ranked_generation
+from nightly import at_night
+from ranked import Layer, Packed, ranked_generation
 
 WINDOW, NEW_TOKENS, SPARSITY = 4, 40, 0.5
-WAYS = [("output-aware", "magnitude"), ("output-aware", "think"), ("think", "magnitude"), ("magnitude", "think")]
+PLAIN = "none", "none"
+CASES = [
+    ("output-aware", "think", PLAIN, "dynamic"),
+    ("output-aware", "magnitude", ("int4", "int8"), "static"),
+    *at_night(
+        [
+            ("think", "magnitude", PLAIN, "static"),
+            ("output-aware", "magnitude", PLAIN, "static"),
+            ("magnitude", "think", PLAIN, "dynamic"),
+            ("think", "think", ("int8", "int4"), "dynamic"),
+        ]
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +51,91 @@ def expected(model, inputs, strategies, codes=("none", "none")):
     return tokens, layers[0].stored(*layers[0].latest)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("strategies", WAYS)
-def test_tokens_are_those_of_the_oracle(strategies, cache):
+@pytest.mark.parametrize(("keys", "values", "codes", "cache"), CASES)
+def test_tokens_are_those_of_the_oracle(keys, values, codes, cache):
     model, inputs = hf_model("llama", num_hidden_layers=1), prompt(padded=True, length=14)
-    tokens, rows = expected(model, inputs, strategies)
+    tokens, rows = expected(model, inputs, (keys, values), codes)
     with without_compiler(), explain() as report:
-        model.compile(backend="mustafar", options=options(*strategies))
+        coded = {"key_code": codes[0], "value_code": codes[1]}
+        model.compile(backend="mustafar", options=options(keys, values, **coded))
         result = generate(model, inputs, cache_implementation=cache)
     assert torch.equal(result.sequences, tokens)
     assert len(report.matched) == 1
     assert not report.notices
     layer = result.past_key_values.layers[0]
-    assert (layer.keys.format.strategy, layer.values.format.strategy) == strategies
+    assert (layer.keys.format.strategy, layer.values.format.strategy) == (keys, values)
     for kv, x in zip((layer.keys, layer.values), rows, strict=True):
         dense = kv.dense()[:, :, : x.shape[2]]
         assert torch.equal(dense != 0, x != 0)
         torch.testing.assert_close(dense, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [TupleModel, BufferModel])
+def test_own_loops(kind, dtype):
+    """A cache that the prompt's graph makes knows its queries; one of the caller does not, and a notice says so."""
+    made = kind is TupleModel
+    model = kind(**({} if made else {"dtype": dtype})).to(dtype)
+    inputs = [randn(2, count, 32, seed=count + i, dtype=dtype) for i, count in enumerate([11, *[1] * 30])]
+    layer = Layer(("output-aware", "magnitude"), SPARSITY, WINDOW, PLAIN)
+
+    def attention(q, k, v):
+        return layer.attend(q, k, v, None, q.shape[3] ** -0.5)
+
+    q, k, v = (t.transpose(1, 2) for t in model.project(inputs[0]))
+    layer.attend(q if made else 0 * q, k, v, None, 1.0)
+    outputs = pruned_steps(model, inputs, attention)
+    with without_compiler(), explain() as report:
+        step = torch.compile(model.step, backend="mustafar", options=options("output-aware", "magnitude"))
+        results = run_steps(model, inputs, step)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for result, output in zip(results, outputs, strict=True):
+        torch.testing.assert_close(result, output, rtol=tolerance, atol=tolerance)
+    assert any("without their queries, which were not seen" in notice for notice in report.notices) != made
+
+
+@pytest.mark.nightly  # rewinding is tested step by step as well
+def test_drafts_that_are_taken_back_leave_no_trace():
+    model, inputs = hf_model("llama", num_hidden_layers=1), prompt(batch=1, length=20)
+    with without_compiler():
+        model.compile(backend="mustafar", options=options("output-aware", "think"))
+        plain = generate(model, inputs)
+        drafted = generate(model, inputs, prompt_lookup_num_tokens=3)
+    assert torch.equal(drafted.sequences, plain.sequences)
+    kept, again = (result.past_key_values.layers[0].keys.dense() for result in (plain, drafted))
+    tokens = min(kept.shape[2], again.shape[2]) - WINDOW
+    assert torch.equal(kept[:, :, :tokens] != 0, again[:, :, :tokens] != 0)
+
+
+@pytest.mark.parametrize("strategy", ["output-aware", *at_night(["think"])])
+def test_a_prompt_in_chunks_goes_on_with_what_was_seen(strategy):
+    """One layer has the same keys and queries however they come in."""
+    model, ids = hf_model("llama", num_hidden_layers=1), prompt(length=50)["input_ids"]
+    with without_compiler():
+        call = torch.compile(model, backend="mustafar", options=options(strategy, "magnitude"))
+        whole = call(ids).past_key_values.layers[0].keys
+        first = call(ids[:, :30])
+        begun = first.past_key_values.layers[0].keys
+        mine = begun.clone()
+        both = call(ids[:, 30:], past_key_values=first.past_key_values).past_key_values.layers[0].keys
+    (state,), (seen,), (at_first,) = (kv.format.state_of(kv.buffers) for kv in (both, whole, mine))
+    if strategy == "think":
+        assert torch.equal(state, at_first)
+    else:
+        torch.testing.assert_close(state, seen)
+
+
+@pytest.mark.native
+@pytest.mark.nightly
+@pytest.mark.parametrize("keys", ["output-aware", "think"])
+def test_a_compiled_model_on_kernels(keys):
+    model, inputs = hf_model("llama", num_hidden_layers=1), prompt(padded=True, length=14)
+    tokens, _ = expected(model, inputs, (keys, "magnitude"))
+    torch._dynamo.reset()
+    with explain() as report:
+        model.compile(backend="mustafar", options=options(keys, "magnitude"))
+        assert torch.equal(generate(model, inputs).sequences, tokens)
+    assert [entry.kernels for entry in report.matched] == ["C++ kernels"]
 
 
 STEPS = (1, 0), (3, 0), (16, 0), (1, 16), (5, 2), (1, 0), (16, 9), (16, 0)
