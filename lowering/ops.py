@@ -34,6 +34,7 @@ _SCHEMAS = {
     "decompress": _DECOMPRESS,
     "decompress_kernel": _DECOMPRESS,
     "decode_attention": f"{_DECODE_ATTENTION}) -> Tensor",
+    "weigh_queries_kernel": "(Tensor query, Tensor position, Tensor(a!) ring) -> Tensor",
     "decode_attention_kernel": f"{_DECODE_ATTENTION}, Tensor? key_weights=None, Tensor? value_weights=None) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -91,10 +92,12 @@ def _decode_attention(
     window, other = (form.window_of(cache) for form, cache in zip(forms, caches, strict=True))
     work = backends.Work(*forms, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0])
     alike = query.dtype == other.dtype == window.dtype and other.shape[1] == window.shape[1]
-    rankings = [_Ranking(form, cache, query, position) for form, cache in zip(forms, caches, strict=True)]
+    portably = not alike or backends.for_step(work) is backends.PORTABLE
+    by_kernel = not portably and window.device.type == "cuda"
+    rankings = [_Ranking(form, cache, query, position, by_kernel) for form, cache in zip(forms, caches, strict=True)]
     weights = [ranking.weights() for ranking in rankings]
     rest: Any = position, mask, sinks, scale, softcap, length, *weights
-    if not alike or backends.for_step(work) is backends.PORTABLE:
+    if portably:
         result = portable.decode_attention(query, key, value, keys, values, *forms, *rest)
     else:
         plain = [form.plain_of(cache) for form, cache in zip(forms, caches, strict=True)]
@@ -106,21 +109,32 @@ def _decode_attention(
 
 
 class _Ranking:
-    """The strategy of K or V in one decode step."""
+    """The strategy of K or V in one decode step. by_kernel: in one launch, where there is a kernel for it."""
 
-    def __init__(self, format: Format, buffers: Sequence[Tensor], query: Tensor, position: Tensor | None) -> None:
-        self.format, self.state = format, format.state_of(buffers)
+    def __init__(
+        self, format: Format, buffers: Sequence[Tensor], query: Tensor, position: Tensor | None, by_kernel: bool
+    ) -> None:
+        self.strategy, self.state = format.ranking, format.state_of(buffers)
+        self.kernel = self.strategy.step_kernel if by_kernel else None
         if self.state:  # which alone needs a place; the counts move on in the step
-            counts = buffers[format.place("counts")]
-            at = counts[:, 0].clone() if position is None else position.reshape(-1).to(torch.int64)
-            self.given = query, at.expand(counts.shape[0]), format, self.state
+            tokens = buffers[format.place("counts")][:, 0]
+            if position is not None:
+                at = position.reshape(-1).to(torch.int64).expand(tokens.shape[0])
+            else:
+                at = tokens if self.kernel else tokens.clone()  # which is read behind the step, too
+            self.given = query, at, format, self.state
 
     def weights(self) -> Tensor | None:
-        return self.format.ranking.of_step(*self.given) if self.state else None
+        if not self.state:
+            return None
+        if self.kernel is not None:
+            query, at, _, state = self.given
+            return getattr(torch.ops.mustafar, self.kernel)(query, at, *state)
+        return self.strategy.of_step(*self.given)
 
     def remember(self) -> None:
-        if self.state:
-            self.format.ranking.remember(*self.given)
+        if self.state and self.kernel is None:
+            self.strategy.remember(*self.given)
 
 
 def _compress_kernel(
@@ -156,6 +170,13 @@ def _decode_attention_kernel(
         return kernels.decode_attention(query, key, value, keys, values, *forms, *rest)
 
 
+def _weigh_queries_kernel(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:
+    from . import kernels
+
+    with torch.cuda.device_of(query):
+        return kernels.weigh_queries(query, position, ring)
+
+
 def _natively(name: str, *given: Any) -> Any:
     """A function of ``native``, or of ``portable`` where its kernel cannot be built."""
     try:
@@ -182,6 +203,7 @@ for _name in ("compress", "decompress", "decode_attention"):
     _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_kernel"], "CUDA")
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_native"], "CPU")
+_LIBRARY.impl("weigh_queries_kernel", _weigh_queries_kernel, "CUDA")
 
 
 @torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
@@ -209,6 +231,11 @@ def _(query, key, value, keys, values, key_format, value_format, *rest, **option
     if query.device.type == "cpu" and isinstance(group, int):  # else it is built at the first call
         native.prepare_step(*forms, query.dtype, group)
     return query.new_empty(*query.shape[:3], forms[1].head_dim)
+
+
+@torch.library.register_fake("mustafar::weigh_queries_kernel", lib=_LIBRARY)
+def _(query, position, ring):
+    return ring.new_empty(*ring.shape[:2], *query.shape[2:], dtype=torch.float32)
 
 
 compress: Callable[..., list[Tensor]] = torch.ops.mustafar.compress.default

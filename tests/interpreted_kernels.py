@@ -45,7 +45,8 @@ from cases import (
 from guarded import STEPS, check_compress, check_decompress, check_step
 from mustafar_compile.lowering import kernels, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
-from mustafar_compile.lowering.format import CODES
+from mustafar_compile.lowering.format import CODES, Format
+from mustafar_compile.lowering.strategies.output_aware import OutputAware
 from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from reference import pruned_cache
@@ -126,6 +127,23 @@ def test_rows_that_are_hard_to_rank(head_dim, kept, dtype):
     check_rows(KERNELS, hard_rows(head_dim, kept, dtype), kept)
     if dtype != torch.bfloat16 and head_dim < 64:
         check_rows(KERNELS, hard_rows(head_dim, kept, dtype), kept, weights=weights_of(1, 1, 1, head_dim))
+
+
+@pytest.mark.parametrize(("dtype", "queries", "group"), [(torch.float16, 5, 3), (torch.float32, 1, 1)])
+def test_what_queries_make_of_channels(dtype, queries, group):
+    """At the beginning, where a prompt ends, around the ring, and where no token can be."""
+    ring, strategy = randn(6, 2, 48, 24, seed=1, dtype=dtype).abs(), OutputAware()
+    ring[4] = 0
+    query = randn(6, 2 * group, queries, 24, seed=2, dtype=dtype)
+    query[4] = 0
+    query[5, 0, 0, 3] = NAN
+    position = torch.tensor([0, 7, 46, 1000, 31, 40])
+    given = query, position, Format.interned(24, 16, 4)
+    expected, ours = strategy.of_step(*given, [ring]), ring.clone()
+    strategy.remember(*given, [ring])
+    assert_same_bits(kernels.weigh_queries(query, position, ours), expected)
+    assert_same_bits(ours, ring)
+    kernels.weigh_queries(query, torch.tensor([-1, -(2**62), 2**62, -48, 5, 5]), ours)
 
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -21,7 +21,7 @@ SLOTS = 48
 def over_heads(queries: Tensor, heads: int) -> Tensor:
     """|Q|, summed over the query heads of each KV head as a cache of this dtype holds it: [B, H, n, D]."""
     groups = queries.chunk(heads, dim=1)
-    return torch.stack([group.abs().double().sum(1) for group in groups], dim=1).to(queries.dtype)
+    return torch.stack([group.abs().double().sum(1) for group in groups], dim=1).float().to(queries.dtype)
 
 
 def output_aware(sums: Tensor) -> Tensor:

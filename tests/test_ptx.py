@@ -285,7 +285,7 @@ SM_90 = GPUTarget("cuda", 90, 32)
 COUNTS = {"counts", "key_counts", "value_counts", "position", "moved", "tokens"}
 FLOATS = {"sums", "states", "weights", "key_weights", "value_weights"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
-ROWS = {"query", "key", "value", "key_window", "value_window", "window", "dense", "result", "sinks"}
+ROWS = {"query", "ring", "key", "value", "key_window", "value_window", "window", "dense", "result", "sinks"}
 STORED = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
 PLAIN = dict.fromkeys(("", "key_", "value_"), Format.interned(64, 32, 4))  # what comes before a buffer's name: a format
 
@@ -399,6 +399,15 @@ def test_the_tuned_compressor_by_weights_compiles_without_spilling(head_dim, kep
     _, stack, local = usage(kernel, tmp_path)
     assert (stack, local) == (0, 0)
     assert "fma" not in kernel.asm["ptx"], "products are rounded as those of PyTorch are"
+
+
+@needs_compiler
+@pytest.mark.parametrize(("head_dim", "queries"), [(128, 1), *at_night([(64, 1), (80, 5), (256, 1), (128, 16)])])
+def test_the_kernel_that_weighs_queries_compiles_without_spilling(head_dim, queries, tmp_path):
+    weigher, warps = kernels._weigher(head_dim, 4, queries), kernels._weighing_warps(head_dim)
+    registers, stack, local = usage(compiled(weigher.weigh, "bf16", num_warps=warps), tmp_path)
+    assert (stack <= 16, local) == (True, 0)
+    assert registers * 32 * warps <= 65536
 
 
 SIZES = (80, 64, 40, 24), (24, 16, 8, 8)  # head dims and kept channels: whole words and powers of two are easier

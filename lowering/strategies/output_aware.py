@@ -21,7 +21,8 @@ QUERIES = 32
 SLOTS = QUERIES + MAX_QUERY_TOKENS
 """Of the ring that holds them: so many that a cache may be rewound and its earlier queries still are there."""
 
-_LARGE = 2.0**97
+USABLE = 2.0**-97, 2.0**97
+"""Between these the largest of the sums over queries must be; else rows rank by magnitude."""
 
 
 class OutputAware(Strategy):
@@ -35,6 +36,7 @@ class OutputAware(Strategy):
     """
 
     wants_queries = True
+    step_kernel = "weigh_queries_kernel"
 
     def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
         return (Buffer("queries", ("batch", "heads", SLOTS, head_dim)),)
@@ -78,7 +80,7 @@ class OutputAware(Strategy):
 
 def over_heads(query: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """The sums of ``|Q|`` over the query heads of each KV head: [B, Hq, n, D] -> [B, H, n, D]."""
-    return query.unflatten(1, (heads, -1)).abs().sum(2, dtype=torch.float64).to(dtype)
+    return query.unflatten(1, (heads, -1)).abs().sum(2, dtype=torch.float64).float().to(dtype)
 
 
 def _weights(ring: Tensor, counted: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _weights(ring: Tensor, counted: Tensor) -> Tensor:
     """
     summed = torch.where(counted[:, None, :, :, None], ring.unsqueeze(2), 0).sum(3, dtype=torch.float64).float()
     top = summed.amax(-1, keepdim=True)
-    usable = (top > 1 / _LARGE) & (top < _LARGE)
+    usable = (top > USABLE[0]) & (top < USABLE[1])
     exponent = torch.where(usable, top, 1).view(torch.int32) >> 23  # its bits, with a bias of 127
     scale = ((253 - exponent) << 23).view(torch.float32)
     return torch.where(usable, summed * scale, 1)

@@ -31,6 +31,9 @@ class Strategy:
     wants_queries = False
     """Whether queries say more about keys than their magnitudes do."""
 
+    step_kernel: str | None = None
+    """An op that does what ``of_step`` and then ``remember`` do, in one launch on a GPU: (query, position, *state)."""
+
     def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
         """The state of a cache with rows of ``head_dim``."""
         return ()
