@@ -172,7 +172,7 @@ def ranked_generation(
         if module.layer_idx == len(layers):
             layers.append(Layer(strategies, sparsity, window, codes))
         if attention_mask is None and query.shape[2] > 1:
-            attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+            attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         layer = layers[module.layer_idx]
         layer.latest = key, value
         return layer.attend(query, key, value, attention_mask, scaling).transpose(1, 2), None

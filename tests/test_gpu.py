@@ -17,16 +17,18 @@ from torch._dynamo.utils import counters
 
 from architectures import build
 from models import BufferModel, hf_model, prompt
-from mustafar_compile import CompressedKV, ReleaseError, cache_stats, explain
+from mustafar_compile import CompressedKV, ReleaseError, cache_stats, explain, prepare
 from mustafar_compile.cache.release import is_released, release
 from mustafar_compile.lowering import kernels
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from mustafar_compile.lowering.format import Format, grown_capacity
+from ranked import ranked_generation
 from reference import pruned_generation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 WINDOW = 4
+STRATEGIES = "key_strategy", "value_strategy"
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,20 @@ def test_tokens_equal_the_oracle(sparsity, how, mode):
             assert torch.equal(model.generate(**inputs, **call, **how), expected)
     assert len(report.matched) == 2
     assert not report.missed
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("strategies", [("output-aware", "magnitude"), ("think", "think")])
+def test_strategies_keep_what_the_oracle_does(strategies, how):
+    inputs, call = on_gpu(prompt(padded=True, length=14)), {"max_new_tokens": 40, "do_sample": False}
+    with ranked_generation(strategies, 0.5, WINDOW):
+        expected = hf_model().cuda().generate(**inputs, **call)
+    with explain() as report:
+        model = prepare(hf_model().cuda(), window=WINDOW, **dict(zip(STRATEGIES, strategies, strict=True)))
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **call, **how), expected)
+    assert len(report.matched) == 2
+    assert not report.notices
 
 
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])

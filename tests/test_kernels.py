@@ -52,6 +52,7 @@ from cases import (
 from guarded import check_compress, check_decompress, check_step
 from mustafar_compile.lowering import backends, native, ops, portable
 from mustafar_compile.lowering.format import CODES, Format
+from mustafar_compile.lowering.strategies.output_aware import OutputAware
 from nightly import mostly_at_night
 from pairwise import pairwise
 from ragged import POSITIONS, check_ragged, check_ragged_cache
@@ -648,6 +649,20 @@ def test_rows_that_leave_the_window_rank_by_weights(dtype, queries):
     for x, mine, other, w in zip((case.keys, case.values), ours, theirs, weights, strict=True):
         portable.append(x[:, :, case.written :], other, other.format, None, w)
         assert_same_cache(mine, other)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("queries", "group", "head_dim"), [(1, 4, 128), (16, 7, 256), (3, 1, 80)])
+@pytest.mark.parametrize("dtype", [*HALVES, FP32])
+def test_what_queries_make_of_channels(dtype, queries, group, head_dim):
+    ring, strategy = randn(6, 2, 48, head_dim, seed=1, dtype=dtype).abs(), OutputAware()
+    query = randn(6, 2 * group, queries, head_dim, seed=2, dtype=dtype)
+    position = torch.tensor([0, 7, 46, 1000, 31, 40])
+    given = query, position, Format.of(head_dim, 0.5, 32)
+    expected, ours = strategy.of_step(*given, [ring]), ring.cuda()
+    strategy.remember(*given, [ring])
+    assert_same_bits(kernels.weigh_queries(query.cuda(), position.cuda(), ours).cpu(), expected)
+    assert_same_bits(ours.cpu(), ring)
 
 
 # Steps in sequence
