@@ -8,7 +8,8 @@ hf        cache_implementation="static": compiled by transformers itself, mode="
 inductor  model.compile(), dynamic cache
 quantized cache_implementation="quantized": transformers' own, 4 bits of quanto, eager
 compile   model.compile(backend="mustafar"), dynamic cache
-static    the same, cache_implementation="static"
+output-aware  the same with key_strategy="output-aware"
+static    as compile, cache_implementation="static"
 config    CompileConfig(backend="mustafar", mode=None, options=...), static cache: an eager prompt, compiled steps
 prepared  mustafar_compile.prepare(model)
 
@@ -92,6 +93,11 @@ def compiled(model: Any, given: argparse.Namespace) -> Row:
     return {}
 
 
+def output_aware(model: Any, given: argparse.Namespace) -> Row:
+    model.compile(backend="mustafar", options=settings(given) | {"key_strategy": "output-aware"})
+    return {}
+
+
 def static(model: Any, given: argparse.Namespace) -> Row:
     return compiled(model, given) | {"cache_implementation": "static"}
 
@@ -113,6 +119,7 @@ WAYS: dict[str, Callable[[Any, argparse.Namespace], Row]] = {
     "inductor": inductor,
     "quantized": quantized,
     "compile": compiled,
+    "output-aware": output_aware,
     "static": static,
     "config": config,
     "prepared": prepared,
