@@ -32,9 +32,7 @@ from .step import (
     Tuned,
     cdiv,
     padded,
-    power_of_two,
 )
-from .strategies.output_aware import QUERIES, SLOTS, USABLE
 
 _PACKED = ("values", "bitmap", "peaks", "floors")  # what formats have of packed rows, some of them
 _COMPRESS_WARPS = 4
@@ -227,29 +225,6 @@ def decode_attention(
         **given, **packed, **combining, parts=splits + step.window_parts, **early, **few
     )
     return result
-
-
-def weigh_queries(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:
-    """``OutputAware.of_step`` and then ``remember``: weights [B, H, L, D], and the ring takes the queries in."""
-    (batch, heads, _, head_dim), (query_heads, queries) = ring.shape, query.shape[1:3]
-    weights = torch.empty(batch, heads, queries, head_dim, dtype=torch.float32, device=ring.device)
-    if weights.numel():
-        weighing = _weigher(head_dim, query_heads // heads, queries)
-        given = query.contiguous(), position, ring, weights, heads, position.stride(0)
-        weighing.weigh[batch * heads,](*given, num_warps=_weighing_warps(head_dim))
-    return weights
-
-
-def _weighing_warps(head_dim: int) -> int:
-    """So many that a thread's part of the ring, in float64, fits in its registers."""
-    return max(4, padded(head_dim) // 16)
-
-
-@functools.cache
-def _weigher(head_dim: int, group: int, queries: int) -> ModuleType:
-    sizes = {"head_dim": head_dim, "padded": padded(head_dim), "group": group, "queries": queries}
-    ring = {"slots": SLOTS, "slots_padded": power_of_two(SLOTS), "latest": QUERIES}
-    return render.kernels("weigh_queries", **sizes, **ring, usable=torch.tensor(USABLE).view(torch.int32).tolist())
 
 
 @functools.cache

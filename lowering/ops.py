@@ -171,10 +171,10 @@ def _decode_attention_kernel(
 
 
 def _weigh_queries_kernel(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:
-    from . import kernels
+    from . import weighing
 
     with torch.cuda.device_of(query):
-        return kernels.weigh_queries(query, position, ring)
+        return weighing.weigh_queries(query, position, ring)
 
 
 def _natively(name: str, *given: Any) -> Any:

@@ -43,7 +43,7 @@ from cases import (
     with_length,
 )
 from guarded import STEPS, check_compress, check_decompress, check_step
-from mustafar_compile.lowering import kernels, portable
+from mustafar_compile.lowering import kernels, portable, weighing
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from mustafar_compile.lowering.format import CODES, Format
 from mustafar_compile.lowering.strategies.output_aware import OutputAware
@@ -141,9 +141,9 @@ def test_what_queries_make_of_channels(dtype, queries, group):
     given = query, position, Format.interned(24, 16, 4)
     expected, ours = strategy.of_step(*given, [ring]), ring.clone()
     strategy.remember(*given, [ring])
-    assert_same_bits(kernels.weigh_queries(query, position, ours), expected)
+    assert_same_bits(weighing.weigh_queries(query, position, ours), expected)
     assert_same_bits(ours, ring)
-    kernels.weigh_queries(query, torch.tensor([-1, -(2**62), 2**62, -48, 5, 5]), ours)
+    weighing.weigh_queries(query, torch.tensor([-1, -(2**62), 2**62, -48, 5, 5]), ours)
 
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -59,7 +59,7 @@ from ragged import POSITIONS, check_ragged, check_ragged_cache
 from reference import pruned_cache
 
 pytest.importorskip("triton")
-from mustafar_compile.lowering import kernels
+from mustafar_compile.lowering import kernels, weighing
 from mustafar_compile.lowering.step import Step, Tuned
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -661,7 +661,7 @@ def test_what_queries_make_of_channels(dtype, queries, group, head_dim):
     given = query, position, Format.of(head_dim, 0.5, 32)
     expected, ours = strategy.of_step(*given, [ring]), ring.cuda()
     strategy.remember(*given, [ring])
-    assert_same_bits(kernels.weigh_queries(query.cuda(), position.cuda(), ours).cpu(), expected)
+    assert_same_bits(weighing.weigh_queries(query.cuda(), position.cuda(), ours).cpu(), expected)
     assert_same_bits(ours.cpu(), ring)
 
 

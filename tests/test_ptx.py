@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from cases import step_of
-from mustafar_compile.lowering import kernels, render
+from mustafar_compile.lowering import kernels, render, weighing
 from mustafar_compile.lowering.format import CODES, Format
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
@@ -404,7 +404,7 @@ def test_the_tuned_compressor_by_weights_compiles_without_spilling(head_dim, kep
 @needs_compiler
 @pytest.mark.parametrize(("head_dim", "queries"), [(128, 1), *at_night([(64, 1), (80, 5), (256, 1), (128, 16)])])
 def test_the_kernel_that_weighs_queries_compiles_without_spilling(head_dim, queries, tmp_path):
-    weigher, warps = kernels._weigher(head_dim, 4, queries), kernels._weighing_warps(head_dim)
+    weigher, warps = weighing.weigher(head_dim, 4, queries), weighing.warps_for(head_dim)
     registers, stack, local = usage(compiled(weigher.weigh, "bf16", num_warps=warps), tmp_path)
     assert (stack <= 16, local) == (True, 0)
     assert registers * 32 * warps <= 65536

@@ -33,11 +33,11 @@ class Think(Strategy):
         self, dense: Tensor, tokens: Tensor, format: Format, queries: Tensor | None, past: Sequence[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
         written = torch.arange(dense.shape[2], device=dense.device) < tokens.unsqueeze(-1)
-        score = torch.where(written[:, None, :, None], dense, 0).float().square().sum(2, keepdim=True)
-        score = score / tokens.clamp(min=1).view(-1, 1, 1, 1)
+        score = _squares(dense, written[:, None])  # sums rank as means do
         if queries is not None:
-            latest = queries[:, :, -QUERIES:].unflatten(1, (dense.shape[1], -1))
-            score = score * latest.float().square().mean((2, 3)).unsqueeze(2)
+            place = torch.arange(QUERIES, device=dense.device) + (queries.shape[2] - QUERIES)
+            latest = queries.index_select(2, place.clamp(min=0)).unflatten(1, (dense.shape[1], -1))
+            score = score * _squares(latest, place >= 0).sum(2)
         best = score.topk(format.kept, dim=-1).indices
         channels = torch.zeros_like(score).scatter(-1, best, 1.0) * (tokens > 0).view(-1, 1, 1, 1)
         if past is not None:
@@ -46,6 +46,11 @@ class Think(Strategy):
 
     def of_step(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor:
         return _weights(state[0])
+
+
+def _squares(x: Tensor, counts: Tensor) -> Tensor:
+    """The sums of squares [..., 1, D] over the tokens of [..., n, D] that count, boolean [..., n]."""
+    return torch.where(counts.unsqueeze(-1), x, 0).float().square().sum(-2, keepdim=True)
 
 
 def _chosen(channels: Tensor) -> Tensor:
