@@ -11,6 +11,7 @@ from models import BufferModel, TupleModel, hf_model, prompt, pruned_steps, run_
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.lowering import ops
 from nightly import at_night
+from pairwise import pairwise
 from ranked import Layer, Packed, ranked_generation
 
 WINDOW, NEW_TOKENS, SPARSITY = 4, 40, 0.5
@@ -70,8 +71,13 @@ def test_tokens_are_those_of_the_oracle(keys, values, codes, cache):
         torch.testing.assert_close(dense, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [TupleModel, BufferModel])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *[(TupleModel, torch.bfloat16), (BufferModel, torch.float32)],
+        *at_night([(TupleModel, torch.float32), (BufferModel, torch.bfloat16)]),
+    ],
+)
 def test_own_loops(kind, dtype):
     """A cache that the prompt's graph makes knows its queries; one of the caller does not, and a notice says so."""
     made = kind is TupleModel
@@ -142,9 +148,13 @@ STEPS = (1, 0), (3, 0), (16, 0), (1, 16), (5, 2), (1, 0), (16, 9), (16, 0)
 """Tokens of each, and by how many the cache is rewound before it."""
 
 
-@pytest.mark.parametrize("strategy", ["output-aware", "think"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("first", [0, 5, 60])
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "first"),
+    [*pairwise(("output-aware",), DTYPES, (0, 5, 60)), ("think", torch.float32, 0), ("think", torch.bfloat16, 60)],
+)
 def test_which_queries_count(strategy, dtype, first):
     """Each query stands out or is nothing beside others, so one too many or too few changes what is kept."""
     window, known = 1, min(first, 50)
