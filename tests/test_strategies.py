@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from cases import randn
 from compilers import without_compiler
 from models import BufferModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
-from mustafar_compile import CompressedKV, explain
+from mustafar_compile import CompressedKV, Settings, explain
+from mustafar_compile.integrations.teacher_forced import teacher_forced
 from mustafar_compile.lowering import ops
 from nightly import at_night
 from pairwise import pairwise
@@ -98,6 +100,17 @@ def test_own_loops(kind, dtype):
     for result, output in zip(results, outputs, strict=True):
         torch.testing.assert_close(result, output, rtol=tolerance, atol=tolerance)
     assert any("without their queries, which were not seen" in notice for notice in report.notices) != made
+
+
+def test_a_text_at_once_is_what_steps_make_of_it():
+    """``teacher_forced`` ranks each row by the queries of its time."""
+    model, ids = hf_model("llama", num_hidden_layers=1), prompt(batch=1, length=60)["input_ids"]
+    settings = options("output-aware", "magnitude")
+    with ranked_generation(("output-aware", "magnitude"), SPARSITY, WINDOW):
+        past = DynamicCache(config=model.config)
+        expected = torch.cat([model(x, past_key_values=past).logits for x in ids.split(1, dim=1)], dim=1)
+    with teacher_forced(model, Settings(**settings)):
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.nightly  # rewinding is tested step by step as well

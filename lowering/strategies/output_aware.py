@@ -70,6 +70,16 @@ class OutputAware(Strategy):
         ahead = torch.arange(count, device=ring.device).view(-1, 1) - place.unsqueeze(1)  # of each token, of each slot
         return _weights(ring, (held >= 0).unsqueeze(1) & (ahead >= 0) & (ahead < QUERIES))
 
+    def of_text(self, x: Tensor, format: Format, queries: Tensor | None) -> Tensor:
+        assert queries is not None, "keys have queries"
+        tokens = x.shape[2]
+        sums, span = over_heads(queries, x.shape[1], x.dtype).double(), 1
+        while span < QUERIES:
+            sums = sums + torch.nn.functional.pad(sums, (0, 0, span, 0))[:, :, :tokens]
+            span *= 2
+        last = (torch.arange(tokens, device=x.device) + format.window).clamp(max=tokens - 1)  # when a row leaves
+        return _scaled(sums.index_select(2, last).float())
+
     def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
         (ring,), count = state, query.shape[2]
         slot = torch.remainder(position.unsqueeze(-1) + torch.arange(count, device=ring.device), SLOTS)
@@ -84,11 +94,13 @@ def over_heads(query: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _weights(ring: Tensor, counted: Tensor) -> Tensor:
-    """The sums over slots that count: a ring [B, H, R, D], boolean [B, L, R] -> [B, H, L, D].
+    """The sums over slots that count, scaled: a ring [B, H, R, D], boolean [B, L, R] -> [B, H, L, D]."""
+    summed = torch.where(counted[:, None, :, :, None], ring.unsqueeze(2), 0).sum(3, dtype=torch.float64)
+    return _scaled(summed.float())
 
-    Times a power of two, so that the largest is from 0.5 to 1: products with it neither overflow nor get lost.
-    """
-    summed = torch.where(counted[:, None, :, :, None], ring.unsqueeze(2), 0).sum(3, dtype=torch.float64).float()
+
+def _scaled(summed: Tensor) -> Tensor:
+    """Times a power of two, so that the largest is from 0.5 to 1: products with it neither overflow nor get lost."""
     top = summed.amax(-1, keepdim=True)
     usable = (top > USABLE[0]) & (top < USABLE[1])
     exponent = torch.where(usable, top, 1).view(torch.int32) >> 23  # its bits, with a bias of 127

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..buffers import Buffer
@@ -54,6 +55,13 @@ class Strategy:
         query: [B, Hq, L, D], of the tokens from ``position`` on. Leaves the state as it is.
         """
         return None
+
+    def of_text(self, x: Tensor, format: Format, queries: Tensor | None) -> Tensor | None:
+        """Weights [B, H, T or 1, D] of the rows [B, H, T, D] of a text that came in token by token, each as it left.
+
+        queries: of keys, [B, Hq, T, D]. Of a strategy that looks at a prompt, the text is the prompt.
+        """
+        return self.of_prompt(x, x.new_full((x.shape[0],), x.shape[2], dtype=torch.int64), format, queries, None)[0]
 
     def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
         """Take a step into the state, in place, once its tokens are in the cache. Arguments as of ``of_step``."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from ..lowering import ops
+from ..lowering import ops, portable
 from ..lowering.format import Format
 from ..policy import policy
 from ..settings import Settings
@@ -47,7 +47,7 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
         )
         window, stored = sliding or k.shape[2], None
         if sliding is None and key_format is not None and value_format is not None:
-            window, stored = settings.window, (as_stored(k, key_format), as_stored(v, value_format))
+            window, stored = settings.window, (as_stored(k, key_format, q), as_stored(v, value_format))
         return attention(q, k, v, stored, scaling, window).transpose(1, 2), None
 
     before = _compat.attention_implementation(model)
@@ -60,14 +60,17 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def as_stored(x: Tensor, format: Format) -> Tensor:
+def as_stored(x: Tensor, format: Format, queries: Tensor | None = None) -> Tensor:
     """Keys or values [B, H, T, D], all of them as a cache gives them back that have left its window.
 
-    But for the last, which no query reads so.
+    But for the last, which no query reads so. queries: of keys, [B, Hq, T, D].
     """
-    text, tokens = replace(format, window=1).encode(), x.shape[2]
-    buffers = ops.compress(x, torch.tensor([tokens], device=x.device), text, tokens)
-    return ops.decompress(buffers, text, tokens)
+    plain, tokens = replace(format.plain, window=1), x.shape[2]
+    given = x, torch.tensor([tokens], device=x.device)
+    if format.strategy == "magnitude":
+        return ops.decompress(ops.compress(*given, plain.encode(), tokens), plain.encode(), tokens)
+    weights = format.ranking.of_text(x, format, queries)  # of each row, which no kernel takes
+    return portable.decompress(portable.compress(*given, plain, tokens, weights), plain, tokens)
 
 
 def attention(
