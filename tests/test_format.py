@@ -190,3 +190,22 @@ def test_buffers_that_are_not_those_of_a_format(change):
     format.check(buffers)
     with pytest.raises(FormatError):
         format.check(change(buffers))
+
+
+def test_strategies_of_formats():
+    aware = Format.of(128, 0.5, 32, strategy="output-aware")
+    assert aware.encode() == "head_dim=128,kept=64,window=32,strategy=output-aware"
+    assert Format.decode(aware.encode()) is aware
+    assert aware.plain is Format.of(128, 0.5, 32)
+    assert aware.ordered("rows").strategy == "output-aware"
+    assert Format.of(128, 0, 32, strategy="think") is Format.of(128, 0, 32), "nothing is chosen"
+    names = [buffer.name for buffer in aware.buffers]
+    assert names == ["values", "bitmap", "window", "queries", "counts"]
+    ring = 2 * 48 * 128 * 2
+    assert aware.stored_bytes(1, 2, 64, 2) == aware.plain.stored_bytes(1, 2, 64, 2) + ring
+    assert aware.token_bytes(2) == aware.plain.token_bytes(2)
+    cache = list(range(5))
+    assert aware.joined(aware.plain_of(cache), aware.state_of(cache)) == cache
+    for values in ({"kept": 64, "strategy": "largest"}, {"kept": 128, "strategy": "think"}):
+        with pytest.raises(FormatError, match="accepted is a strategy of magnitude, output-aware, think"):
+            Format(128, window=32, **values)
