@@ -207,6 +207,11 @@ class Format:
         except (TypeError, ValueError) as error:
             raise FormatError(f"{text!r} is not a format; accepted is such as {cls(128, 64, 32).encode()!r}") from error
 
+    @property
+    def described(self) -> str:
+        """What it keeps of a row, for people: "40/128" or "40/128 int8"."""
+        return f"{self.kept}/{self.head_dim}" + (f" {self.code}" if self.code != "none" else "")
+
     def __deepcopy__(self, memo: Any) -> Format:
         """Itself, so that Dynamo's guards, which keep a copy, compare one object with itself."""
         return self

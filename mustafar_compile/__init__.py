@@ -1,9 +1,9 @@
 """KV-cache compression as a torch.compile backend: ``torch.compile(model, backend="mustafar")``.
 
 The backend is found by name through its entry point. This package adds what to use beside it: ``prepare`` (a Hugging
-Face model in one line), ``compile_loop`` (for one's own generate loops), ``explain`` (what was compressed and why not),
-``cache_stats`` (what a cache takes), ``safe_globals`` (for loading a saved cache) and ``Settings``. Importing it
-changes nothing global and loads no compiler.
+Face model in one line), ``compile_loop`` (for one's own generate loops), ``calibrate`` (how far to prune which layer: a
+``Budget``), ``explain`` (what was compressed and why not), ``cache_stats`` (what a cache takes), ``safe_globals`` (for
+loading a saved cache) and ``Settings``. Importing it changes nothing global and loads no compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .cache.saving import safe_globals
     from .cache.stats import CacheStats, cache_stats
     from .cache.tensor import CompressedKV
+    from .calibration.budget import Budget
+    from .calibration.calibrate import calibrate
     from .errors import (
         CompressedWriteError,
         ForeignCompilerError,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 _HOMES = {
+    "Budget": "calibration.budget",
     "CacheStats": "cache.stats",
     "CompressedKV": "cache.tensor",
     "CompressedWriteError": "errors",
@@ -47,6 +50,7 @@ _HOMES = {
     "StaleCacheError": "errors",
     "UnknownLayerError": "errors",
     "cache_stats": "cache.stats",
+    "calibrate": "calibration.calibrate",
     "compile_loop": "loop",
     "explain": "reporting.explain",
     "prepare": "hugging_face",
@@ -54,6 +58,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Budget",
     "CacheStats",
     "CompressedKV",
     "CompressedWriteError",
@@ -68,6 +73,7 @@ __all__ = [
     "StaleCacheError",
     "UnknownLayerError",
     "cache_stats",
+    "calibrate",
     "compile_loop",
     "explain",
     "prepare",

@@ -32,7 +32,7 @@ class ForeignCompilerError(MustafarError):
 
 
 class UnknownLayerError(MustafarError):
-    """A setting goes by the number of a layer, and a layer has none."""
+    """A setting goes by the number of a layer, and a layer has no number or no value."""
 
 
 class NothingMatchedError(MustafarError):

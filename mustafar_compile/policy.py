@@ -16,19 +16,20 @@ FormatOf = Callable[[int | None, str, int, torch.dtype, torch.device], Format | 
 
 def policy(settings: Settings) -> FormatOf:
     """What ``settings`` ask for."""
+    by_layer = settings.by_layer()
 
     def format_of(
         layer: int | None, role: str, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Format | None:
-        if layer is None and settings.skip_layers:
+        if layer is None and by_layer:
             raise UnknownLayerError(
-                f"skip_layers={sorted(settings.skip_layers)} is given, but a graph holds a single layer of unknown "
-                "number: neither its module path nor a layer_idx that it reads tells it. Compile the whole model, or "
-                "leave dense what is to be dense by not compiling it"
+                f"{' and '.join(by_layer)} is given, but a graph holds a single layer of unknown number: neither its "
+                "module path nor a layer_idx that it reads tells it. Compile the whole model, or leave dense what is "
+                "to be dense by not compiling it"
             )
         if layer in settings.skip_layers:
             return None
-        order, code, strategy = order_for(device), settings.code(role), settings.strategy(role)
-        return Format.of(head_dim, settings.sparsity(role), settings.window, order, code, strategy)
+        sparsity, code, strategy = (of(role, layer) for of in (settings.sparsity, settings.code, settings.strategy))
+        return Format.of(head_dim, sparsity, settings.window, order_for(device), code, strategy)
 
     return format_of

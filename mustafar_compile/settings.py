@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .by_layer import ByLayer
+from .calibration.budget import Budget
+from .errors import UnknownLayerError
 from .lowering.format import CODES
 from .lowering.strategies import STRATEGIES_OF
+
+PerLayer = Any
+"""One value for all layers; or by layer, a list or a mapping. In a ``Settings`` that is a ``ByLayer``."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of the backend. Pass them to torch.compile as ``options={"key_sparsity": 0.7}``.
+
+    Those of keys and of values may differ by layer: ``[0.3, 0.7, 0.7]``, an entry for each layer from 0 on, or
+    ``{0: 0.3, "default": 0.7}``. UnknownLayerError where a layer that is to be compressed has no value or no number.
 
     key_sparsity: fraction of each pruned key that is dropped, in [0, 1). 0 keeps everything.
     value_sparsity: the same for values.
@@ -31,12 +40,12 @@ class Settings:
         a warning says so. For debugging.
     """
 
-    key_sparsity: float = 0.5
-    value_sparsity: float = 0.5
-    key_code: str = "none"
-    value_code: str = "none"
-    key_strategy: str = "magnitude"
-    value_strategy: str = "magnitude"
+    key_sparsity: PerLayer = 0.5
+    value_sparsity: PerLayer = 0.5
+    key_code: PerLayer = "none"
+    value_code: PerLayer = "none"
+    key_strategy: PerLayer = "magnitude"
+    value_strategy: PerLayer = "magnitude"
     window: int = 32
     skip_layers: frozenset[int] = field(default_factory=frozenset)
     strict: bool = False
@@ -45,14 +54,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("key_sparsity", "value_sparsity"):
-            value = getattr(self, name)
-            _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+            self._check_each(name, lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
         for name in ("key_code", "value_code"):
-            value = getattr(self, name)
-            _check(name, value, value in CODES, f"one of {', '.join(map(repr, CODES))}")
+            self._check_each(name, lambda value: value in CODES, f"one of {', '.join(map(repr, CODES))}")
         for role, names in STRATEGIES_OF.items():
-            value = self.strategy(role)
-            _check(f"{role}_strategy", value, value in names, f"one of {', '.join(map(repr, names))}")
+            self._check_each(f"{role}_strategy", names.__contains__, f"one of {', '.join(map(repr, names))}")
         _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
         for name in ("strict", "release_dense", "raise_errors"):
             value = getattr(self, name)
@@ -63,17 +69,42 @@ class Settings:
         _check("skip_layers", layers, accepted, "a collection of layer numbers from 0 on")
         object.__setattr__(self, "skip_layers", frozenset(layers))
 
-    def sparsity(self, role: str) -> float:
-        """The sparsity of "key" or "value"."""
-        return self.key_sparsity if role == "key" else self.value_sparsity
+    def _check_each(self, name: str, accepts: Callable[[Any], bool], wanted: str) -> None:
+        """Check the value of a setting, or that of each layer."""
+        value = getattr(self, name)
+        if isinstance(value, Mapping | list | tuple):
+            try:
+                value = ByLayer.of(value)
+            except ValueError as error:
+                raise ValueError(f"mustafar: {name}={error}") from None
+            object.__setattr__(self, name, value)
+        for key, each in value.items() if isinstance(value, ByLayer) else [(None, value)]:
+            _check(name if key is None else f"{name}[{key!r}]", each, accepts(each), wanted)
 
-    def code(self, role: str) -> str:
-        """The code of "key" or "value"."""
-        return self.key_code if role == "key" else self.value_code
+    def sparsity(self, role: str, layer: int | None = None) -> float:
+        """The sparsity of "key" or "value". layer: may be left out where all have the same."""
+        return self._at(f"{role}_sparsity", layer)
 
-    def strategy(self, role: str) -> str:
-        """The strategy of "key" or "value"."""
-        return self.key_strategy if role == "key" else self.value_strategy
+    def code(self, role: str, layer: int | None = None) -> str:
+        """The code of "key" or "value". layer: may be left out where all have the same."""
+        return self._at(f"{role}_code", layer)
+
+    def strategy(self, role: str, layer: int | None = None) -> str:
+        """The strategy of "key" or "value". layer: may be left out where all have the same."""
+        return self._at(f"{role}_strategy", layer)
+
+    def _at(self, name: str, layer: int | None) -> Any:
+        value = getattr(self, name)
+        if not isinstance(value, ByLayer):
+            return value
+        if layer is None:
+            raise UnknownLayerError(f"{name} differs by layer, and no layer is named")
+        return value.at(layer, name)
+
+    def by_layer(self) -> list[str]:
+        """What of the settings goes by the number of a layer, as text."""
+        skipped = [f"skip_layers={sorted(self.skip_layers)}"] if self.skip_layers else []
+        return skipped + [f"{f.name} by layer" for f in fields(self) if isinstance(getattr(self, f.name), ByLayer)]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -109,7 +140,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     """Split torch.compile's ``mode`` and ``options`` into our settings and patches of Inductor's config.
 
     torch.compile takes one or the other, so a mode may also stand among the options. Raises ValueError for an unknown
-    mode, preset or option, naming what is accepted, and for two modes.
+    mode, preset or option, naming what is accepted, for two modes, and for what is no budget.
     """
     from . import _compat
 
@@ -124,10 +155,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     inductor = dict(modes[mode]) if mode is not None else {}
     if mode == "max-autotune-no-cudagraphs":
         inductor["triton.cudagraphs"] = False  # which Inductor has by default, and we have not
-    preset = options.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"mustafar: preset {preset!r} is unknown; accepted are {', '.join(map(repr, PRESETS))}")
-    ours: dict[str, Any] = {} if preset is None else dict(PRESETS[preset])
+    ours = _settings_by_name(options)
     known = _compat.inductor_config.get_config_copy()
     for key, value in options.items():
         name = key.replace("-", "_")
@@ -137,10 +165,22 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
             inductor[name] = value
         else:
             raise ValueError(
-                f"mustafar: option {key!r} is unknown; accepted are preset, {', '.join(setting_names())} and the keys "
-                "of torch._inductor.config (torch._inductor.list_options() lists them)"
+                f"mustafar: option {key!r} is unknown; accepted are preset, budget, {', '.join(setting_names())} and "
+                "the keys of torch._inductor.config (torch._inductor.list_options() lists them)"
             )
     return Settings(**ours), inductor
+
+
+def _settings_by_name(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a preset or a budget among the options stands for; takes it out of them."""
+    preset, budget = options.pop("preset", None), options.pop("budget", None)
+    if preset is not None and budget is not None:
+        raise ValueError("mustafar: a preset and a budget are given; accepted is one of them")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"mustafar: preset {preset!r} is unknown; accepted are {', '.join(map(repr, PRESETS))}")
+    if budget is not None:
+        return Budget.of(budget).settings()
+    return {} if preset is None else dict(PRESETS[preset])
 
 
 def merged_options(
@@ -150,12 +190,18 @@ def merged_options(
 
     Raises ValueError as ``read_options`` does, and for a keyword that is no setting.
     """
-    unknown = settings.keys() - {"preset", *setting_names()}
+    unknown = settings.keys() - {"preset", "budget", *setting_names()}
     if unknown:
         raise ValueError(
             f"{function}: unknown setting {', '.join(sorted(unknown))}; accepted are {', '.join(setting_names())}, "
-            "preset, mode and options"
+            "preset, budget, mode and options"
         )
     merged = {**(options or {}), **settings}
-    read_options(mode, merged)
+    read, _ = read_options(mode, merged)
+    if merged.get("budget") is not None:
+        merged = Budget.of(merged.pop("budget")).settings() | merged
+    for name in merged:
+        value = getattr(read, name.replace("-", "_"), None)
+        if isinstance(value, ByLayer):
+            merged[name] = value.plain()  # transformers writes a CompileConfig as JSON
     return merged if mode is None else merged | {"mode": mode}

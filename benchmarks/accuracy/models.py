@@ -24,9 +24,11 @@ TOKENS = 3072  # of a text
 
 @dataclass
 class Subject:
-    """A model in float32, texts [T] that it reads, and questions: ids of a prompt and of its right answer."""
+    """A model in float32, its tokenizer, texts [T] that it reads, and questions: ids of a prompt and of its right
+    answer."""
 
     model: Any
+    tokenizer: Any
     texts: list[Tensor]
     questions: list[tuple[Tensor, Tensor]]
 
@@ -35,7 +37,7 @@ def tiny_llama() -> Subject:
     """The demo's model, which reads a module that it was not trained on, byte by byte."""
     tokenizer, model = _loaded(str(quickstart.TINY_MODEL))
     ids = _ids(tokenizer, inspect.getsource(textwrap))
-    return Subject(model, list(ids.split(TOKENS))[:TEXTS], _questions(tokenizer, quickstart.fact_prompts()))
+    return Subject(model, tokenizer, list(ids.split(TOKENS))[:TEXTS], _questions(tokenizer, quickstart.fact_prompts()))
 
 
 def smollm2_135m() -> Subject:
@@ -44,7 +46,9 @@ def smollm2_135m() -> Subject:
     ids = _ids(tokenizer, "\n\n".join(topics.topics[name] for name in sorted(topics.topics)))
     apart = len(ids) // TEXTS
     texts = [ids[i * apart : i * apart + TOKENS] for i in range(TEXTS)]
-    return Subject(model, texts, _questions(tokenizer, quickstart.read_prompts(None, smollm2.NAME, tokenizer)))
+    return Subject(
+        model, tokenizer, texts, _questions(tokenizer, quickstart.read_prompts(None, smollm2.NAME, tokenizer))
+    )
 
 
 def _loaded(name: str) -> tuple[Any, Any]:

@@ -6,13 +6,15 @@ every query does so at once, since the text is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+
+from mustafar_compile.calibration import attending as hooked
+from mustafar_compile.calibration.attending import Attention
 
 Storage = Callable[[Tensor], Tensor]
 """Keys (rotated) or values of one layer [B, H, T, D] -> what a query reads of them once they have left the window."""
@@ -20,7 +22,6 @@ Storage = Callable[[Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Queries [B, Hq, T, D], keys and values of one layer, scale -> the result of causal attention [B, Hq, T, D]."""
 
-_NAME = "teacher_forced"
 _QUERIES = 128  # at a time: all scores of a text at once would take gigabytes
 _LOGITS = 512  # tokens at a time
 
@@ -59,20 +60,15 @@ def _by_group(x: Tensor, of_head: Tensor) -> Tensor:
     return (x.flatten(2, 3) @ of_head).unflatten(2, x.shape[2:4])
 
 
-@contextmanager
-def attending(model: Any, attend: Attend) -> Iterator[None]:
+def attending(model: Any, attend: Attend) -> AbstractContextManager[None]:
     """Within it a Hugging Face model attends by this function, in a forward without a cache."""
 
-    def interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
-        return attend(q, k, v, scaling).transpose(1, 2), None
+    def followed(attention: Attention) -> Tensor:
+        if attention.window is not None:
+            raise NotImplementedError("a layer with a sliding window stays dense: it cannot be studied")
+        return attend(attention.query, attention.key, attention.value, attention.scale)
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, interface)
-    model.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return hooked.attending(model, followed)
 
 
 def storing(model: Any, keys: Storage, values: Storage, window: int) -> AbstractContextManager[None]:

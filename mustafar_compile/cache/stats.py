@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lowering.format import Format
 from ..reporting.text import bytes_text
 from .attached import find_state
 from .release import is_released
@@ -18,13 +20,15 @@ from .tensor import CompressedKV, storage_bytes
 @dataclass(frozen=True)
 class CacheStats:
     """tokens: written tokens of the longest layer. stored_bytes: what is really allocated. dense_bytes: what the same
-    cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed."""
+    cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed.
+    kept: of a row of each tensor, K and V of each layer in turn: "64/128", "40/128 int8", or "dense"."""
 
     tokens: int
     stored_bytes: int
     dense_bytes: int
     tensors: int
     compressed_tensors: int
+    kept: tuple[str, ...]
 
     @property
     def ratio(self) -> float:
@@ -33,6 +37,9 @@ class CacheStats:
 
     def __str__(self) -> str:
         kind = f"{self.compressed_tensors} of {self.tensors} tensors compressed"
+        kinds = Counter(self.kept)
+        if len(kinds) > 1:
+            kind += f": {', '.join(f'{count} x {kept}' for kept, count in kinds.items())}"
         return (
             f"{self.tokens} tokens, {bytes_text(self.stored_bytes)} stored, {bytes_text(self.dense_bytes)} dense "
             f"(ratio {self.ratio:.3f}), {kind}"
@@ -62,7 +69,8 @@ def cache_stats(past_key_values: Any, tokens_dim: int = 2) -> CacheStats:
         stored_bytes=storage_bytes(plain for _, held, _ in holdings for plain in held),
         dense_bytes=sum(t.numel() * t.element_size() for t in tensors),
         tensors=len(tensors),
-        compressed_tensors=sum(compressed for _, _, compressed in holdings),
+        compressed_tensors=sum(format is not None for _, _, format in holdings),
+        kept=tuple("dense" if format is None else format.described for _, _, format in holdings),
     )
 
 
@@ -85,16 +93,16 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
             yield from _cache_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
-def _holding(tensor: Tensor, tokens_dim: int) -> tuple[int, Sequence[Tensor], bool]:
-    """(tokens, the plain tensors that hold them, whether compressed) of one K or V."""
+def _holding(tensor: Tensor, tokens_dim: int) -> tuple[int, Sequence[Tensor], Format | None]:
+    """(tokens, the plain tensors that hold them, the format, None where dense) of one K or V."""
     if isinstance(tensor, CompressedKV):
         tokens = tensor.tokens if tensor.grows else _written(tensor.counts)
-        return tokens, tensor.buffers, True
+        return tokens, tensor.buffers, tensor.format
     state = find_state(tensor)
     if state is not None:
         dense = [] if is_released(tensor) else [tensor]
-        return _written(state.buffers[-1]), [*dense, *state.buffers], True
-    return tensor.shape[tokens_dim], [tensor], False
+        return _written(state.buffers[-1]), [*dense, *state.buffers], state.format
+    return tensor.shape[tokens_dim], [tensor], None
 
 
 def _written(counts: Tensor) -> int:

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat
+from ..calibration.attending import Attention, attending
 from ..lowering import ops, portable
 from ..lowering.format import Format
 from ..policy import policy
 from ..settings import Settings
 
-_NAME = "mustafar_teacher_forced"
-_NOT_PLAIN = "softcap", "s_aux"  # arguments of attention that change it
 _QUERIES = 512  # at a time: the mask of all would take gigabytes
 
 
@@ -31,33 +29,22 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
 
     Texts begin at the first token and may be padded on the right. Layers with a sliding window and ``skip_layers`` are
     dense. The model runs as it is, also where it was compiled. Raises NotImplementedError, in the forward, for
-    attention with a softcap or sinks.
+    attention with a softcap, with sinks or in chunks.
     """
-    from transformers import AttentionInterface
-
     format_of = policy(settings)
 
-    def interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **more: Any) -> Any:
-        unknown = [name for name in _NOT_PLAIN if more.get(name) is not None]
-        if unknown:
-            raise NotImplementedError(f"mustafar: attention with {', '.join(unknown)} cannot be teacher-forced")
-        sliding = more.get("sliding_window")
+    def attend(of: Attention) -> Tensor:
+        k, v = of.key, of.value
         key_format, value_format = (
-            format_of(module.layer_idx, role, x.shape[3], x.dtype, x.device) for role, x in (("key", k), ("value", v))
+            format_of(of.layer, role, x.shape[3], x.dtype, x.device) for role, x in (("key", k), ("value", v))
         )
-        window, stored = sliding or k.shape[2], None
-        if sliding is None and key_format is not None and value_format is not None:
-            window, stored = settings.window, (as_stored(k, key_format, q), as_stored(v, value_format))
-        return attention(q, k, v, stored, scaling, window).transpose(1, 2), None
+        window, stored = of.window or k.shape[2], None
+        if of.window is None and key_format is not None and value_format is not None:
+            window, stored = settings.window, (as_stored(k, key_format, of.query), as_stored(v, value_format))
+        return attention(of.query, k, v, stored, of.scale, window)
 
-    before = _compat.attention_implementation(model)
-    AttentionInterface.register(_NAME, interface)
-    model.set_attn_implementation(_NAME)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.set_attn_implementation(before)
+    with attending(model, attend), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def as_stored(x: Tensor, format: Format, queries: Tensor | None = None) -> Tensor:

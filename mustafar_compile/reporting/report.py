@@ -14,9 +14,10 @@ class Entry:
 
     layer: its number, None where unknown. name: its module path. form: how its cache is kept. phases: "prefill",
     "decode" where matched. reason: why not in some graph, "" where matched in all. waits: whether that is of a prompt
-    that its next step compresses. kernels: what carries out its decode steps, "" without any. dense_bytes,
-    stored_bytes: of K and V together, when the graph was compiled; 0 where there is no cache or an earlier layer shares
-    it. function: the one that Dynamo compiled, as it names it.
+    that its next step compresses. kernels: what carries out its decode steps, "" without any. kept: of a row of K and
+    of one of V, such as "64/128, 40/128 int8", "" where dense. dense_bytes, stored_bytes: of K and V together, when the
+    graph was compiled; 0 where there is no cache or an earlier layer shares it. function: the one that Dynamo compiled,
+    as it names it.
     """
 
     layer: int | None
@@ -26,6 +27,7 @@ class Entry:
     reason: str = ""
     waits: bool = False
     kernels: str = ""
+    kept: str = ""
     dense_bytes: int = 0
     stored_bytes: int = 0
     function: str = ""
@@ -106,13 +108,14 @@ class Report:
                 e.form,
                 _verdict(e),
                 e.kernels,
+                e.kept,
                 bytes_text(e.dense_bytes),
                 bytes_text(e.stored_bytes),
             )
             for e in self._layers()
         ]
         title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
-        return table(title, ("layer", "module", "cache", "compressed", "by", "dense", "stored"), rows)
+        return table(title, ("layer", "module", "cache", "compressed", "by", "kept of K, V", "dense", "stored"), rows)
 
 
 def _same_layer(a: Entry, b: Entry) -> bool:
