@@ -39,7 +39,7 @@ def prepare(
             "others use torch.compile(model, backend='mustafar') or mustafar_compile.compile_loop"
         )
     options = merged_options("prepare", mode, options, settings)
-    by_queries = strategy_named(read_options(None, options)[0].key_strategy).wants_queries
+    by_queries = any(strategy_named(name).wants_queries for name in read_options(None, options)[0].strategies("key"))
     if generating.device.type == "cuda" and _compat.takes_static_cache(generating) and not by_queries:
         options.setdefault("release_dense", True)
         generating.generation_config.cache_implementation = "static"

@@ -93,6 +93,11 @@ class Settings:
         """The strategy of "key" or "value". layer: may be left out where all have the same."""
         return self._at(f"{role}_strategy", layer)
 
+    def strategies(self, role: str) -> set[str]:
+        """Those of "key" or "value" that any layer has."""
+        value = getattr(self, f"{role}_strategy")
+        return {name for _, name in value.items()} if isinstance(value, ByLayer) else {value}
+
     def _at(self, name: str, layer: int | None) -> Any:
         value = getattr(self, name)
         if not isinstance(value, ByLayer):
