@@ -124,7 +124,8 @@ class Live:
 
     def dense(self, rows: list[Tensor]) -> list[Tensor]:
         """The cache with these exact K and V as the latest tokens see it."""
-        pruned = max(self.held, rows[0].shape[2] - self.shape.window)
+        tokens = rows[0].shape[2]
+        pruned = min(max(self.held, tokens - self.shape.window), tokens)
         both = zip(self.packed, rows, strict=True)
         return [torch.cat([packed.rows[:, :, :pruned], x[:, :, pruned:]], dim=2) for packed, x in both]
 
