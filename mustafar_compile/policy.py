@@ -29,7 +29,8 @@ def policy(settings: Settings) -> FormatOf:
             )
         if layer in settings.skip_layers:
             return None
-        sparsity, code, strategy = (of(role, layer) for of in (settings.sparsity, settings.code, settings.strategy))
+        sparsity, code = settings.sparsity(role, layer), settings.code(role, layer)
+        strategy = settings.strategy(role, layer)
         return Format.of(head_dim, sparsity, settings.window, order_for(device), code, strategy)
 
     return format_of
