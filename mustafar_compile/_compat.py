@@ -49,6 +49,7 @@ skip_code: Callable = _probe("torch._dynamo.eval_frame", "skip_code")
 maybe_mark_dynamic: Callable = _probe("torch._dynamo", "maybe_mark_dynamic")
 _swap_tensors: Callable[[torch.Tensor, torch.Tensor], None] = _probe("torch._C", "_swap_tensor_impl")
 _storage_uses: Callable[[int], int] = _probe("torch._C", "_storage_Use_Count")
+StorageWeakRef = _probe("torch.multiprocessing.reductions", "StorageWeakRef")
 forbid_data_pointer: Callable[[torch.Tensor], None] = _probe("torch._C", "_set_throw_on_mutable_data_ptr")
 return_and_correct_aliasing: Callable = _probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
 holds_tensors: Callable[[Any], bool] = _probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
@@ -245,6 +246,43 @@ def free_storage(storage: torch.UntypedStorage, message: str) -> None:
     forbid = _probe("torch._C", "_set_storage_data_ptr_access_error_msg")
     free(storage._cdata)
     forbid(storage._cdata, message)
+
+
+# Torch may be built without distributed, and its packages take a while to load.
+
+
+def groups_in(x: Any) -> Sequence[Any]:
+    """The process groups of a group, a device mesh or a DTensor, none of anything else."""
+    distributed = torch.distributed
+    if isinstance(x, distributed.ProcessGroup):
+        return [x]
+    mesh = getattr(x, "device_mesh", x)
+    return mesh.get_all_groups() if isinstance(mesh, distributed.DeviceMesh) else []
+
+
+def group_named(name: str) -> Any:
+    """The process group of a name, None where there is none."""
+    with suppress(ValueError, LookupError, RuntimeError):
+        return _probe("torch.distributed.distributed_c10d", "_resolve_process_group")(name)
+    return None
+
+
+def backend_of(name: str, device: torch.device) -> str | None:
+    """What carries out the collectives of a group on ``device``, such as "nccl"; None where there is no such group."""
+    group = group_named(name)
+    return None if group is None else group._get_backend(device).name()
+
+
+def store_of(group: Any) -> Any:
+    """The store by which the ranks of ``group`` found each other."""
+    return _probe("torch.distributed.distributed_c10d", "_get_process_group_store")(group)
+
+
+def timeout_of(group: Any) -> float:
+    """Seconds that a rank of ``group`` waits for others at most."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    timeouts = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
+    return min(timeouts, default=torch.distributed.default_pg_timeout).total_seconds()
 
 
 def is_alone_in_memory(tensor: torch.Tensor) -> bool:

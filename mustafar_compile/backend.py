@@ -32,6 +32,7 @@ from .patterns.rewriting.lengths import free_of_lengths, lengths_of
 from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
 from .policy import policy
+from .ranks import Statement, agreeing, of_attention, of_options
 from .reporting.record import (
     record_decompression,
     record_failure,
@@ -59,11 +60,14 @@ def mustafar(
     mode: a mode of Inductor. options: fields of ``Settings`` and keys of Inductor's config. What does not match is
     compiled by plain Inductor; ``mustafar_compile.explain()`` tells why. So is, with a warning, a graph on which a
     stage fails. Raises ValueError for an unknown mode or option or a value out of range, NothingMatchedError under
-    ``strict``, what a stage fails with under ``raise_errors``.
+    ``strict``, what a stage fails with under ``raise_errors``, RanksDisagreeError where ranks that wait for each other
+    compile different graphs.
     """
-    settings, inductor = read_options(mode, options)
     _compat.note_recompile_limit()
-    rewritten = _rewritten(gm, example_inputs, settings)
+    with agreeing(gm, example_inputs) as said:
+        settings, inductor = read_options(mode, options)
+        said.update(of_options(settings, inductor))
+        rewritten = _rewritten(gm, example_inputs, settings, said)
     with _compat.inductor_options(inductor, code_digest()):
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
             return gm  # op by op, which decompresses: Inductor would need plain tensors
@@ -90,7 +94,7 @@ def _launching(
     device = graph_device(inputs)
     if device is None or not is_step(plan):
         return None
-    lengths, reason = lengths_of(plan, inputs), why_not(inputs)
+    lengths, reason = lengths_of(plan, inputs), why_not(plan, inputs)
     places = Places.of(plan, inputs, lengths, given.parameters)
     if lengths and not reason:
         try:
@@ -101,8 +105,13 @@ def _launching(
     return None if reason else lambda compiled: CudaGraphs(compiled, places, device)
 
 
-def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Rewritten | None:
-    """What becomes of a graph with something to rewrite, None for a graph that runs as it is."""
+def _rewritten(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, said: Statement
+) -> Rewritten | None:
+    """What becomes of a graph with something to rewrite, None for a graph that runs as it is.
+
+    said: gets what other ranks must say, too.
+    """
     holds_cache = any(isinstance(x, CompressedKV) for x in example_inputs)
     if not holds_cache and not _may_hold_attention(gm):
         if settings.strict and any(isinstance(x, torch.nn.Parameter) for x in example_inputs):
@@ -110,14 +119,17 @@ def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Setting
         record_untouched()
         return None
     try:
-        return _through_stages(gm, example_inputs, settings)
+        return _through_stages(gm, example_inputs, settings, said)
     except StageError as error:  # the stages work on a trace, so the graph itself still runs as it is
+        said["stages"] = str(error)
         record_failure(gm, error)
         _require_match(settings, [], str(error))
         return None
 
 
-def _through_stages(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Rewritten | None:
+def _through_stages(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, said: Statement
+) -> Rewritten | None:
     """As ``_rewritten``, of a graph that may hold attention. Raises StageError."""
     with stage("traced", settings.raise_errors):
         given = PlainInputs(gm, example_inputs)
@@ -136,6 +148,7 @@ def _through_stages(gm: GraphModule, example_inputs: Sequence[Any], settings: Se
     if _gives_gradients(gm):
         reason = "gradients are enabled; compile and run under torch.no_grad()"
         found = [NoMatch(m.attention, reason, m.key, m.value, lost=isinstance(m, Match)) for m in found]
+    said.update(of_attention(found))
     matches = [m for m in found if isinstance(m, Match)]
     rewritten = None
     if matches or caches:

@@ -37,3 +37,7 @@ class UnknownLayerError(MustafarError):
 
 class NothingMatchedError(MustafarError):
     """``strict`` is on and a graph holds no attention that could be rewritten."""
+
+
+class RanksDisagreeError(MustafarError):
+    """Ranks that wait for each other compile different graphs, or one of them compiles none."""

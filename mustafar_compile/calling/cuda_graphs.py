@@ -24,7 +24,7 @@ from .recordable import Places
 
 Function = Callable[..., Sequence[Any]]
 
-Key = tuple[Hashable, tuple[int, ...]]
+Key = tuple[Hashable, tuple[Hashable, ...]]
 """Form and addresses of the inputs of a step, see ``Places``."""
 
 KEPT = 4
@@ -157,6 +157,11 @@ class CudaGraphs:
         try:
             recording = self._record(inputs)
         except Exception as error:  # nothing has run yet
+            if self.places.waits:
+                raise NotRecordableError(
+                    f"a decode step could not be recorded as a CUDA graph, and other ranks go on with theirs: {error}. "
+                    'Accepted is options={"triton.cudagraphs": False} on all of them'
+                ) from error
             if again:
                 self.refused = True
                 notify(f"a decode step runs without a CUDA graph, which could not be recorded: {error}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..lowering import ops
+from ..patterns.graph.nodes import is_collective
 from ..patterns.graph.symbols import expression
 from ..patterns.rewriting.lengths import Length, size_at, traced_inputs
 from ..patterns.rewriting.plan import Argument, Plan
@@ -41,10 +42,14 @@ def graph_device(examples: Sequence[Any]) -> torch.device | None:
     return next((x.device for x in examples if isinstance(x, Tensor) and x.device.type == "cuda"), None)
 
 
-def why_not(examples: Sequence[Any]) -> str:
+def why_not(plan: Plan, examples: Sequence[Any]) -> str:
     """Why a decode step cannot run as a CUDA graph, "" where it can. examples: its example inputs."""
     devices = sorted({str(x.device) for x in examples if isinstance(x, Tensor)})
-    return f"its inputs are on {' and '.join(devices)}" if len(devices) > 1 else ""
+    if len(devices) > 1:
+        return f"its inputs are on {' and '.join(devices)}"
+    names = {x for node in plan.module.graph.nodes if is_collective(node) for x in node.args if isinstance(x, str)}
+    others = {_compat.backend_of(name, torch.device(devices[0])) for name in names} - {None, "nccl"} if names else ()
+    return f"its ranks wait for each other by {' and '.join(sorted(others))}; accepted is nccl" if others else ""
 
 
 def rounded(length: int) -> int:
@@ -69,6 +74,8 @@ class Places:
     sizes: Sequence[tuple[int, int | None]] = ()
     lengths: Sequence[Length] = ()
     long: Mapping[int, Mapping[int | None, sympy.Expr]] = field(default_factory=dict)
+    parameters: frozenset[int] = frozenset()
+    waits: bool = False
 
     @classmethod
     def of(cls, plan: Plan, examples: Sequence[Any], lengths: Sequence[Length], parameters: Collection[int]) -> Places:
@@ -100,9 +107,11 @@ class Places:
             sizes=sizes,
             lengths=lengths,
             long=long,
+            parameters=frozenset(i for i, argument in arguments.items() if argument in parameters),
+            waits=any(map(is_collective, plan.module.graph.nodes)),
         )
 
-    def moved(self, before: Sequence[int], now: Sequence[int]) -> frozenset[int]:
+    def moved(self, before: Sequence[Hashable], now: Sequence[Hashable]) -> frozenset[int]:
         """The movable inputs that lie elsewhere than at the call before, none where others do, too.
 
         before, now: ``addresses`` of two calls.
@@ -120,9 +129,22 @@ class Places:
         """Which of the copied have a dimension that follows from lengths, by their place among them."""
         return [place for place, i in enumerate(self.copied) if i in self.long]
 
-    def addresses(self, inputs: Sequence[Any]) -> tuple[int, ...]:
-        """What a recording is bound to."""
-        return tuple([inputs[i].data_ptr() for i in self.bound])
+    def addresses(self, inputs: Sequence[Any]) -> tuple[Hashable, ...]:
+        """What a recording is bound to.
+
+        Other tensors may come to lie at the same addresses later, on one rank and not on the next. NCCL wants all ranks
+        to record and to replay together, so a step that waits for them is bound to the memory as it lives, not only to
+        where it is.
+        """
+        if not self.waits:
+            return tuple([inputs[i].data_ptr() for i in self.bound])
+        lasting, weak = self.parameters, _compat.StorageWeakRef
+        return tuple(
+            [
+                inputs[i].data_ptr() if i in lasting else (inputs[i].data_ptr(), weak(inputs[i].untyped_storage()))
+                for i in self.bound
+            ]
+        )
 
     def form(self, inputs: Sequence[Any]) -> Hashable:
         """What decides on the kernels of a recording: sizes and rounded lengths."""

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from .symbols import same_size
 
 _TORCH = Path(torch.__file__).parent
+_COLLECTIVES = ("_c10d_functional", "c10d", "_dtensor", "symm_mem", "redistribute", "full_tensor")
 _ATTENTION = ("scaled_dot_product_attention", "flex_attention", "softmax")
 
 
@@ -58,6 +59,12 @@ def drop_meta(graph: Graph) -> None:
 def may_be_attention(node: Node) -> bool:
     """Whether a call of Dynamo's graph is attention or a part of it that tells it, by its name alone."""
     return node.op.startswith("call") and any(name in str(node.target) for name in _ATTENTION)
+
+
+def is_collective(node: Node) -> bool:
+    """Whether a node of any graph waits for other ranks. A DTensor's change of layout may do so."""
+    waits = str(node.target).startswith(_COLLECTIVES) and "wait_tensor" not in str(node.target)
+    return node.op.startswith("call") and waits
 
 
 def source_line(node: Node) -> str:
