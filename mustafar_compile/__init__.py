@@ -3,7 +3,8 @@
 The backend is found by name through its entry point. This package adds what to use beside it: ``prepare`` (a Hugging
 Face model in one line), ``compile_loop`` (for one's own generate loops), ``calibrate`` (how far to prune which layer: a
 ``Budget``), ``explain`` (what was compressed and why not), ``cache_stats`` (what a cache takes), ``safe_globals`` (for
-loading a saved cache) and ``Settings``. Importing it changes nothing global and loads no compiler.
+loading a saved cache), ``save_sharded`` and ``load_sharded`` (of a cache of which ranks hold parts) and ``Settings``.
+Importing it changes nothing global and loads no compiler.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache.saving import safe_globals
+    from .cache.saving import load_sharded, safe_globals, save_sharded
     from .cache.stats import CacheStats, cache_stats
     from .cache.tensor import CompressedKV
     from .calibration.budget import Budget
@@ -55,8 +56,10 @@ _HOMES = {
     "calibrate": "calibration.calibrate",
     "compile_loop": "loop",
     "explain": "reporting.explain",
+    "load_sharded": "cache.saving",
     "prepare": "hugging_face",
     "safe_globals": "cache.saving",
+    "save_sharded": "cache.saving",
 }
 
 __all__ = [
@@ -79,8 +82,10 @@ __all__ = [
     "calibrate",
     "compile_loop",
     "explain",
+    "load_sharded",
     "prepare",
     "safe_globals",
+    "save_sharded",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gathering import gathered
 from ..lowering.format import Format
 from ..reporting.text import bytes_text
 from .attached import find_state
@@ -21,7 +22,7 @@ from .tensor import CompressedKV, storage_bytes
 class CacheStats:
     """tokens: written tokens of the longest layer. stored_bytes: what is really allocated. dense_bytes: what the same
     cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed.
-    kept: of a row of each tensor, K and V of each layer in turn: "64/128", "40/128 int8", or "dense"."""
+    kept: of a row of each tensor, K and V of each layer in turn: "64/128", "40/128 int8", or "dense"; rank after rank."""
 
     tokens: int
     stored_bytes: int
@@ -46,14 +47,16 @@ class CacheStats:
         )
 
 
-def cache_stats(past_key_values: Any, tokens_dim: int = 2) -> CacheStats:
-    """Sizes of a KV cache.
+def cache_stats(past_key_values: Any, tokens_dim: int = 2, group: Any = None) -> CacheStats:
+    """Sizes of a KV cache, as this process holds it.
 
     past_key_values: a transformers Cache, nested tuples, lists or dicts of tensors, or a module whose buffers are the
     cache. Tensors of other than four dimensions are passed over. A view counts as far as it goes. A dense cache with
     attached compressed state counts with both, unless its dense memory was released. tokens_dim: the dimension of the
-    tokens in dense tensors, 1 where they are [B, S, H, D]; compressed ones know theirs. Raises TypeError where no cache
-    tensor is found, ValueError for another tokens_dim. Reads device counters of static caches.
+    tokens in dense tensors, 1 where they are [B, S, H, D]; compressed ones know theirs. group: a process group whose
+    ranks hold parts of one cache, such as ``torch.distributed.group.WORLD``. All of them must call this; bytes and
+    tensors of all are added up. Raises TypeError where no cache tensor is found, ValueError for another tokens_dim. Reads
+    device counters of static caches.
     """
     if tokens_dim not in (1, 2):
         raise ValueError(f"tokens_dim={tokens_dim!r} is not accepted; it must be 2 ([B, H, S, D]) or 1 ([B, S, H, D])")
@@ -64,13 +67,26 @@ def cache_stats(past_key_values: Any, tokens_dim: int = 2) -> CacheStats:
             "tuples, lists or dicts of 4-dimensional tensors, and modules with such buffers"
         )
     holdings = [_holding(t, tokens_dim) for t in tensors]
-    return CacheStats(
+    mine = CacheStats(
         tokens=max(tokens for tokens, _, _ in holdings),
         stored_bytes=storage_bytes(plain for _, held, _ in holdings for plain in held),
         dense_bytes=sum(t.numel() * t.element_size() for t in tensors),
         tensors=len(tensors),
         compressed_tensors=sum(format is not None for _, _, format in holdings),
         kept=tuple("dense" if format is None else format.described for _, _, format in holdings),
+    )
+    return mine if group is None else _together(gathered(mine, group))
+
+
+def _together(parts: Sequence[CacheStats]) -> CacheStats:
+    """Those of a cache of which ranks hold parts."""
+    return CacheStats(
+        tokens=max(part.tokens for part in parts),
+        stored_bytes=sum(part.stored_bytes for part in parts),
+        dense_bytes=sum(part.dense_bytes for part in parts),
+        tensors=sum(part.tensors for part in parts),
+        compressed_tensors=sum(part.compressed_tensors for part in parts),
+        kept=tuple(kept for part in parts for kept in part.kept),
     )
 
 

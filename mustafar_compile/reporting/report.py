@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
+
+from ..gathering import gathered
 from .text import bytes_text, table
 
 
@@ -96,6 +101,15 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([self._summary(), *self.launching, *(f"note: {notice}" for notice in self.notices)])
 
+    def print_once(self, group: Any) -> None:
+        """Print this report on the first rank of a process group, and the lines of others that are not in it.
+
+        All ranks of ``group`` must call it. Bytes are those of one rank.
+        """
+        reports = gathered(str(self), group)
+        if torch.distributed.get_rank(group) == 0:
+            print("\n".join([reports[0], *_differences(reports)]), flush=True)
+
     def _summary(self) -> str:
         if not self.graphs:
             return f"mustafar: nothing new compiled, {self.calls} compressed calls" if self.calls else nothing_ran()
@@ -116,6 +130,14 @@ class Report:
         ]
         title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
         return table(title, ("layer", "module", "cache", "compressed", "by", "kept of K, V", "dense", "stored"), rows)
+
+
+def _differences(reports: Sequence[str]) -> list[str]:
+    """What to say of the reports behind the first one."""
+    first, lines = reports[0].splitlines(), []
+    for rank, report in enumerate(reports[1:], 1):
+        lines += [f"rank {rank}: {line.strip()}" for line in report.splitlines() if line not in first]
+    return lines or [f"the same on all {len(reports)} ranks"]
 
 
 def _same_layer(a: Entry, b: Entry) -> bool:
