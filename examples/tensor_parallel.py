@@ -30,7 +30,7 @@ from quickstart import TINY_MODEL, fact_prompts
 
 
 class ShardedLayer(nn.Module):
-    """The part of a Llama layer that this rank holds: heads with their cache [B, heads, slots, D], columns of the MLP."""
+    """The part of a Llama layer that this rank holds: heads, their cache [B, heads, slots, D], columns of the MLP."""
 
     def __init__(self, whole: nn.Module, batch: int, slots: int) -> None:
         super().__init__()

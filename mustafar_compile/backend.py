@@ -105,9 +105,7 @@ def _launching(
     return None if reason else lambda compiled: CudaGraphs(compiled, places, device)
 
 
-def _rewritten(
-    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, said: Statement
-) -> Rewritten | None:
+def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, said: Statement) -> Rewritten | None:
     """What becomes of a graph with something to rewrite, None for a graph that runs as it is.
 
     said: gets what other ranks must say, too.

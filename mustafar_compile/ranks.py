@@ -1,7 +1,7 @@
 """Ranks that run parts of one model agree on what becomes of its graphs, before one of them waits for another.
 
-They tell each other through the store of their process group, which is not a collective: a rank that never gets here, or
-calls something else, cannot be taken for one that agrees.
+They tell each other through the store of their process group, which is not a collective: a rank that never gets here,
+or calls something else, cannot be taken for one that agrees.
 """
 
 from __future__ import annotations
@@ -124,13 +124,14 @@ def _compare(heard: dict[int, Statement]) -> None:
     """Raise RanksDisagreeError unless all ranks say the same."""
     for rank, said in heard.items():
         if "error" in said:
-            raise RanksDisagreeError(f"rank {rank} could not compile a graph that waits for other ranks: {said['error']}")
+            error = said["error"]
+            raise RanksDisagreeError(f"rank {rank} could not compile a graph that waits for other ranks: {error}")
         different = [subject for subject in heard[0] | said if heard[0].get(subject) != said.get(subject)]
         if different:
-            subject = different[0]
-            more = f" (and in {len(different) - 1} more)" if len(different) > 1 else ""
+            subject, more = different[0], len(different) - 1
+            first, other = (statement.get(subject, "none") for statement in (heard[0], said))
             raise RanksDisagreeError(
-                f"the ranks of a process group would wait for each other in different graphs. They differ in {subject}"
-                f"{more}. Rank 0: {heard[0].get(subject, 'none')}. Rank {rank}: {said.get(subject, 'none')}. Compile the "
-                "same model with the same options and versions on all of them"
+                "the ranks of a process group would wait for each other in different graphs. They differ in "
+                f"{subject}{f' (and in {more} more)' if more else ''}. Rank 0: {first}. Rank {rank}: {other}. Compile "
+                "the same model with the same options and versions on all of them"
             )

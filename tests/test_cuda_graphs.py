@@ -15,7 +15,7 @@ from compilers import without_compiler
 from models import BufferModel, hf_model, prompt
 from mustafar_compile import cache_stats, explain, prepare
 from mustafar_compile.calling import cuda_graphs
-from mustafar_compile.calling.cuda_graphs import KEPT, CudaGraphs
+from mustafar_compile.calling.cuda_graphs import KEPT, CudaGraphs, NotRecordableError
 from mustafar_compile.calling.recordable import Places
 from mustafar_compile.reporting.explain import record_call
 from reference import pruned_generation
@@ -70,17 +70,28 @@ def test_a_call_is_known_by_addresses_numbers_and_sizes():
         assert places.form(changed) != form
 
 
+def test_a_step_that_waits_for_other_ranks_knows_memory_by_its_life():
+    """Where new memory comes to lie is not the same on all ranks."""
+    memory = bytearray(8)
+    old, new = (torch.frombuffer(memory, dtype=torch.uint8) for _ in range(2))
+    by_address, by_life = Places(bound=[0]), Places(bound=[0], waits=True)
+    assert by_address.addresses([old]) == by_address.addresses([new])
+    assert by_life.addresses([old]) == by_life.addresses([old.view(2, 4)])
+    assert by_life.addresses([old]) != by_life.addresses([new])
+    assert by_life.addresses([old[:4]]) != by_life.addresses([old[4:]])
+
+
 MASK = torch.ones(3)
 
 
 class Step:
     """A step that adds its token to a cache and counts, and ``CudaGraphs`` of it."""
 
-    def __init__(self, monkeypatch, function=None):
+    def __init__(self, monkeypatch, function=None, waits=False):
         self.ran = 0
         self.captured = record_on_a_cpu(monkeypatch)
         # The cache and a mask; the token and the length, which is written
-        places = Places(bound=[0, 4], movable=frozenset([4]), copied=[1, 2], written=[1], sizes=[(3, None)])
+        places = Places([0, 4], frozenset([4]), copied=[1, 2], written=[1], sizes=[(3, None)], waits=waits)
         self.graphs = CudaGraphs(function or self.step, places, torch.device("cpu", 0))
 
     def call(self, cache, token, length, factor, mask=MASK):
@@ -127,6 +138,23 @@ def test_a_mask_that_each_call_makes_anew_is_copied(monkeypatch):
         assert torch.equal(out[0], expected[0])
         assert len(step.captured) == (i >= 2), "at the second move"
     assert torch.equal(cache, other)
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_unless_other_ranks_wait_for_it(monkeypatch):
+    def call_twice(step):
+        cache = torch.zeros(3)
+        for _ in range(2):
+            step.call(cache, torch.ones(3), torch.tensor(0.0), 2)
+
+    def fail(*given):
+        raise RuntimeError("no such luck")
+
+    alone, waiting = Step(monkeypatch), Step(monkeypatch, waits=True)
+    monkeypatch.setattr(cuda_graphs, "capture", fail)
+    with pytest.warns(UserWarning, match="could not be recorded: no such luck"):
+        call_twice(alone)
+    with pytest.raises(NotRecordableError, match=r"other ranks go on with theirs: no such luck.*triton\.cudagraphs"):
+        call_twice(waiting)
 
 
 def test_what_moves_once_or_together_with_a_cache_is_not_copied(monkeypatch):

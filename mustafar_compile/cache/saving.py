@@ -57,15 +57,15 @@ def save_sharded(cache: Any, folder: str | Path, group: Any = None) -> Path:
 def load_sharded(folder: str | Path, group: Any = None) -> Any:
     """The part that ``save_sharded`` saved for this rank of ``group`` (default: all ranks), on the device it was on.
 
-    Raises SavedCacheError where ``folder`` has no such part, as when another number of ranks saved it, and where what is
-    loaded is no cache.
+    Raises SavedCacheError where ``folder`` has no such part, as when another number of ranks saved it, and where what
+    is loaded is no cache.
     """
     path = _part(folder, group)
     if not path.exists():
         found = ", ".join(sorted(x.stem for x in path.parent.glob("rank-*-of-*.pt"))) or "none"
         raise SavedCacheError(
-            f"{folder} has no part {path.stem} of a KV cache; it has {found}. Accepted are as many ranks as saved it, each "
-            "of which takes the part that it saved"
+            f"{folder} has no part {path.stem} of a KV cache; it has {found}. Accepted are as many ranks as saved it, "
+            "each of which takes the part that it saved"
         )
     with torch.serialization.safe_globals(safe_globals()):
         return torch.load(path)

@@ -55,8 +55,8 @@ def cache_stats(past_key_values: Any, tokens_dim: int = 2, group: Any = None) ->
     attached compressed state counts with both, unless its dense memory was released. tokens_dim: the dimension of the
     tokens in dense tensors, 1 where they are [B, S, H, D]; compressed ones know theirs. group: a process group whose
     ranks hold parts of one cache, such as ``torch.distributed.group.WORLD``. All of them must call this; bytes and
-    tensors of all are added up. Raises TypeError where no cache tensor is found, ValueError for another tokens_dim. Reads
-    device counters of static caches.
+    tensors of all are added up. Raises TypeError where no cache tensor is found, ValueError for another tokens_dim.
+    Reads device counters of static caches.
     """
     if tokens_dim not in (1, 2):
         raise ValueError(f"tokens_dim={tokens_dim!r} is not accepted; it must be 2 ([B, H, S, D]) or 1 ([B, S, H, D])")

@@ -127,7 +127,7 @@ class CudaGraphs:
         if recording is None:
             key = self._without_moved(key, inputs)
             again = key == self.latest
-            if again or (self.served > 1 and self.latest is not None and key[0] == self.latest[0]):
+            if again or (self._guesses() and self.latest is not None and key[0] == self.latest[0]):
                 recording = self._try_to_record(key, inputs, again)
         else:
             self.moved = frozenset()
@@ -136,6 +136,10 @@ class CudaGraphs:
             self.served += 1
         self.latest = key
         return recording
+
+    def _guesses(self) -> bool:
+        """Whether another cache is recorded at once. A guess may fail, and must not on one rank of several."""
+        return self.served > 1 and not self.places.waits
 
     def _without_moved(self, key: Key, inputs: Sequence[Any]) -> Key:
         """The new key of a call. What moves alone at two calls in a row is copied from now on, so it is not in it.
