@@ -75,10 +75,11 @@ def hf_step(compiled: Any, cache: Any, batch: int, context: int) -> Function:
     """One step of an HF model into the last slot of ``cache``, again and again."""
     given, rewind = inputs(batch, context - 1, 1), llama.rewinder(cache)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        compiled(**given, past_key_values=cache)
+        logits = compiled(**given, past_key_values=cache).logits
         rewind()
+        return logits
 
     return step
 
@@ -105,9 +106,10 @@ def run_dense(model: Any, given: argparse.Namespace, _: float | None) -> Row:
 
 def fastest_attention(model: Any, batch: int, context: int) -> str:
     """The name of the fastest for a layer of this model."""
-    config, how = model.config, {"dtype": torch.bfloat16, "device": DEVICE}
-    query = torch.randn(batch, config.num_attention_heads, 1, config.head_dim, **how)
-    key, value = (torch.randn(batch, config.num_key_value_heads, context, config.head_dim, **how) for _ in range(2))
+    (heads, kv_heads), head_dim = llama.heads_here(model), model.config.head_dim
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
+    query = torch.randn(batch, heads, 1, head_dim, **how)
+    key, value = (torch.randn(batch, kv_heads, context, head_dim, **how) for _ in range(2))
     times = dense.measure(query, key, value)
     return min(dense.sdpa_attentions().keys() & times.keys(), key=times.__getitem__)
 

@@ -1,15 +1,18 @@
-"""A model of the shape of Llama 3 8B with random weights, its caches, and a dense decode step built by hand."""
+"""Models of the shape of Llama 3 with random weights, their caches, and a dense decode step built by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timing import DEVICE, graphed, operations
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mustafar_compile import CompressedKV
@@ -24,6 +27,7 @@ SHAPE = {
     "head_dim": 128,
     "vocab_size": 128256,
 }
+SHAPE_70B = SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
 TINY = {  # to try the scripts out
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -36,18 +40,28 @@ TINY = {  # to try the scripts out
 
 def build(layers: int, positions: int, tiny: bool) -> Any:
     """The model, in bfloat16, made on the device itself: the weights are random and need not be loaded."""
+    torch.manual_seed(0)
+    with DEVICE:
+        return model_of(TINY if tiny else SHAPE, layers, positions)
+
+
+def model_of(shape: dict[str, int], layers: int, positions: int) -> Any:
+    """A model in bfloat16, on the current device."""
     config = AutoConfig.for_model(
         "llama",
-        **(TINY if tiny else SHAPE),
+        **shape,
         num_hidden_layers=layers,
         max_position_embeddings=positions,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    return model.eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+def heads_here(model: Any) -> tuple[int, int]:
+    """Query heads and KV heads of a layer that this process holds: all, unless ranks share the model."""
+    ranks = model.tp_size or 1
+    return model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
 
 
 def fill(cache: StaticCache, model: Any, batch: int, change: Callable[[Tensor], Tensor]) -> None:
@@ -57,7 +71,7 @@ def fill(cache: StaticCache, model: Any, batch: int, change: Callable[[Tensor], 
     of all layers need not exist at the same time.
     """
     config = model.config
-    like = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=torch.bfloat16, device=DEVICE)
+    like = torch.empty(batch, heads_here(model)[1], 0, config.head_dim, dtype=torch.bfloat16, device=DEVICE)
     for layer in cache.layers:
         layer.lazy_initialization(like, like)
         layer.keys, layer.values = change(layer.keys.normal_()), change(layer.values.normal_())
@@ -131,11 +145,33 @@ class Layer:
     def taken_from(cls, layer: Any) -> Layer:
         """The weights of an HF layer, which loses those that are joined: they would take the memory twice."""
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        qkv = torch.cat([_here(m.weight) for m in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        gate_up = torch.cat([_here(mlp.gate_proj.weight), _here(mlp.up_proj.weight)])
         del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
-        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        return cls(norms[0].data, qkv, attention.o_proj.weight.data, norms[1].data, gate_up, mlp.down_proj.weight.data)
+        norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
+        return cls(norms[0], qkv, _here(attention.o_proj.weight), norms[1], gate_up, _here(mlp.down_proj.weight))
+
+
+def _here(weight: Tensor) -> Tensor:
+    """What this process holds of a weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight.data
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    return all_reduce(x, "sum", dist.group.WORLD)
+
+
+class Dims(NamedTuple):
+    """What the functions of a step go by. heads: of the query. summed: what sums up the parts of a product."""
+
+    head_dim: int
+    heads: int
+    epsilon: float
+    summed: Callable[[Tensor], Tensor]
 
 
 class Decoder:
@@ -147,8 +183,10 @@ class Decoder:
 
     def __init__(self, model: Any, batch: int, context: int) -> None:
         config = model.config
-        self.dims = config.head_dim, config.num_attention_heads, config.rms_norm_eps
-        self.embedding, self.head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+        self.ranks, (heads, self.kv_heads) = model.tp_size or 1, heads_here(model)
+        self.dims = Dims(config.head_dim, heads, config.rms_norm_eps, _over_ranks if self.ranks > 1 else _alone)
+        embedding, self.head = model.model.embed_tokens.weight.data, _here(model.lm_head.weight)
+        self.embedding = embedding.full_tensor() if isinstance(embedding, DTensor) else embedding
         self.norm = model.model.norm.weight.data
         self.layers = [Layer.taken_from(layer) for layer in model.model.layers]
         position = torch.full((batch, 1), context - 1, device=DEVICE)
@@ -166,7 +204,14 @@ class Decoder:
             attended = self.attend(query, i)
             x, query = self.between(attended, x, self.layers[i], after, self.slot(i + 1), self.rotation, self.dims)
         attended = self.attend(query, len(self.layers) - 1)
-        return self.finish(attended, x, self.layers[-1], self.norm, self.head, self.dims)
+        logits = self.finish(attended, x, self.layers[-1], self.norm, self.head, self.dims)
+        return logits if self.ranks == 1 else self._joined(logits)
+
+    def _joined(self, logits: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, [ranks * B, 1, share of the vocabulary]."""
+        joined = logits.new_empty(self.ranks * logits.shape[0], *logits.shape[1:])
+        dist.all_gather_into_tensor(joined, logits)
+        return joined
 
     def graphed(self) -> Callable[[], None]:
         """The step as a CUDA graph."""
@@ -187,7 +232,7 @@ class DenseDecoder(Decoder):
 
     def __init__(self, model: Any, batch: int, context: int, attention: Callable[..., Tensor]) -> None:
         super().__init__(model, batch, context)
-        shape = (2, batch, model.config.num_key_value_heads, context, model.config.head_dim)
+        shape = (2, batch, self.kv_heads, context, model.config.head_dim)
         self.attention = attention
         self.caches = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in self.layers]
 
@@ -208,7 +253,7 @@ class CompressedDecoder(Decoder):
         self.caches = [(layer.keys, layer.values) for layer in cache.layers]
         self.stored_bytes = sum(x.stored_bytes for layer in cache.layers for x in (layer.keys, layer.values))
         config = model.config
-        shape = (2, batch, config.num_key_value_heads, 1, config.head_dim)
+        shape = (2, batch, self.kv_heads, 1, config.head_dim)
         self.row = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)  # one will do: layers run one by one
         self.position = torch.tensor([context - 1], device=DEVICE)
         self.scale = config.head_dim**-0.5
@@ -233,31 +278,30 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
-def _enter(x: Tensor, layer: Layer, slot: Tensor, rotation: tuple[Tensor, Tensor], dims: tuple) -> Tensor:
+def _enter(x: Tensor, layer: Layer, slot: Tensor, rotation: tuple[Tensor, Tensor], dims: Dims) -> Tensor:
     """From a layer's input to its query [B, heads, 1, D]; keys and values go to ``slot`` [2, B, KV heads, 1, D]."""
-    head_dim, heads, epsilon = dims
     kv_heads = slot.shape[2]
-    joined = F.linear(_rms(x, layer.norm, epsilon), layer.qkv).unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    query, key, value = joined.split([heads, kv_heads, kv_heads], dim=1)
+    joined = F.linear(_rms(x, layer.norm, dims.epsilon), layer.qkv).unflatten(-1, (-1, dims.head_dim)).transpose(1, 2)
+    query, key, value = joined.split([dims.heads, kv_heads, kv_heads], dim=1)
     cos, sin = (r.unsqueeze(1) for r in rotation)
     slot[0].copy_(_rotated(key, cos, sin))
     slot[1].copy_(value)
     return _rotated(query, cos, sin)
 
 
-def _leave(attended: Tensor, x: Tensor, layer: Layer, dims: tuple) -> Tensor:
+def _leave(attended: Tensor, x: Tensor, layer: Layer, dims: Dims) -> Tensor:
     """From the result of attention to the layer's output."""
-    x = x + F.linear(attended.transpose(1, 2).flatten(2), layer.out)
-    gate, up = F.linear(_rms(x, layer.mlp_norm, dims[2]), layer.gate_up).chunk(2, -1)
-    return x + F.linear(F.silu(gate) * up, layer.down)
+    x = x + dims.summed(F.linear(attended.transpose(1, 2).flatten(2), layer.out))
+    gate, up = F.linear(_rms(x, layer.mlp_norm, dims.epsilon), layer.gate_up).chunk(2, -1)
+    return x + dims.summed(F.linear(F.silu(gate) * up, layer.down))
 
 
 def _between(
-    attended: Tensor, x: Tensor, layer: Layer, after: Layer, slot: Tensor, rotation: tuple[Tensor, Tensor], dims: tuple
+    attended: Tensor, x: Tensor, layer: Layer, after: Layer, slot: Tensor, rotation: tuple[Tensor, Tensor], dims: Dims
 ) -> tuple[Tensor, Tensor]:
     x = _leave(attended, x, layer, dims)
     return x, _enter(x, after, slot, rotation, dims)
 
 
-def _finish(attended: Tensor, x: Tensor, layer: Layer, norm: Tensor, head: Tensor, dims: tuple) -> Tensor:
-    return F.linear(_rms(_leave(attended, x, layer, dims), norm, dims[2]), head)
+def _finish(attended: Tensor, x: Tensor, layer: Layer, norm: Tensor, head: Tensor, dims: Dims) -> Tensor:
+    return F.linear(_rms(_leave(attended, x, layer, dims), norm, dims.epsilon), head)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +23,8 @@ from mustafar_compile import _compat, cache_stats, explain, load_sharded, save_s
 from mustafar_compile.lowering import native
 from ranks import printed_by, sharded
 from stand_in_graphs import record_on_a_cpu
-from tensor_parallel import ShardedLlama, generate
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tensor_parallel.py"
 WINDOW = 4
 NEW = 8
 SHORT = 3
@@ -46,13 +49,23 @@ def tokens_of(family: str, cache: str, sparsity: float, compiler=without_compile
     return out.sequences, [entry.phases for entry in report.matched], sizes
 
 
+def example() -> Any:
+    """The example as a module. A benchmark has the same name."""
+    sys.path.append(str(EXAMPLE.parent))
+    spec = spec_from_file_location("parallel_example", EXAMPLE)
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    sys.modules[spec.name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def own_loop(sparsity: float) -> tuple:
     """New tokens of slices of a model in a loop of our own, and the phases of its layers."""
-    ids = prompt()["input_ids"]
-    model = ShardedLlama(hf_model(num_hidden_layers=1), len(ids), ids.shape[1] + NEW)
+    ids, loop = prompt()["input_ids"], example()
+    model = loop.ShardedLlama(hf_model(num_hidden_layers=1), len(ids), ids.shape[1] + NEW)
     with without_compiler(), explain() as report:
         step = torch.compile(model, backend="mustafar", fullgraph=True, dynamic=False, options=options(sparsity))
-        tokens = generate(step, ids, NEW)
+        tokens = loop.generate(step, ids, NEW)
     return torch.cat([ids, tokens], 1), [entry.phases for entry in report.matched]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import tempfile
@@ -36,6 +37,20 @@ def results_of(checks: Mapping[str, tuple], world: int = 2) -> list[dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         processes.start_processes(_rank, (world, folder, checks), nprocs=world, start_method="forkserver")
         return [pickle.loads(_file(folder, rank).read_bytes()) for rank in range(world)]
+
+
+def made_once(name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes, in one of the processes of pytest-xdist for all of them."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return make()
+    with Path(tempfile.gettempdir(), f"{name}-{run}.pickle").open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not file.read(1):
+            file.write(pickle.dumps(make()))
+        file.seek(0)
+        return pickle.load(file)
 
 
 def _file(folder: str, rank: int) -> Path:

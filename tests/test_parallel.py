@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import parallel_checks as checks
-import tensor_parallel
 from models import hf_model, prompt
 from nightly import at_night
-from ranks import results_of
+from ranks import made_once, results_of
 from reference import pruned_generation
 
 STEPS = [("prefill", "decode")]
@@ -45,7 +44,7 @@ DAILY = {
 @functools.cache
 def daily():
     """What two ranks got of all checks. They are started once."""
-    return results_of(DAILY)
+    return made_once("two_ranks", lambda: results_of(DAILY))
 
 
 def of_both(name):
@@ -166,7 +165,7 @@ def test_the_example(way):
     if way == "hf":
         pytest.importorskip("accelerate")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    given = [tensor_parallel.__file__, "--ways", way, "--new-tokens", "6"]
+    given = [checks.EXAMPLE, "--ways", way, "--new-tokens", "6"]
     out = subprocess.run([*run, *given], capture_output=True, text=True, check=True).stdout
     assert f"{way}, compressed: '7f3a91'" in out
     assert "tokens are the same on all ranks: True" in out

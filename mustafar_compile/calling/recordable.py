@@ -47,9 +47,15 @@ def why_not(plan: Plan, examples: Sequence[Any]) -> str:
     devices = sorted({str(x.device) for x in examples if isinstance(x, Tensor)})
     if len(devices) > 1:
         return f"its inputs are on {' and '.join(devices)}"
+    waiting = sorted(_waits_by(plan, devices) - {"nccl"})
+    return f"its ranks wait for each other by {' and '.join(waiting)}; accepted is nccl" if waiting else ""
+
+
+def _waits_by(plan: Plan, devices: Sequence[str]) -> set[str]:
+    """The libraries by which a step waits for other ranks."""
     names = {x for node in plan.module.graph.nodes if is_collective(node) for x in node.args if isinstance(x, str)}
-    others = {_compat.backend_of(name, torch.device(devices[0])) for name in names} - {None, "nccl"} if names else ()
-    return f"its ranks wait for each other by {' and '.join(sorted(others))}; accepted is nccl" if others else ""
+    known = (_compat.backend_of(name, torch.device(device)) for name in names for device in devices)
+    return {library for library in known if library is not None}
 
 
 def rounded(length: int) -> int:

@@ -1,0 +1,186 @@
+"""A decode step, and the time to first token, of models that N GPUs share by tensor parallelism.
+
+    torchrun --nproc-per-node 1 benchmarks/tensor_parallel.py
+    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --keep
+    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --keep --shape 70b --layers 40 --only ours --ttft
+
+hf     the model as Hugging Face shards and compiles it: a static cache, torch.compile with mode="reduce-overhead"
+dense  the best dense step that could be built, as decode_step.py has it, over the same shards
+ours   the model of hf with backend="mustafar", over a compressed static cache
+
+Weights are random and the same for any number of ranks. over_one is how many times faster a row is than that of one
+rank, largest_batch what fits beside what one rank holds, by the memory that is free. Without a GPU it runs over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import decode_step
+import llama
+import torch
+import torch.distributed as dist
+from decode_step import Row
+from timing import DEVICE, ON_GPU, cold, free, parser, read, write
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import mustafar_compile
+
+NAME = "tensor_parallel"
+SHAPES = {"8b": (llama.SHAPE, 32), "70b": (llama.SHAPE_70B, 80), "tiny": (llama.TINY, 2)}
+SIZES = ("phase", "shape", "batch", "context", "layers", "ranks")
+
+
+def join() -> None:
+    """Join the ranks that torchrun started."""
+    if ON_GPU:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    here = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else None
+    dist.init_process_group("nccl" if ON_GPU else "gloo", device_id=here)
+    torch.manual_seed(0)
+
+
+def build(given: argparse.Namespace) -> Any:
+    """The model, of which each rank holds its part. No rank ever holds more than one whole weight."""
+    from transformers.distributed import DistributedConfig
+
+    with torch.device("meta"):
+        model = llama.model_of(SHAPES[given.shape][0], given.layers, given.context + 1)
+    if given.ranks > 1:
+        config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=given.ranks))
+        model = type(model).maybe_distribute_model(model, config, mesh)
+    torch.manual_seed(0)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(_random(weight), requires_grad=False))
+    with DEVICE:
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model
+
+
+def _random(weight: torch.Tensor) -> torch.Tensor:
+    """Ones for a norm, else random numbers, the same on all ranks; of those, what ``weight`` is the part of."""
+    whole = torch.empty(weight.shape, dtype=weight.dtype, device=DEVICE)
+    whole.fill_(1) if whole.dim() == 1 else whole.normal_(std=0.02)
+    if not isinstance(weight, DTensor):
+        return whole
+    part = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    return DTensor.from_local(part.to_local().clone(), weight.device_mesh, weight.placements, run_check=False)
+
+
+def ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+    """The step over a compressed cache; whether all ranks choose the same tokens."""
+    cache = llama.compressed_cache(model, given.batch, given.context, sparsity)
+    options = decode_step.options_of(sparsity, **{"triton.cudagraphs": ON_GPU})
+    step = decode_step.hf_step(
+        torch.compile(model, backend="mustafar", fullgraph=True, options=options), cache, given.batch, given.context
+    )
+    with mustafar_compile.explain() as report:
+        row = decode_step.measured(step) | decode_step.held(given)
+    report.print_once(dist.group.WORLD)
+    tokens: list[Any] = [None] * given.ranks
+    dist.all_gather_object(tokens, step().argmax(-1).tolist())
+    alike = "same tokens" if tokens.count(tokens[0]) == given.ranks else "OTHER TOKENS"
+    note = f"{decode_step.matched(report, given)}, {alike} on {given.ranks} ranks"
+    sizes = [mustafar_compile.cache_stats(cache, group=group).stored_bytes for group in (None, dist.group.WORLD)]
+    return row | {"cache_GB": sizes[0] / 1e9, "cache_of_all_GB": sizes[1] / 1e9, "note": note}
+
+
+DECODE: dict[str, Callable[..., Row]] = {"hf": decode_step.run_hf, "dense": decode_step.run_dense, "ours": ours}
+
+
+def run(way: str, given: argparse.Namespace) -> Row:
+    """One row, from a model of its own. What fails ends all ranks."""
+    tokens = given.prompt if given.ttft else given.context
+    print(f"{way}, {given.ranks} ranks", flush=True)
+    torch._dynamo.reset()
+    cold()  # its buffer is there from now on, and no row's memory
+    given.reserved, given.allocated = decode_step.reserved_bytes(), torch.cuda.memory_allocated() if ON_GPU else 0
+    sparsity = given.sparsity if way == "ours" else None
+    row = (decode_step.PREFILL if given.ttft else DECODE)[way](build(given), given, sparsity)
+    phase = {"phase": "first token" if given.ttft else "decode step"}
+    sizes = {
+        "shape": given.shape,
+        "batch": given.batch,
+        "context": tokens,
+        "layers": given.layers,
+        "ranks": given.ranks,
+    }
+    row = phase | sizes | {"way": way, "sparsity": sparsity} | row
+    if ON_GPU and not given.ttft:
+        row["largest_batch"] = _largest_batch(given, row)
+    print(row, flush=True)
+    return row
+
+
+def _largest_batch(given: argparse.Namespace, row: Row) -> int:
+    """How many rows the slowest of the ranks has room for, if the cache alone grows with them."""
+    shape = SHAPES[given.shape][0]
+    elements = 2 * given.layers * shape["num_key_value_heads"] * given.context * shape["head_dim"] // given.ranks
+    of_row = 1e9 * row["cache_GB"] / given.batch if "cache_GB" in row else 2 * elements
+    room = torch.tensor([given.total - row["memory_GB"] * 1e9], device=DEVICE)
+    dist.all_reduce(room, dist.ReduceOp.MIN)
+    return given.batch + int(room.item() // of_row)
+
+
+def key_of(row: Row) -> tuple:
+    """What a row is about."""
+    return tuple(row[name] for name in (*SIZES, "way", "sparsity"))
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """How many times faster each row is than the dense ones of the same sizes, and than itself on one rank."""
+    rows = sorted(rows, key=lambda row: (*key_of(row)[:6], list(DECODE).index(row["way"]), row["sparsity"] or 0))
+    times = {key_of(row): row["ms"] for row in rows}
+    for row in rows:
+        sizes, what = key_of(row)[:5], key_of(row)[6:]
+        others = {f"over_{way}": (*sizes, row["ranks"], way, None) for way in ("hf", "dense")}
+        for name, other in (others | {"over_one": (*sizes, 1, *what)}).items():
+            if other in times:
+                row[name] = times[other] / row["ms"]
+    return rows
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked for, and the ranks that there are."""
+    options = parser(__doc__)
+    options.add_argument("--shape", choices=SHAPES, default="8b")
+    options.add_argument("--batch", type=int, default=32)
+    options.add_argument("--context", type=int, default=8192, help="tokens in the cache, the new one included")
+    options.add_argument("--layers", type=int, help="default: all of the shape")
+    options.add_argument("--sparsity", type=float, default=0.7)
+    options.add_argument("--only", choices=DECODE, nargs="+", help="default: all")
+    options.add_argument("--ttft", action="store_true", help="time to first token in place of a decode step")
+    options.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt, with --ttft")
+    options.add_argument("--keep", action="store_true", help="keep other rows of earlier runs in the results")
+    given = options.parse_args()
+    given.layers = given.layers or SHAPES[given.shape][1]
+    given.ranks = dist.get_world_size()
+    given.total = torch.cuda.mem_get_info()[1] if ON_GPU else 0
+    return given
+
+
+def main() -> None:
+    join()
+    given = arguments()
+    silent = contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(None)
+    with silent:
+        rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
+        for way in given.only or (decode_step.PREFILL if given.ttft else DECODE):
+            row = run(way, given)
+            rows[key_of(row)] = row
+            free()
+        if dist.get_rank() == 0:
+            write(NAME, with_ratios(list(rows.values())))
+    torch._dynamo.reset()  # CUDA graphs with NCCL in them must go before their process group
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
