@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import _compat
+from .device_map import is_spread, move_in_graphs
 from .lowering.strategies import strategy_named
 from .settings import merged_options, read_options
 
@@ -25,6 +26,8 @@ def prepare(
     the cache that the model has by default. So it is with a ``key_strategy`` that looks at queries, for which prompts
     are compiled, too.
 
+    Where accelerate spread the model over several GPUs, tensors move between them within the compiled graphs.
+
     Of a PEFT model the model inside is prepared, which is what its ``generate()`` calls.
 
     settings: fields of ``Settings``. mode, options: those of torch.compile. Raises TypeError for what is no model of
@@ -39,6 +42,8 @@ def prepare(
             "others use torch.compile(model, backend='mustafar') or mustafar_compile.compile_loop"
         )
     options = merged_options("prepare", mode, options, settings)
+    if is_spread(generating):
+        move_in_graphs(generating)
     by_queries = any(strategy_named(name).wants_queries for name in read_options(None, options)[0].strategies("key"))
     if generating.device.type == "cuda" and _compat.takes_static_cache(generating) and not by_queries:
         options.setdefault("release_dense", True)

@@ -21,7 +21,7 @@ from compilers import without_compiler
 from models import TupleModel, hf_model, prompt
 from mustafar_compile import _compat, cache_stats, explain, load_sharded, save_sharded
 from mustafar_compile.lowering import native
-from ranks import printed_by, sharded
+from ranks import device, printed_by, sharded
 from stand_in_graphs import record_on_a_cpu
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tensor_parallel.py"
@@ -37,8 +37,9 @@ def options(sparsity: float) -> dict[str, Any]:
 
 
 def tokens_of(family: str, cache: str, sparsity: float, compiler=without_compiler, **changes: Any) -> tuple:
-    """Tokens of a sharded HF model, the phases of its layers, and bytes of its cache: of this rank, of all."""
-    how = prompt(padded=True) | {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    """Of a sharded HF model: tokens, phases of layers, bytes of the cache of this rank and of all, how steps run."""
+    inputs = {name: x.to(device()) for name, x in prompt(padded=True).items()}
+    how = inputs | {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
     model = sharded(family, **changes)
     if cache == "static":
         how["cache_implementation"] = "static"
@@ -46,7 +47,7 @@ def tokens_of(family: str, cache: str, sparsity: float, compiler=without_compile
         model.compile(backend="mustafar", fullgraph=True, options=options(sparsity))
         out = model.generate(**how)
     sizes = [cache_stats(out.past_key_values, group=group).stored_bytes for group in (None, dist.group.WORLD)]
-    return out.sequences, [entry.phases for entry in report.matched], sizes
+    return out.sequences.cpu(), [entry.phases for entry in report.matched], sizes, report.launching
 
 
 def example() -> Any:

@@ -13,6 +13,7 @@ from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,15 +28,17 @@ SECONDS = 60
 Check = Callable[..., Any]
 
 
-def results_of(checks: Mapping[str, tuple], world: int = 2) -> list[dict[str, Any]]:
+def results_of(checks: Mapping[str, tuple], world: int = 2, on_gpus: bool = False) -> list[dict[str, Any]]:
     """What each rank got of the checks, by their names: the result, or the error as a text.
 
-    checks: a function, which all ranks call, and its arguments.
+    checks: a function, which all ranks call, and its arguments. on_gpus: one for each rank; else they see none.
     """
     context = processes.get_context("forkserver")
     context.set_forkserver_preload(["mustafar_compile.backend", "transformers.models.llama.modeling_llama", "ranks"])
-    with tempfile.TemporaryDirectory() as folder:
-        processes.start_processes(_rank, (world, folder, checks), nprocs=world, start_method="forkserver")
+    how = {"nprocs": world, "start_method": "spawn" if on_gpus else "forkserver"}
+    seen = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, seen):
+        processes.start_processes(_rank, (world, folder, checks), **how)
         return [pickle.loads(_file(folder, rank).read_bytes()) for rank in range(world)]
 
 
@@ -61,7 +64,10 @@ def _rank(rank: int, world: int, folder: str, checks: Mapping[str, tuple]) -> No
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     how = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=SECONDS)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **how)
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{folder}/store", **how)
     results: dict[str, Any] = {}
     for name, (check, *arguments) in checks.items():
         torch.manual_seed(0)
@@ -78,11 +84,16 @@ def _outcome(check: Check, arguments: list[Any]) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
+def device() -> str:
+    """Of the ranks."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def sharded(family: str = "llama", **changes: Any) -> nn.Module:
     """A tiny HF model of whose layers this rank holds a part, as ``from_pretrained`` leaves it."""
     from transformers.distributed import DistributedConfig
 
-    model = hf_model(family, **changes)
+    model = hf_model(family, **changes).to(device())
     config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=dist.get_world_size()))
     return type(model).maybe_distribute_model(model, config, mesh)
 

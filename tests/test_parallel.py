@@ -60,7 +60,7 @@ def expected(sparsity, family="llama", padded=True, **changes):
 
 @pytest.mark.parametrize(("name", "sparsity"), [("dynamic", 0.7), ("static", 0.0)])
 def test_hugging_face_models(name, sparsity):
-    for tokens, phases, (mine, together) in of_both(name):
+    for tokens, phases, (mine, together), _ in of_both(name):
         assert torch.equal(tokens, expected(sparsity, **ONE_LAYER))
         assert phases == STEPS
         assert together == 2 * mine
@@ -73,7 +73,7 @@ def test_an_own_loop():
 
 
 def test_recordings_with_collectives():
-    for tokens, phases, _, recordings in of_both("recorded"):
+    for tokens, phases, *_, recordings in of_both("recorded"):
         assert torch.equal(tokens, expected(0.7, **ONE_LAYER))
         assert phases == STEPS
         assert recordings == 1
@@ -147,9 +147,23 @@ NIGHTLY = [
 def test_other_models(family, cache, ranks, changes):
     sizes = {name: size for name, size in changes.items() if name != "compiler"}
     for result in results_of({"": hf(family, cache, 0.7, **changes)}, ranks):
-        tokens, phases, _ = result[""]
+        tokens, phases, *_ = result[""]
         assert torch.equal(tokens, expected(0.7, family, **sizes))
         assert phases == 2 * STEPS
+
+
+GPUS = torch.cuda.device_count()
+ON_GPUS = [("dynamic", 0.0), ("dynamic", 0.7), ("static", 0.7)]
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+def test_steps_on_gpus_are_cuda_graphs_with_collectives():
+    cases = {case: hf("llama", *case, compiler=nullcontext) for case in ON_GPUS}
+    for result in results_of(cases, 2, on_gpus=True):
+        for (_, sparsity), (tokens, phases, _, launching) in result.items():
+            assert torch.equal(tokens, expected(sparsity))
+            assert phases == 2 * STEPS
+            assert launching == ["decode steps run as CUDA graphs"]
 
 
 @pytest.mark.nightly
