@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -57,7 +56,7 @@ def agreeing(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Statement]:
 def of_options(settings: Settings, inductor: Mapping[str, Any]) -> Statement:
     """What there is to say of options. Those of Inductor may be objects, which are not the same anywhere else."""
     told = {k: repr(v) if isinstance(v, bool | int | float | str) else type(v).__name__ for k, v in inductor.items()}
-    return {name: repr(value) for name, value in asdict(settings).items()} | told
+    return {name: repr(value) for name, value in vars(settings).items()} | told
 
 
 def of_attention(found: Iterable[Match | NoMatch]) -> Statement:
