@@ -83,7 +83,7 @@ def groups_of(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 def _collectives(gm: GraphModule) -> str:
     """Those of a graph in order: "12 all_reduce, 1 all_gather"."""
-    names = [node.name.rstrip("_0123456789") for node in gm.graph.nodes if is_collective(node)]
+    names = [str(node.target).rpartition("c10d_functional.")[2] for node in gm.graph.nodes if is_collective(node)]
     return ", ".join(f"{len(list(same))} {name}" for name, same in groupby(names))
 
 

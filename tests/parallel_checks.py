@@ -124,6 +124,16 @@ def another_reason() -> None:
         _step()(X.clone(), None)
 
 
+def another_graph() -> None:
+    def step(x, past):
+        out, past = model.step(x, past)
+        return all_reduce(out, "sum", model.group) if dist.get_rank() else out, past
+
+    model = Summing(dist.group.WORLD)
+    with without_compiler():
+        torch.compile(step, backend="mustafar", options=options(0.5))(X, None)
+
+
 def the_same_reason() -> list[str]:
     with without_compiler(), torch.enable_grad(), explain() as report:
         _step()(X.clone(), None)

@@ -33,6 +33,7 @@ DAILY = {
     "other settings": (checks.other_settings,),
     "a refused setting": (checks.a_refused_setting,),
     "another reason": (checks.another_reason,),
+    "another graph": (checks.another_graph,),
     "the same reason": (checks.the_same_reason,),
     "a silent rank": (checks.a_silent_rank,),
     "parts on disk": (checks.parts_on_disk,),
@@ -95,6 +96,11 @@ def test_another_reason_ends_all_ranks_with_one_error():
     for error in of_both("another reason"):
         assert "They differ in attention 0" in error
         assert "Rank 1: gradients are enabled" in error
+
+
+def test_other_collectives_end_all_ranks_with_one_error():
+    for error in of_both("another graph"):
+        assert "They differ in collectives. Rank 0: 1 all_reduce. Rank 1: 2 all_reduce." in error
 
 
 def test_ranks_with_the_same_reason_run_dense():
