@@ -91,11 +91,12 @@ class Summing(TupleModel):
 
 
 def _step(group: Any = None, **changes: Any):
-    model = Summing(group or dist.group.WORLD)
+    model = Summing(group or dist.group.WORLD).to(device())
     return torch.compile(model.step, backend="mustafar", fullgraph=True, options=options(0.5) | changes)
 
 
-X = torch.ones(2, 6, 32)
+def x() -> torch.Tensor:
+    return torch.ones(2, 6, 32, device=device())
 
 
 def not_recorded() -> list[str]:
@@ -103,25 +104,25 @@ def not_recorded() -> list[str]:
     with pytest.MonkeyPatch.context() as patch, without_compiler(), explain() as report:
         record_on_a_cpu(patch)
         step = _step()
-        _, past = step(X, None)
-        step(X[:, :1], past)
+        _, past = step(x(), None)
+        step(x()[:, :1], past)
     return report.launching
 
 
 def other_settings() -> None:
     with without_compiler():
-        _step(key_sparsity=0.5 + 0.2 * dist.get_rank())(X, None)
+        _step(key_sparsity=0.5 + 0.2 * dist.get_rank())(x(), None)
 
 
 def a_refused_setting() -> None:
     with without_compiler():
-        _step(window=4 - 4 * dist.get_rank())(X, None)
+        _step(window=4 - 4 * dist.get_rank())(x(), None)
 
 
 def another_reason() -> None:
     grad = torch.enable_grad() if dist.get_rank() else nullcontext()
     with without_compiler(), grad:
-        _step()(X.clone(), None)
+        _step()(x(), None)
 
 
 def another_graph() -> None:
@@ -129,14 +130,14 @@ def another_graph() -> None:
         out, past = model.step(x, past)
         return all_reduce(out, "sum", model.group) if dist.get_rank() else out, past
 
-    model = Summing(dist.group.WORLD)
+    model = Summing(dist.group.WORLD).to(device())
     with without_compiler():
-        torch.compile(step, backend="mustafar", options=options(0.5))(X, None)
+        torch.compile(step, backend="mustafar", options=options(0.5))(x(), None)
 
 
 def the_same_reason() -> list[str]:
     with without_compiler(), torch.enable_grad(), explain() as report:
-        _step()(X.clone(), None)
+        _step()(x(), None)
     return [entry.reason for entry in report.missed]
 
 
@@ -146,7 +147,7 @@ def a_silent_rank() -> tuple:
     start, error = time.monotonic(), ""
     if dist.get_rank() == 0:
         with without_compiler(), pytest.raises(Exception, match="RanksDisagreeError") as caught:
-            _step(group)(X, None)
+            _step(group)(x(), None)
         error = str(caught.value)
     return error, time.monotonic() - start
 
@@ -154,7 +155,7 @@ def a_silent_rank() -> tuple:
 def parts_on_disk() -> tuple:
     """The cache as saved and as loaded, and the error of another sharding."""
     with without_compiler():
-        _, past = _step()(X * (1 + dist.get_rank()), None)
+        _, past = _step()(x() * (1 + dist.get_rank()), None)
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     save_sharded(past, folder[0])
@@ -169,7 +170,7 @@ def parts_on_disk() -> tuple:
 def one_report() -> list[str]:
     """What is printed of reports that are the same, and of reports that are not."""
     with without_compiler(), explain() as report:
-        _step()(X, None)
+        _step()(x(), None)
     same = printed_by(lambda: report.print_once(dist.group.WORLD))
     report.notices.append(f"of rank {dist.get_rank()}")
     return [same, printed_by(lambda: report.print_once(dist.group.WORLD))]
@@ -180,10 +181,10 @@ def a_killed_rank() -> tuple:
     start, error = time.monotonic(), ""
     with without_compiler():
         step = _step(dist.new_group(timeout=timedelta(seconds=SHORT)))
-        _, past = step(X, None)
+        _, past = step(x(), None)
         if dist.get_rank():
             os._exit(0)
         with pytest.raises(Exception) as caught:  # noqa: PT011  (ours, or that of the collective)
-            step(X[:, :1], past)
+            step(x()[:, :1], past)
         error = str(caught.value)
     return error, time.monotonic() - start

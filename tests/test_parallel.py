@@ -172,6 +172,17 @@ def test_steps_on_gpus_are_cuda_graphs_with_collectives():
             assert launching == ["decode steps run as CUDA graphs"]
 
 
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+def test_errors_on_gpus():
+    names = ["other settings", "another reason", "another graph", "a silent rank", "parts on disk", "a killed rank"]
+    first, second = results_of({name: DAILY[name] for name in names}, 2, on_gpus=True)
+    for name in names[:3]:
+        assert all("They differ in" in result[name] for result in (first, second)), name
+    assert "rank 1 compiled none" in first["a silent rank"][0]
+    assert all(result["parts on disk"][0] == [True, True] for result in (first, second))
+    assert first["a killed rank"][1] < 5 * checks.SHORT
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("ranks", "heads"), [(4, {}), (2, HEADS)])
 def test_heads_that_cannot_be_dealt_out_are_an_error_of_transformers(ranks, heads):
