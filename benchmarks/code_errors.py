@@ -2,8 +2,8 @@
 
     python benchmarks/code_errors.py
 
-On random rows, and on keys and values of the models of accuracy/models.py. code_losses.py tells what it comes to in the
-model. ``bytes`` are those of a row of 128 channels with its bitmap; dense it has 256.
+On random rows, and on keys and values of the models of accuracy/models.py. ``accuracy_study.py runs/codes.yaml`` tells
+what it comes to in the model. ``bytes`` are those of a row of 128 channels with its bitmap; dense it has 256.
 What the file has already is not computed again.
 """
 

@@ -31,7 +31,7 @@ import random
 import string
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +74,7 @@ MODEL = {
 BYTE_OFFSET = 3  # a byte b is the token b + 3
 FILE_END = 0  # this byte ends each file and becomes the eos token
 
-LEARNING_RATE = 2e-3
 WARMUP_STEPS = 200
-WEIGHT_DECAY = 0.6  # high, because the text is small and seen many times
 VALUE_WEIGHT = 5.0  # a byte of an asked-for value counts as much as five others
 LOG_EVERY = 100  # steps
 
@@ -119,6 +117,9 @@ STAGES = (
 )
 
 
+Insert = tuple[float, bytes, bytes]  # where, a line, and marks on its bytes (b"": none)
+
+
 # --- Text ---------------------------------------------------------------------
 
 
@@ -152,24 +153,35 @@ def random_fact(rng: random.Random, used: set[str]) -> tuple[bytes, bytes, str]:
     return f'{entry} = "{value}"\n'.encode(), f'assert {entry} == "'.encode(), value
 
 
-def insert_lines(text: bytes, inserts: list[tuple[float, bytes, int]]) -> tuple[bytes, bytes]:
-    """Put lines into the text, and mark the asked-for values.
+def asking(ask: bytes, value: str, end: str = '"\n') -> tuple[bytes, bytes]:
+    """A line that asks and answers, and marks on the bytes of the value."""
+    line = ask + (value + end).encode()
+    return line, bytes(len(ask)) + b"\1" * len(value) + bytes(len(end))
 
-    An insert is (where, line, start of the value in the line or -1). Lines go
-    to the line start before `where`, so the text around them stays intact.
+
+def insert_lines(text: bytes, inserts: list[Insert]) -> tuple[bytes, bytes]:
+    """Put lines into the text, and tell their marks.
+
+    Lines go to the line start before `where`, so the text around them stays intact.
     """
     parts, marks, done = [], [], 0
-    for where, line, value_start in sorted(inserts, key=lambda insert: insert[0]):
+    for where, line, mark in sorted(inserts, key=lambda insert: insert[0]):
         cut = max(done, text.rfind(b"\n", 0, int(where)) + 1)
         parts += [text[done:cut], line]
-        mark = bytearray(len(line))
-        if value_start >= 0:
-            mark[value_start : value_start + VALUE_LENGTH] = b"\1" * VALUE_LENGTH
-        marks += [bytes(cut - done), mark]
+        marks += [bytes(cut - done), mark or bytes(len(line))]
         done = cut
     parts.append(text[done:])
     marks.append(bytes(len(text) - done))
     return b"".join(parts), b"".join(marks)
+
+
+def squeezed(text: bytes, inserts: list[Insert]) -> tuple[bytes, bytes]:
+    """As `insert_lines`, with so much less of the text that its length stays. Lines move along with the text."""
+    length = len(text)
+    room = max(0, length - sum(len(line) for _, line, _ in inserts))
+    inserts = [(where * room / length, line, mark) for where, line, mark in inserts]
+    sequence, marks = insert_lines(text[:room], inserts)
+    return sequence[:length], marks[:length]
 
 
 def training_sequence(rng: random.Random, corpus: bytes, stage: Stage) -> tuple[bytes, bytes]:
@@ -180,44 +192,53 @@ def training_sequence(rng: random.Random, corpus: bytes, stage: Stage) -> tuple[
     if rng.random() >= stage.share:
         return text, bytes(length)
 
-    inserts: list[tuple[float, bytes, int]] = []
+    inserts: list[Insert] = []
     used: set[str] = set()
     mean = stage.facts_per_kib * length / 1024
     for _ in range(rng.randint(1, max(1, round(2 * mean - 1)))):
         fact, ask, value = random_fact(rng, used)
-        query = ask + f'{value}"\n'.encode()
+        query = asking(ask, value)
         # Log-uniform distances: short ones are easy and show the way to long ones.
         distance = math.exp(rng.uniform(math.log(32), math.log(length)))
         where = rng.uniform(0, length - distance)
-        inserts.append((where, fact, -1))
-        inserts.append((where + distance, query, len(ask)))
+        inserts.append((where, fact, b""))
+        inserts.append((where + distance, *query))
         if rng.random() < 0.5:
-            inserts.append((rng.uniform(where + 1, length), query, len(ask)))
+            inserts.append((rng.uniform(where + 1, length), *query))
     # Repeats of earlier text help the heads that copy to form.
     for _ in range(rng.randint(0, 2)):
         size = rng.randint(30, 300)
         first = rng.randrange(length - size)
-        inserts.append((rng.uniform(first + size, length), text[first : first + size] + b"\n", -1))
+        inserts.append((rng.uniform(first + size, length), text[first : first + size] + b"\n", b""))
+    return squeezed(text, inserts)
 
-    # Shorten the text to make room for the lines, and move them along with it.
-    room = max(0, length - sum(len(line) for _, line, _ in inserts))
-    inserts = [(where * room / length, line, mark) for where, line, mark in inserts]
-    sequence, marks = insert_lines(text[:room], inserts)
-    return sequence[:length], marks[:length]
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is trained on, and how hard."""
+
+    sequence: Callable[[random.Random, bytes, Stage], tuple[bytes, bytes]]  # as `training_sequence`
+    stages: tuple[Stage, ...]
+    learning_rate: float
+    weight_decay: float
+
+
+# The weight decay is high, because the text is small and seen many times.
+RECIPE = Recipe(training_sequence, STAGES, learning_rate=2e-3, weight_decay=0.6)
 
 
 class Batches(IterableDataset):
     """Endless batches of bytes: uint8 [2, batch, length + 1], sequences and marks."""
 
-    def __init__(self, corpus: bytes, stage: Stage, batch_size: int, seed: int) -> None:
-        self.corpus, self.stage = corpus, stage
+    def __init__(self, recipe: Recipe, corpus: bytes, stage: Stage, batch_size: int, seed: int) -> None:
+        self.recipe, self.corpus, self.stage = recipe, corpus, stage
         self.batch_size, self.seed = batch_size, seed
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         worker = get_worker_info()
         rng = random.Random(f"{self.seed} {self.stage.length} {worker.id if worker else 0}")
         while True:
-            pairs = [training_sequence(rng, self.corpus, self.stage) for _ in range(self.batch_size)]
+            pairs = [self.recipe.sequence(rng, self.corpus, self.stage) for _ in range(self.batch_size)]
             flat = bytearray(b"".join([s for s, _ in pairs] + [m for _, m in pairs]))
             yield torch.frombuffer(flat, dtype=torch.uint8).view(2, self.batch_size, -1)
 
@@ -237,21 +258,21 @@ def token_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
     return losses.view_as(targets), logits.argmax(-1) == targets
 
 
-def build_optimizer(model: LlamaForCausalLM, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(model: LlamaForCausalLM, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     norms = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=device.type == "cuda")
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
-def learning_rate(step: int, progress: float) -> float:
-    """Linear warm-up by steps, times half a cosine by `progress`, the share of time gone."""
+def warmed_up(step: int, progress: float) -> float:
+    """Share of the rate: linear warm-up by steps, times half a cosine by `progress`, the share of time gone."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
-    return LEARNING_RATE * warmup * (0.02 + 0.98 * cosine)
+    return warmup * (0.02 + 0.98 * cosine)
 
 
-def train(model: LlamaForCausalLM, corpus: bytes, args: argparse.Namespace) -> tuple[int, int]:
+def train(model: LlamaForCausalLM, corpus: bytes, recipe: Recipe, args: argparse.Namespace) -> tuple[int, int]:
     """Train until the time is over; returns the numbers of steps and of tokens."""
     device = torch.device(args.device)
     on_cuda = device.type == "cuda"
@@ -263,14 +284,14 @@ def train(model: LlamaForCausalLM, corpus: bytes, args: argparse.Namespace) -> t
             layer.compile(dynamic=False)
         losses_of = torch.compile(token_losses, dynamic=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if on_cuda else contextlib.nullcontext()
-    optimizer = build_optimizer(model, device)
+    optimizer = build_optimizer(model, recipe, device)
 
     step = tokens = 0
     began = time.perf_counter()
-    for stage in STAGES:
+    for stage in recipe.stages:
         batch_size = max(1, args.batch_tokens // stage.length)
         batches = DataLoader(
-            Batches(corpus, stage, batch_size, args.seed),
+            Batches(recipe, corpus, stage, batch_size, args.seed),
             batch_size=None,
             num_workers=args.workers,
             pin_memory=on_cuda,
@@ -280,7 +301,7 @@ def train(model: LlamaForCausalLM, corpus: bytes, args: argparse.Namespace) -> t
             if progress >= stage.until:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, progress)
+                group["lr"] = recipe.learning_rate * warmed_up(step, progress)
 
             data, marks = batch.to(device, non_blocking=True)
             ids, marks = to_tokens(data), marks[:, 1:].float()
@@ -331,8 +352,8 @@ def retrieval_prompt(rng: random.Random, text: bytes, distance: int) -> tuple[by
     others = [random_fact(rng, used)[0] for _ in range(EVAL_FACTS - 1)]
     # The other facts land anywhere; leave out of the tail what they add to it on average.
     tail = distance * EVAL_LENGTH / (EVAL_LENGTH + sum(map(len, others)))
-    inserts = [(EVAL_LENGTH - tail, fact, -1)]
-    inserts += [(rng.uniform(0, EVAL_LENGTH), other, -1) for other in others]
+    inserts = [(EVAL_LENGTH - tail, fact, b"")]
+    inserts += [(rng.uniform(0, EVAL_LENGTH), other, b"") for other in others]
     prompt, _ = insert_lines(text[: text.rfind(b"\n") + 1], inserts)
     prompt = (prompt + ask)[-EVAL_LENGTH:]
     return prompt, value, len(prompt) - prompt.index(fact)
@@ -430,24 +451,25 @@ def evaluate(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, obj
     return {"bits": bits, "rows": "\n".join(rows)}
 
 
-def parse_args() -> argparse.Namespace:
+def parser(description: str | None, minutes: float) -> argparse.ArgumentParser:
+    """What can be said about a training."""
     on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--minutes", type=float, default=1.0, help="time for training, after the first step")
+    parser.add_argument("--minutes", type=float, default=minutes, help="time for training, after the first step")
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
     parser.add_argument("--batch-tokens", type=int, default=65536 if on_cuda else 4608, help="bytes in a step")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1) if on_cuda else 0,
                         help="processes that make batches")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=200 if on_cuda else 4, help="retrieval prompts per distance")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    args = parser(__doc__, minutes=1.0).parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     corpus = read_modules(held_out=False)
@@ -455,7 +477,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(corpus) / 1e6:.1f} MB of source", flush=True)
 
-    steps, tokens = train(model, corpus, args)
+    steps, tokens = train(model, corpus, RECIPE, args)
 
     ByT5Tokenizer(extra_ids=0).save_pretrained(args.out)
     model.to(torch.bfloat16).save_pretrained(args.out)

@@ -1,1 +1,6 @@
-"""How much a way of storing the cache changes what a model says. Scripts beside this folder print the tables."""
+"""The accuracy study. It takes models and texts of the examples."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

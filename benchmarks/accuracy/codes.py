@@ -75,11 +75,12 @@ def _symmetric(rows: Tensor, largest: int, dtype: torch.dtype, up: bool = False)
     return (rows / scale).round().clamp(-largest, largest) * scale
 
 
-def _asymmetric(rows: Tensor) -> Tensor:
-    """16 levels from the least to the largest element."""
+def _asymmetric(rows: Tensor, bits: int = 4) -> Tensor:
+    """Even levels, as many as bits can tell apart, from the least to the largest element."""
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
-    scale = _stored((high - low) / 15, torch.bfloat16)
-    return ((rows - low) / scale).round().clamp(0, 15) * scale + low
+    top = 2**bits - 1
+    scale = _stored((high - low) / top, torch.bfloat16)
+    return ((rows - low) / scale).round().clamp(0, top) * scale + low
 
 
 def _fp8(rows: Tensor) -> Tensor:
@@ -222,6 +223,8 @@ CODES = {
     "int4 odd, groups": Code(_of_rows(_grouped(_odd)), 4, 2, "group"),
     "int4 asymmetric": Code(_of_rows(_asymmetric), 4, 4),
     "int4 asymmetric, groups": Code(_of_rows(_grouped(_asymmetric)), 4, 4, "group"),
+    "int3 asymmetric, groups": Code(_of_rows(_grouped(functools.partial(_asymmetric, bits=3))), 3, 4, "group"),
+    "int2 asymmetric, groups": Code(_of_rows(_grouped(functools.partial(_asymmetric, bits=2))), 2, 4, "group"),
     "int4 per channel": Code(_per_channel, 4, 4, "channel"),
 }
 """By name. Scales are bfloat16, and rounded to nearest, unless the name says otherwise."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .window import Window
+
 _QUERIES = 128  # of a prompt at a time: all its weights at once would take gigabytes
 
 
@@ -57,7 +59,7 @@ def attention(
     v: Tensor,
     stored_k: Tensor,
     stored_v: Tensor,
-    window: int,
+    window: int | Window,
     scale: float,
     eviction: HeavyHitters,
 ) -> Tensor:
@@ -74,7 +76,9 @@ def attention(
     return torch.cat(results, dim=2)
 
 
-def readable(q: Tensor, k: Tensor, stored_k: Tensor, window: int, scale: float, eviction: HeavyHitters) -> Tensor:
+def readable(
+    q: Tensor, k: Tensor, stored_k: Tensor, window: int | Window, scale: float, eviction: HeavyHitters
+) -> Tensor:
     """Which tokens each query may read, [B, H, T, T]; arguments as of ``attention``."""
     tokens = k.shape[2]
     mask = torch.zeros(*k.shape[:2], tokens, tokens, dtype=torch.bool, device=k.device)
@@ -84,7 +88,7 @@ def readable(q: Tensor, k: Tensor, stored_k: Tensor, window: int, scale: float, 
 
 
 def weights_of(
-    q: Tensor, k: Tensor, stored_k: Tensor, window: int, scale: float, eviction: HeavyHitters
+    q: Tensor, k: Tensor, stored_k: Tensor, window: int | Window, scale: float, eviction: HeavyHitters
 ) -> Iterator[tuple[int, Tensor]]:
     """The attention weights of some queries after the others, each with the position of the first: [B, H, G, n, end].
 
@@ -106,9 +110,10 @@ def weights_of(
             held[:, :, :end] = eviction.staying(sums[:, :, :end], held[:, :, :end])
 
 
-def _is_exact(start: int, end: int, window: int, device: torch.device) -> Tensor:
+def _is_exact(start: int, end: int, window: int | Window, device: torch.device) -> Tensor:
     """Which tokens before ``end`` the queries from ``start`` on read exactly, [end - start, end]."""
-    return torch.arange(end, device=device) > torch.arange(start, end, device=device)[:, None] - window
+    firsts = Window.of(window).first_exact(torch.arange(start, end, device=device))
+    return torch.arange(end, device=device) >= firsts[:, None]
 
 
 def _by_group(x: Tensor, of_head: Tensor) -> Tensor:
