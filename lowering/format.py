@@ -226,6 +226,10 @@ class Format:
         """Whether it is stored which channels were kept. A coded row that keeps all of them does without."""
         return self.code == "none" or self.kept < self.head_dim
 
+    def left(self, tokens: Any) -> Any:
+        """Where ``tokens`` (an int or a tensor) are written, those below have left the window; none where not positive."""
+        return tokens - self.window
+
     @property
     def ring(self) -> int:
         """Slots of the ring of exact tokens."""

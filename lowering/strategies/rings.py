@@ -10,3 +10,18 @@ def ring_tokens(tokens: Tensor, slots: int) -> Tensor:
     """The token that each slot of a ring holds after ``tokens`` (int64 [B]) were put in: [B, slots]; negative: none."""
     last = (tokens - 1).unsqueeze(-1)
     return last - torch.remainder(last - torch.arange(slots, device=tokens.device), slots)
+
+
+def read(ring: Tensor, token: Tensor) -> Tensor:
+    """What stands in a ring [B, H, R, n] for ``token`` [B, k]: [B, H, k, n]."""
+    return torch.ops.aten.index(ring, _place(ring, token)).transpose(1, 2)
+
+
+def write(ring: Tensor, token: Tensor, rows: Tensor) -> None:
+    """Put rows [B, H, k, n] in the slots of ``token`` [B, k] of a ring [B, H, R, n]."""
+    torch.ops.aten.index_put_(ring, _place(ring, token), rows.transpose(1, 2))
+
+
+def _place(ring: Tensor, token: Tensor) -> list[Tensor | None]:
+    batch = torch.arange(ring.shape[0], device=ring.device).unsqueeze(-1)
+    return [batch, None, torch.remainder(token, ring.shape[2])]
