@@ -126,3 +126,24 @@ def attend(
     past = packing.expand(packing.cleared(value.all_rows(), stays, value.format), value.format)
     of_past, of_recent = weights[..., : key.slots], weights[..., key.slots : key.slots + key.format.ring]
     return sum_of_values(of_past, of_recent, past, value, pruned, exact).to(query.dtype)
+
+
+def latest_weights(
+    query: Tensor, keys: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool, scale: float, softcap: float
+) -> Tensor:
+    """Weights of the last tokens of a prompt over dense keys, as many as the mask has: see ``ops.latest_weights``."""
+    length, heads = query.shape[2], keys.shape[1]
+    if mask is not None and mask.shape[-1] != 1:
+        keys = keys[:, :, : mask.shape[-1]]
+    latest = query[:, :, -BLOCK_TOKENS:].float().unflatten(1, (heads, -1))
+    scores = bounded(latest @ keys.float().unsqueeze(2).transpose(-1, -2) * scale, softcap).flatten(1, 2)
+    if causal:
+        token, last = torch.arange(keys.shape[2], device=query.device), torch.arange(length, device=query.device)
+        scores = torch.where(token <= last[-BLOCK_TOKENS:].unsqueeze(-1), scores, float("-inf"))
+    if mask is not None:
+        mask = with_four_dims(mask)[:, :, -BLOCK_TOKENS:]
+        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    if sinks is not None:
+        of_sinks = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, of_sinks], dim=-1)
+    return softmax(scores)[..., : keys.shape[2]].unflatten(1, (heads, -1)).sum(2)

@@ -1,15 +1,21 @@
-"""The buffers that a compressed cache tensor consists of, each by itself. ``format`` says which there are."""
+"""The buffers that a compressed cache tensor consists of, each by itself. ``format`` says what they hold."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from .format import Format
+
 BLOCK_TOKENS = 32
 """Tokens of a block."""
+
+CHUNK = 8
+"""Kept elements of a row that lie side by side: 16 bytes at 2 bytes an element. Rows keep a multiple of it."""
 
 MAX_QUERY_TOKENS = 16
 """The most tokens that one decode step takes, and that a cache can be rewound by without a loss."""
@@ -49,3 +55,25 @@ class Buffer:
     def stored_bytes(self, sizes: dict[str, Any], itemsize: Any) -> Any:
         """Bytes that it takes. itemsize: of the cache's dtype."""
         return math.prod(self.shape(sizes)) * (itemsize if self.dtype is None else self.dtype.itemsize)
+
+
+_VALUES = {"none": None, "int8": torch.int8, "int4": torch.uint8}  # dtypes of the buffer ``values``, by code
+
+
+def packed_buffers(format: Format) -> list[Buffer]:
+    """Those that hold packed rows."""
+    chunk = CHUNK // 2 if format.code == "int4" else CHUNK
+    chunks, row = format.kept // CHUNK, format.head_dim if format.by_channel else "tokens"
+    values = (row, chunks * chunk) if format.order == "rows" else (chunks, row, chunk)
+    buffers = [Buffer("values", _in_blocks(*values), _VALUES[format.code])]
+    if format.has_bitmap:
+        buffers.append(Buffer("bitmap", _in_blocks(row, format.words), torch.int32))
+    if format.code != "none":
+        buffers.append(Buffer("peaks", _in_blocks(row, 1)))
+    if format.code == "int4":
+        buffers.append(Buffer("floors", _in_blocks(row, 1), torch.uint8))
+    return buffers
+
+
+def _in_blocks(*dims: int | str) -> tuple[int | str, ...]:
+    return ("batch", "heads", "blocks", *dims)

@@ -55,14 +55,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import BLOCK_TOKENS, MAX_QUERY_TOKENS, Buffer
-from .strategies import STRATEGIES, Strategy, strategy_named
+from .buffers import BLOCK_TOKENS, CHUNK, MAX_QUERY_TOKENS, Buffer, packed_buffers
+from .strategies import STRATEGIES, Strategy
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a cache may have to be compressed."""
-
-CHUNK = 8
-"""Kept elements of a token that lie side by side: 16 bytes at 2 bytes an element. Rows keep a multiple of it."""
 
 WORD_CHANNELS = 32
 """Channels of a word of the bitmap."""
@@ -72,8 +69,6 @@ EXTREME = 2.0**97
 
 CODES = ("none", "int8", "int4")
 """How kept elements may be stored. none: in the dtype of the cache; int8, int4: see ``codes``."""
-
-_VALUES = {"none": None, "int8": torch.int8, "int4": torch.uint8}  # dtypes of the buffer ``values``
 
 ORDERS = ("blocks", "rows")
 """How kept elements and bits stand."""
@@ -142,17 +137,18 @@ class Format:
 
     def __post_init__(self) -> None:
         sizes_fit = self.head_dim > 0 and self.head_dim % CHUNK == 0 and self.window >= 1
-        sizes_fit = sizes_fit and self.kept % CHUNK == 0 and 0 < self.kept <= self.head_dim
+        sizes_fit = sizes_fit and self.kept % CHUNK == 0 and 0 < self.kept <= self.row_size
         if not sizes_fit or self.code not in CODES or self.order not in ORDERS:
             raise FormatError(
                 f"{self} cannot be; accepted are a head_dim and a kept that are multiples of {CHUNK}, kept at most "
-                f"head_dim, a window of at least 1, a code of {', '.join(CODES)} and an order of {', '.join(ORDERS)}"
+                f"head_dim, by channel {BLOCK_TOKENS}, a window of at least 1, a code of {', '.join(CODES)} and an order "
+                f"of {', '.join(ORDERS)}"
             )
-        chooses = self.kept < self.head_dim or self.strategy == "magnitude"
-        if self.strategy not in STRATEGIES or not chooses:
+        chooses = self.kept < self.row_size or self.strategy == "magnitude"
+        if self.strategy not in STRATEGIES or not chooses or (self.by_channel and self.order != "rows"):
             raise FormatError(
-                f"{self} cannot be; accepted is a strategy of {', '.join(STRATEGIES)}, and where all elements are kept "
-                "magnitude"
+                f"{self} cannot be; accepted is a strategy of {', '.join(STRATEGIES)}, where all elements are kept "
+                "magnitude, and of those by channel with the order rows"
             )
 
     @classmethod
@@ -171,12 +167,16 @@ class Format:
         strategy: str = "magnitude",
     ) -> Format:
         """The format for a sparsity in [0, 1)."""
-        kept = kept_elements(head_dim, sparsity)
-        return cls.interned(head_dim, kept, window, code, order, strategy if kept < head_dim else "magnitude")
+        by_channel = STRATEGIES[strategy].by_channel
+        size = BLOCK_TOKENS if by_channel else head_dim
+        kept = kept_elements(size, sparsity)
+        if kept == size:
+            return cls.interned(head_dim, head_dim, window, code, order)
+        return cls.interned(head_dim, kept, window, code, "rows" if by_channel else order, strategy)
 
     def ordered(self, order: str) -> Format:
-        """This format with its elements in another order."""
-        return self if order == self.order else _interned(replace(self, order=order))
+        """This format with its elements in another order. By channel there is one only."""
+        return self if order == self.order or self.by_channel else _interned(replace(self, order=order))
 
     @functools.cached_property
     def plain(self) -> Format:
@@ -185,8 +185,8 @@ class Format:
 
     @property
     def ranking(self) -> Strategy:
-        """Its strategy. Raises UnbuiltStrategyError where there is only a name of it."""
-        return strategy_named(self.strategy)
+        """Its strategy."""
+        return STRATEGIES[self.strategy]
 
     def encode(self) -> str:
         """Its values as a text, as ops and saved caches hold it: "head_dim=128,kept=64,window=32".
@@ -217,40 +217,49 @@ class Format:
         return self
 
     @property
+    def by_channel(self) -> bool:
+        """Whether a packed row is a channel of a block, and not a token."""
+        return self.strategy in STRATEGIES and self.ranking.by_channel
+
+    @property
+    def row_size(self) -> int:
+        """Elements of a row that is not packed: the channels of a token, or by channel the tokens of a block."""
+        return BLOCK_TOKENS if self.by_channel else self.head_dim
+
+    @functools.cached_property
+    def channel(self) -> Format:
+        """By channel: the format of a packed row by itself."""
+        return Format.interned(BLOCK_TOKENS, self.kept, 1, self.code, self.order)
+
+    @property
     def words(self) -> int:
         """Words of the bitmap of a row."""
-        return -(-self.head_dim // WORD_CHANNELS)
+        return -(-self.row_size // WORD_CHANNELS)
 
     @property
     def has_bitmap(self) -> bool:
         """Whether it is stored which channels were kept. A coded row that keeps all of them does without."""
-        return self.code == "none" or self.kept < self.head_dim
+        return self.code == "none" or self.kept < self.row_size
 
     def left(self, tokens: Any) -> Any:
-        """Where ``tokens`` (an int or a tensor) are written, those below have left the window; none where not positive."""
-        return tokens - self.window
+        """Where ``tokens`` (an int or a tensor) are written, those below have left the window; none where not positive.
+
+        By channel, blocks leave it as a whole.
+        """
+        past = tokens - self.window
+        return past // BLOCK_TOKENS * BLOCK_TOKENS if self.by_channel else past
 
     @property
     def ring(self) -> int:
         """Slots of the ring of exact tokens."""
-        return self.window + MAX_QUERY_TOKENS
+        return self.window + MAX_QUERY_TOKENS + (BLOCK_TOKENS - 1 if self.by_channel else 0)
 
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """What a cache consists of, in the order in which the ops take it."""
-        chunk = CHUNK // 2 if self.code == "int4" else CHUNK
-        chunks = self.kept // CHUNK
-        row = (chunks, "tokens", chunk) if self.order == "blocks" else ("tokens", chunks * chunk)
-        of_rows = [Buffer("values", _in_blocks(*row), _VALUES[self.code])]
-        if self.has_bitmap:
-            of_rows.append(Buffer("bitmap", _in_blocks("tokens", self.words), torch.int32))
-        if self.code != "none":
-            of_rows.append(Buffer("peaks", _in_blocks("tokens", 1)))
-        if self.code == "int4":
-            of_rows.append(Buffer("floors", _in_blocks("tokens", 1), torch.uint8))
         window = Buffer("window", ("batch", "heads", self.ring, self.head_dim))
         counts = Buffer("counts", ("batch", 3), torch.int64)
-        return (*of_rows, window, *self.ranking.buffers(self.head_dim), counts)
+        return (*packed_buffers(self), window, *self.ranking.buffers(self), counts)
 
     @property
     def packed(self) -> tuple[Buffer, ...]:
@@ -324,10 +333,6 @@ class Format:
 @functools.cache
 def _interned(format: Format) -> Format:
     return format
-
-
-def _in_blocks(*dims: int | str) -> tuple[int | str, ...]:
-    return ("batch", "heads", "blocks", *dims)
 
 
 def _sizes(batch: Any, heads: Any, blocks: Any) -> dict[str, Any]:

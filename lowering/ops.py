@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, native, portable
+from . import attention, backends, by_channel, native, portable
 from .format import MAX_QUERY_TOKENS, Format
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
@@ -29,8 +29,10 @@ _DECODE_ATTENTION = (
     " float softcap=0.0, SymInt? length=None"
 )
 _SCHEMAS = {
-    "compress": f"{_COMPRESS}, Tensor? queries=None, Tensor[]? past=None) -> Tensor[]",
+    "compress": f"{_COMPRESS}, Tensor? queries=None, Tensor[]? past=None, Tensor? attention=None) -> Tensor[]",
     "compress_kernel": f"{_COMPRESS}, Tensor? weights=None) -> Tensor[]",
+    "latest_weights": "(Tensor query, Tensor keys, Tensor? mask, Tensor? sinks, bool causal, float scale,"
+    " float softcap=0.0) -> Tensor",
     "decompress": _DECOMPRESS,
     "decompress_kernel": _DECOMPRESS,
     "decode_attention": f"{_DECODE_ATTENTION}) -> Tensor",
@@ -48,8 +50,11 @@ def _compress(
     capacity: int,
     queries: Tensor | None = None,
     past: Sequence[Tensor] | None = None,
+    attention: Tensor | None = None,
 ) -> list[Tensor]:
     form = Format.decode(format)
+    if form.by_channel:
+        return by_channel.compress(dense, tokens, form, capacity, attention)
     written, rows = tokens.reshape(-1).to(torch.int64).expand(dense.shape[0]), form.plain
     weights, state = form.ranking.of_prompt(dense, written, form, queries, past)
     if backends.for_cache(form, dense.dtype, dense.device) is backends.PORTABLE:
@@ -61,6 +66,8 @@ def _compress(
 
 def _decompress(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
     form = Format.decode(format)
+    if form.by_channel:
+        return by_channel.decompress(buffers, form, length)
     window = form.window_of(buffers)
     if backends.for_cache(form, window.dtype, window.device) is backends.PORTABLE:
         return portable.decompress(buffers, form, length)
@@ -89,6 +96,11 @@ def _decode_attention(
             f"{MAX_QUERY_TOKENS}"
         )
     forms, caches = (Format.decode(key_format), Format.decode(value_format)), (keys, values)
+    if forms[0].by_channel or (forms[1].by_channel and forms[0].window != forms[1].window):
+        raise ValueError(
+            f"decode_attention was given keys of {forms[0]} and values of {forms[1]}; accepted are keys that are pruned "
+            "by token, and values by channel with the window of their keys"
+        )
     window, other = (form.window_of(cache) for form, cache in zip(forms, caches, strict=True))
     work = backends.Work(*forms, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0])
     alike = query.dtype == other.dtype == window.dtype and other.shape[1] == window.shape[1]
@@ -98,7 +110,8 @@ def _decode_attention(
     weights = [ranking.weights() for ranking in rankings]
     rest: Any = position, mask, sinks, scale, softcap, length, *weights
     if portably:
-        result = portable.decode_attention(query, key, value, keys, values, *forms, *rest)
+        carried_by = by_channel if forms[1].by_channel else portable
+        result = carried_by.decode_attention(query, key, value, keys, values, *forms, *rest)
     else:
         plain = [form.plain_of(cache) for form, cache in zip(forms, caches, strict=True)]
         texts = [form.plain.encode() for form in forms]
@@ -204,6 +217,7 @@ for _name in ("compress", "decompress", "decode_attention"):
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_kernel"], "CUDA")
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_native"], "CPU")
 _LIBRARY.impl("weigh_queries_kernel", _weigh_queries_kernel, "CUDA")
+_LIBRARY.impl("latest_weights", attention.latest_weights, "CompositeImplicitAutograd")
 
 
 @torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
@@ -245,7 +259,16 @@ dense: [B, H, S, D], float32, float16 or bfloat16, any strides. tokens: int64, [
 rows written. format: the text of a ``Format``. capacity: tokens that the cache is to have room for. queries: of keys,
 [B, Hq, n, D], the queries of the last n of these tokens as attention sees them, if they are known; the strategy of the
 format says whether it wants them. past: what the strategy remembers of the cache that ``dense`` continues, if any
-(``Format.state_of``). Returns the buffers of the format, in its order.
+(``Format.state_of``). attention: of values whose strategy wants it, what ``latest_weights`` gives. Returns the buffers
+of the format, in its order.
+"""
+
+latest_weights: Callable[..., Tensor] = torch.ops.mustafar.latest_weights.default
+"""Attention weights [B, H, n, S], float32, of the last n = min(L, 32) tokens of a prompt, summed over the query heads of
+each KV head.
+
+query: [B, Hq, L, D]. keys: [B, H, S, D], dense; where the mask has fewer columns, those are attended, and are S. causal: whether the i-th query of the prompt sees keys 0 to i alone.
+mask, sinks, scale, softcap: as of ``decode_attention``. A row that may attend to nothing is zero.
 """
 
 decompress: Callable[..., Tensor] = torch.ops.mustafar.decompress.default

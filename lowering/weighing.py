@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import render
 from .step import padded, power_of_two
-from .strategies.output_aware import QUERIES, SLOTS, USABLE
+from .strategies.output_aware import QUERIES, SLOTS
+from .strategies.scaling import USABLE
 
 
 def weigh_queries(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:

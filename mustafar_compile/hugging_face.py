@@ -9,7 +9,7 @@ import torch
 
 from . import _compat
 from .device_map import is_spread, move_in_graphs
-from .lowering.strategies import strategy_named
+from .lowering.strategies import STRATEGIES
 from .settings import merged_options, read_options
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -23,8 +23,8 @@ def prepare(
     On a GPU: prompts as they are, into a static cache; decode steps compiled, as CUDA graphs; the dense cache is freed
     after the prompt. It sets ``cache_implementation`` and ``compile_config`` of ``model.generation_config``, which
     arguments of ``generate`` override. Elsewhere, and for a model that takes no static cache: ``model.compile``, with
-    the cache that the model has by default. So it is with a ``key_strategy`` that looks at queries, for which prompts
-    are compiled, too.
+    the cache that the model has by default. So it is with strategies that look at queries, for which prompts are
+    compiled, too.
 
     Where accelerate spread the model over several GPUs, tensors move between them within the compiled graphs.
 
@@ -44,7 +44,9 @@ def prepare(
     options = merged_options("prepare", mode, options, settings)
     if is_spread(generating):
         move_in_graphs(generating)
-    by_queries = any(strategy_named(name).wants_queries for name in read_options(None, options)[0].strategies("key"))
+    chosen, _ = read_options(None, options)
+    by_queries = any(STRATEGIES[name].wants_queries for name in chosen.strategies("key"))
+    by_queries = by_queries or any(STRATEGIES[name].wants_attention for name in chosen.strategies("value"))
     if generating.device.type == "cuda" and _compat.takes_static_cache(generating) and not by_queries:
         options.setdefault("release_dense", True)
         generating.generation_config.cache_implementation = "static"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import MustafarError
-from .lowering.strategies import UnbuiltStrategyError
 from .patterns.rewriting.rewriter import UnsupportedWriteError
 
 
@@ -22,7 +21,7 @@ def stage(done: str, raise_errors: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (MustafarError, UnsupportedWriteError, UnbuiltStrategyError):
+    except (MustafarError, UnsupportedWriteError):
         raise
     except Exception as error:
         if raise_errors:

@@ -59,15 +59,16 @@ class Match:
         """K, then V, each with its format."""
         return zip((self.key, self.value), self.formats, strict=True)
 
-    @property
-    def wants_queries(self) -> bool:
-        """Whether keys rank by queries, too."""
-        return self.formats[0].ranking.wants_queries
+    def wanted(self, update: CacheUpdate) -> str:
+        """What of the attention K or V ranks by, too: "queries", "attention" (its weights) or, nothing, ""."""
+        key, value = (format.ranking for format in self.formats)
+        if update is self.key:
+            return "queries" if key.wants_queries else ""
+        return "attention" if value.wants_attention else ""
 
-    @property
-    def is_blind(self) -> bool:
-        """Whether they do in a step over a cache of the caller, of whose earlier queries nothing is known."""
-        return self.phase == "decode" and self.wants_queries
+    def is_blind(self, update: CacheUpdate) -> bool:
+        """Whether it does in a step over a cache of the caller, of whose earlier queries nothing is known."""
+        return self.phase == "decode" and bool(self.wanted(update))
 
     @property
     def form(self) -> str:

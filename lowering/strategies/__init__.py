@@ -5,12 +5,14 @@ A strategy is added in a file of its own and in the table below. ``strategy.Stra
 
 from __future__ import annotations
 
+from .channel_magnitude import ChannelMagnitude
+from .channel_output_aware import ChannelOutputAware
 from .magnitude import Magnitude
 from .output_aware import OutputAware
 from .strategy import Strategy
 from .think import Think
 
-__all__ = ["STRATEGIES", "STRATEGIES_OF", "Strategy", "UnbuiltStrategyError", "strategy_named"]
+__all__ = ["STRATEGIES", "STRATEGIES_OF", "Strategy"]
 
 STRATEGIES_OF = {
     "key": ("magnitude", "output-aware", "think"),
@@ -18,18 +20,11 @@ STRATEGIES_OF = {
 }
 """Names of the strategies that keys and values may have."""
 
-STRATEGIES = tuple(dict.fromkeys(name for names in STRATEGIES_OF.values() for name in names))
-"""All names."""
-
-_BUILT: dict[str, Strategy] = {"magnitude": Magnitude(), "output-aware": OutputAware(), "think": Think()}
-
-
-class UnbuiltStrategyError(NotImplementedError):
-    """A strategy that has a name and no code yet."""
-
-
-def strategy_named(name: str) -> Strategy:
-    """The strategy of a name. Raises UnbuiltStrategyError where there is none yet."""
-    if name not in _BUILT:
-        raise UnbuiltStrategyError(f"mustafar: the strategy {name!r} is not built; accepted are {', '.join(_BUILT)}")
-    return _BUILT[name]
+STRATEGIES: dict[str, Strategy] = {
+    "magnitude": Magnitude(),
+    "output-aware": OutputAware(),
+    "think": Think(),
+    "channel-magnitude": ChannelMagnitude(),
+    "channel-output-aware": ChannelOutputAware(),
+}
+"""All of them by name."""

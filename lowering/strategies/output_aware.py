@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..buffers import MAX_QUERY_TOKENS, Buffer
 from .rings import ring_tokens
+from .scaling import scaled
 from .strategy import Strategy
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ QUERIES = 32
 
 SLOTS = QUERIES + MAX_QUERY_TOKENS
 """Of the ring that holds them: so many that a cache may be rewound and its earlier queries still are there."""
-
-USABLE = 2.0**-97, 2.0**97
-"""Between these the largest of the sums over queries must be; else rows rank by magnitude."""
 
 
 class OutputAware(Strategy):
@@ -38,8 +36,8 @@ class OutputAware(Strategy):
     wants_queries = True
     step_kernel = "weigh_queries_kernel"
 
-    def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
-        return (Buffer("queries", ("batch", "heads", SLOTS, head_dim)),)
+    def buffers(self, format: Format) -> tuple[Buffer, ...]:
+        return (Buffer("queries", ("batch", "heads", SLOTS, format.head_dim)),)
 
     def of_prompt(
         self, dense: Tensor, tokens: Tensor, format: Format, queries: Tensor | None, past: Sequence[Tensor] | None
@@ -78,7 +76,7 @@ class OutputAware(Strategy):
             sums = sums + torch.nn.functional.pad(sums, (0, 0, span, 0))[:, :, :tokens]
             span *= 2
         last = (torch.arange(tokens, device=x.device) + format.window).clamp(max=tokens - 1)  # when a row leaves
-        return _scaled(sums.index_select(2, last).float())
+        return scaled(sums.index_select(2, last).float())
 
     def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
         (ring,), count = state, query.shape[2]
@@ -96,13 +94,4 @@ def over_heads(query: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 def _weights(ring: Tensor, counted: Tensor) -> Tensor:
     """The sums over slots that count, scaled: a ring [B, H, R, D], boolean [B, L, R] -> [B, H, L, D]."""
     summed = torch.where(counted[:, None, :, :, None], ring.unsqueeze(2), 0).sum(3, dtype=torch.float64)
-    return _scaled(summed.float())
-
-
-def _scaled(summed: Tensor) -> Tensor:
-    """Times a power of two, so that the largest is from 0.5 to 1: products with it neither overflow nor get lost."""
-    top = summed.amax(-1, keepdim=True)
-    usable = (top > USABLE[0]) & (top < USABLE[1])
-    exponent = torch.where(usable, top, 1).view(torch.int32) >> 23  # its bits, with a bias of 127
-    scale = ((253 - exponent) << 23).view(torch.float32)
-    return torch.where(usable, summed * scale, 1)
+    return scaled(summed.float())

@@ -35,8 +35,14 @@ class Strategy:
     step_kernel: str | None = None
     """An op that does what ``of_step`` and then ``remember`` do, in one launch on a GPU: (query, position, *state)."""
 
-    def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
-        """The state of a cache with rows of ``head_dim``."""
+    by_channel = False
+    """Whether a row is a channel of a block of 32 tokens, and not a token: see ``by_channel.ByChannel``."""
+
+    wants_attention = False
+    """By channel: whether attention weights say more about values than their magnitudes do."""
+
+    def buffers(self, format: Format) -> tuple[Buffer, ...]:
+        """The state of a cache of ``format``."""
         return ()
 
     def of_prompt(

@@ -26,8 +26,8 @@ class Think(Strategy):
 
     wants_queries = True
 
-    def buffers(self, head_dim: int) -> tuple[Buffer, ...]:
-        return (Buffer("channels", ("batch", "heads", 1, head_dim), torch.float32),)
+    def buffers(self, format: Format) -> tuple[Buffer, ...]:
+        return (Buffer("channels", ("batch", "heads", 1, format.head_dim), torch.float32),)
 
     def of_prompt(
         self, dense: Tensor, tokens: Tensor, format: Format, queries: Tensor | None, past: Sequence[Tensor] | None

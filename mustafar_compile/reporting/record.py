@@ -28,7 +28,7 @@ def record_graph(found: Sequence[Match | NoMatch], context: Context) -> None:
     counted: set[Node] = set()
     _record([_entry(m, context, counted) for m in found])
     dense_past = [m for m in found if isinstance(m, Match) and m.key.grows and m.key.base not in context.caches]
-    if any(m.is_blind for m in dense_past):
+    if any(m.is_blind(update) for m in dense_past for update, _ in m.updates):
         notify_blind()
 
 

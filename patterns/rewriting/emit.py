@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ...lowering.format import Format
 from ..cache.update import CacheUpdate
 from ..graph.calls import call_before
 from ..graph.nodes import is_tensor, symbolic_size
+from ..match import Match
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
@@ -93,24 +94,30 @@ class Emitter:
         dense: Node,
         update: CacheUpdate,
         format: Format,
-        queries: Node | None = None,
+        seen: Mapping[str, Node] = {},
         past: list[Node] | None = None,
     ) -> list[Node]:
         """The buffers of ``dense``, which is the cache before or after ``update``.
 
-        queries: [B, Hq, n, D], of the last of its tokens, where they are known. past: the buffers of the cache that it
-        continues, if that is compressed.
+        seen: arguments of the op that say more of the last of its tokens, where that is known. past: the buffers of the
+        cache that it continues, if that is compressed.
         """
         length, rows = self.size(dense, update.tokens_dim), self.swapped(dense, update.tokens_dim)
         if update.grows:
             tokens, capacity = self.tokens(length, dense), self._growing_capacity(length)
         else:
             tokens, capacity = self._written_tokens(update), length
-        known: dict[str, Any] = {} if queries is None else {"queries": queries}
+        known: dict[str, Any] = dict(seen)
         if past is not None and (state := format.state_of(past)):
             known["past"] = state
         packed = self.call(ops.compress.default, rows, tokens, format.encode(), capacity, **known)
         return [self.call(operator.getitem, packed, i) for i in range(len(format.buffers))]
+
+    def latest_weights(self, match: Match) -> Node:
+        """The attention weights of the last tokens of a prompt."""
+        attention, keys = match.attention, self.swapped(match.key.node, match.key.tokens_dim)
+        how = attention.mask, attention.sinks, attention.is_causal, attention.scale, attention.softcap
+        return self.call(ops.latest_weights.default, attention.query, keys, *how)
 
     def _growing_capacity(self, tokens: Any) -> Any:
         return self.capacity_of(tokens) if isinstance(tokens, int) else self.capacity_of(Proxy(tokens)).node

@@ -220,7 +220,7 @@ class Rewriter:
         if tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
         index, batch, of_state = self.inputs.index[base], self.inputs.holding(shape[0]), self._extract(position)
-        blind = match.is_blind and update is match.key
+        blind = match.is_blind(update)
         self.attached.append(Attached(index, tokens_dim, tuple(shape), format, batch, of_state, releases, blind))
 
     def _count(self, update: CacheUpdate) -> int | Argument:
@@ -248,20 +248,19 @@ class Rewriter:
         for update, format in match.updates:
             if update.base is not None and not update.grows and not self._is_compressed(update.base):
                 continue  # a buffer of the caller stays dense; the first decode step compresses it
-            wanted = update is match.key and match.wants_queries
             with self.graph.inserting_before(match.attention.node.next):
-                self._store(update, format, match.attention.query if wanted else None)
+                self._store(update, format, match)
 
-    def _store(self, update: CacheUpdate, format: Format, queries: Node | None = None) -> None:
+    def _store(self, update: CacheUpdate, format: Format, match: Match | None = None) -> None:
         """Compress the cache after ``update``: in place, or to be returned instead of the dense one.
 
-        queries: those of the attention that reads the cache, if its strategy wants them.
+        match: the attention that reads it, if any does.
         """
         cache = self.caches.get(update.base) if update.base is not None else None
         if update.node in self.replaced or (cache is not None and cache.written):
             return
         past = None if cache is None else cache.buffers
-        buffers = self.emit.compress(update.node, update, format, queries, past)
+        buffers = self.emit.compress(update.node, update, format, self._seen(match, update), past)
         if cache is None or update.grows:
             self.replaced[update.node] = _New(buffers, format, update.grows, update.tokens_dim)
             return
@@ -270,6 +269,14 @@ class Rewriter:
         cache.written = True
         if update.op != "shift":  # which writes all of the buffer, and rewinds nothing
             cache.rewinding = update
+
+    def _seen(self, match: Match | None, update: CacheUpdate) -> dict[str, Node]:
+        """What the strategy of K or V wants to know of the attention of a prompt."""
+        wanted = "" if match is None else match.wanted(update)
+        if not wanted:
+            return {}
+        assert match is not None
+        return {wanted: match.attention.query if wanted == "queries" else self.emit.latest_weights(match)}
 
     # Compressed caches that no match took
 

@@ -1,0 +1,50 @@
+"""What a strategy is asked whose rows are channels: how the tokens of a block rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .strategy import Strategy
+
+if TYPE_CHECKING:
+    from ..format import Format
+
+WeightsOf = Callable[[Tensor], Tensor]
+"""Tokens [B, L, n] -> what each of the latest L tokens attends to them with, [B, H, L, n] float32: see ``ByChannel``."""
+
+
+class ByChannel(Strategy):
+    """One way to choose ``kept`` of the 32 tokens of a block, in each channel. This one: by magnitude alone.
+
+    Ranking is by ``|x| * weight``, as of any ``Strategy``, with one weight for each token. Attention weights are summed
+    over the query heads of a KV head. A token of which nothing is known has a weight of zero; where all of a block have,
+    it ranks by magnitude.
+    """
+
+    by_channel = True
+
+    def of_prompt(
+        self, dense: Tensor, tokens: Tensor, format: Format, attention: Tensor | None, past: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Weights [B, H, S] of all tokens for the blocks that are pruned now, and the state from then on.
+
+        dense: [B, H, S, D], of which ``tokens`` [B] are written. attention: weights [B, H, n, S] of the last ``n`` of
+        them; None where they are unknown. What was seen before a prompt does not count, so ``past`` has no part.
+        """
+        return None, []
+
+    def observe(self, query: Tensor, weights_of: WeightsOf, format: Format, state: Sequence[Tensor]) -> None:
+        """Take into the state, in place, what the latest tokens ``query`` [B, L] attend to."""
+
+    def of_block(self, first: Tensor, held: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor | None:
+        """Weights [B, H, 32] of the block that begins with the token ``first`` [B, 1] and leaves the window now.
+
+        held: the first token that the ring holds, [B, 1]; what was observed of earlier ones was given up.
+        """
+        return None
+
+    def forget(self, token: Tensor, where: Tensor, state: Sequence[Tensor]) -> None:
+        """Take what is known of queries at ``token`` [B, n] out of the state, in place, where so (boolean [B, n])."""
