@@ -129,7 +129,13 @@ def attend(
 
 
 def latest_weights(
-    query: Tensor, keys: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool, scale: float, softcap: float
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Weights of the last tokens of a prompt over dense keys, as many as the mask has: see ``ops.latest_weights``."""
     length, heads = query.shape[2], keys.shape[1]

@@ -458,16 +458,16 @@ class TokenByToken:
         return [self._write_one(row, position + i) for i, row in enumerate(rows.split(1, dim=2))]
 
     def _write_one(self, row, position):
-        self.rows = [*self.rows[:position], row]
-        held = max(min(self.held, position), position + 1 - self.window - MAX_QUERY_TOKENS)
-        self.rows = [prune(x, self.kept) if i < held else x for i, x in enumerate(self.rows)]
-        self.held = held
+        self.rows, held = [*self.rows[:position], row], min(self.held, position)
+        self.held = max(held, position + 1 - self.window - MAX_QUERY_TOKENS)
+        for i in range(held, self.held):
+            self.rows[i] = prune(self.rows[i], self.kept)
         return self.seen()
 
     def seen(self):
         """The cache as attention takes it."""
-        pruned = len(self.rows) - self.window
-        return torch.cat([prune(x, self.kept) if i < pruned else x for i, x in enumerate(self.rows)], dim=2)
+        rows, pruned = torch.cat(self.rows, dim=2), max(len(self.rows) - self.window, 0)
+        return torch.cat([prune(rows[:, :, :pruned], self.kept), rows[:, :, pruned:]], dim=2)
 
 
 moves = st.lists(st.tuples(st.floats(0, 1) | st.just(1.0), query_counts), min_size=1, max_size=25)

@@ -79,9 +79,23 @@ def reference_attention(
     A query that may attend to nothing gives zeros, as SDPA does. sinks: [Hq], logits that take weight and give nothing.
     codes: of K and V.
     """
-    group = q.shape[1] // k.shape[1]
-    keys = pruned_cache(k, key_sparsity, window, codes[0]).to(dtype).repeat_interleave(group, dim=1)
-    values = pruned_cache(v, value_sparsity, window, codes[1]).to(dtype).repeat_interleave(group, dim=1)
+    keys = pruned_cache(k, key_sparsity, window, codes[0])
+    values = pruned_cache(v, value_sparsity, window, codes[1]).to(dtype)
+    weights = reference_weights(q, keys, mask, scale, dtype, softcap, sinks)
+    return (weights @ values.repeat_interleave(q.shape[1] // k.shape[1], dim=1)).to(q.dtype)
+
+
+def reference_weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The weights [B, Hq, L, n] of dense attention in ``dtype`` over k as it is. Arguments as above."""
+    keys = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.to(dtype) @ keys.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     if softcap:
         scores = softcap * (scores / softcap).tanh()
@@ -89,9 +103,8 @@ def reference_attention(
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(dtype)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
     nothing = (scores == float("-inf")).all(-1, keepdim=True)
-    return (scores.softmax(-1).masked_fill(nothing, 0) @ values).to(q.dtype)
+    return scores.softmax(-1).masked_fill(nothing, 0)[..., : k.shape[2]]
 
 
 @contextmanager
