@@ -17,8 +17,6 @@ from .format import CHUNK, Format, order_for
 from .step import DTYPE_NAMES, Step
 
 MAX_HEAD_DIM = 256
-RANKED = ("magnitude", "output-aware", "think")
-"""Strategies that are a ranking within each row, which kernels are given as weights."""
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -58,8 +56,8 @@ def _refuses_cache(format: Format, dtype: torch.dtype, device: torch.device) -> 
         return f"the cache is on {device.type}"
     if format.order != order_for(device):
         return f"its elements stand in {format.order}"
-    if format.strategy not in RANKED:
-        return f"no kernel prunes by {format.strategy}"
+    if format.by_channel:
+        return "no kernel prunes by channel"
     if not _HAS_TRITON:
         return "Triton is not installed"
     if dtype not in DTYPE_NAMES or format.head_dim % CHUNK or format.head_dim > MAX_HEAD_DIM:
@@ -72,8 +70,8 @@ def _refuses_native(format: Format, dtype: torch.dtype, device: torch.device) ->
         return f"the cache is on {device.type}"
     if format.order != order_for(device) or dtype not in DTYPE_NAMES or format.head_dim > MAX_HEAD_DIM:
         return f"{dtype} rows of {format.head_dim} channels in {format.order} have no kernel"
-    if format.strategy not in RANKED:
-        return f"no kernel prunes by {format.strategy}"
+    if format.by_channel:
+        return "no kernel prunes by channel"
     return native.why_not()
 
 

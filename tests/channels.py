@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference import kept_count, kept_mask, prune, quantized
+from reference import kept_mask, prune, quantized
 
 TOKENS = 32
 """Of a block."""
@@ -50,24 +50,44 @@ def _order(x: Tensor) -> Tensor:
 
 @dataclass
 class Blocks:
-    """A cache tensor [B, H, n, D] that is pruned by channel.
+    """A cache tensor that is pruned by channel, ``kept`` of the 32 tokens of a block.
 
-    rows: what is exact, and pruned for good below ``held``. packed: the blocks that left the window, end to end. seen:
-    for each query token that counts, its weights [B, H, n] of the tokens up to itself, summed over query heads.
+    rows: [B, H, n, D], exact; below ``held`` as they were pruned. packed: the blocks that left the window, end to end.
+    seen: for each query token that counts, its weights [B, H, n] of the tokens up to itself, summed over query heads.
     """
 
     strategy: str
-    sparsity: float
+    kept: int
+    code: str
     window: int
     rows: Tensor
-    code: str = "none"
+    packed: Tensor
     held: int = 0
-    packed: Tensor = None  # type: ignore[assignment]
     seen: dict[int, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.packed is None:
-            self.packed = self.rows[:, :, :0]
+    @classmethod
+    def of_prompt(
+        cls,
+        strategy: str,
+        kept: int,
+        code: str,
+        window: int,
+        x: Tensor,
+        attention: Tensor | None = None,
+        actual: Tensor | None = None,
+    ) -> Blocks:
+        """Of tokens [B, H, n, D] that come in at once. attention: [B, H, n, n], of each of them, where it is known.
+
+        actual: as of ``write``.
+        """
+        blocks, tokens = cls(strategy, kept, code, window, x, x[:, :, :0]), x.shape[2]
+        known = [] if attention is None else range(max(tokens - LATEST, 0), tokens)
+        blocks.seen = {query: attention[:, :, query, : query + 1] for query in known}
+        sums = sum(F.pad(x, (0, tokens - x.shape[-1])) for x in blocks.seen.values()) if blocks.seen else None
+        for first in range(0, blocks._left(tokens), TOKENS):
+            blocks._pack(first, None if sums is None else sums[..., first : first + TOKENS], actual)
+        blocks._give_up(max(tokens - blocks.ring, 0))
+        return blocks
 
     @property
     def ring(self) -> int:
@@ -75,16 +95,6 @@ class Blocks:
 
     def _left(self, tokens: int) -> int:
         return max(tokens - self.window, 0) // TOKENS * TOKENS
-
-    def prompt(self, rows: Tensor, attention: Tensor | None = None, actual: Tensor | None = None) -> None:
-        """All tokens at once. attention: [B, H, n, n], of each of them, where known. actual: as of ``write``."""
-        tokens, self.rows, self.packed = rows.shape[2], rows, rows[:, :, :0]
-        known = [] if attention is None else range(max(tokens - LATEST, 0), tokens)
-        self.seen = {query: attention[:, :, query, : query + 1] for query in known}
-        sums = sum(F.pad(x, (0, tokens - x.shape[-1])) for x in self.seen.values()) if self.seen else None
-        for first in range(0, self._left(tokens), TOKENS):
-            self._pack(first, None if sums is None else sums[..., first : first + TOKENS], actual)
-        self._give_up(max(tokens - self.ring, 0))
 
     def write(self, row: Tensor, at: int, weights: Tensor | None = None, actual: Tensor | None = None) -> Tensor:
         """One token [B, H, 1, D] at ``at``; what it sees. weights: [B, H, at + 1], with which it attends.
@@ -105,7 +115,7 @@ class Blocks:
             sums = [F.pad(self.seen[q], (0, TOKENS))[..., first : first + TOKENS] for q in queries if q in self.seen]
             self._pack(first, sum(sums) if sums else None, actual)
         self._give_up(max(self.held, end - self.ring))
-        return self.dense(end)
+        return self.dense(self.rows)
 
     @property
     def _begun(self) -> int:
@@ -114,7 +124,7 @@ class Blocks:
 
     def _pack(self, first: int, sums: Tensor | None, actual: Tensor | None) -> None:
         """Prune the block that begins with token ``first``."""
-        kept, place = kept_count(TOKENS, self.sparsity), slice(first, first + TOKENS)
+        kept, place = self.kept, slice(first, first + TOKENS)
         channels = self.rows[:, :, place].transpose(2, 3)
         aware = self.strategy == "channel-output-aware" and sums is not None
         weights = ranking(sums).unsqueeze(2) if aware else None
@@ -128,12 +138,24 @@ class Blocks:
         self.held = held
         self.rows = torch.cat([self.packed[:, :, :held], self.rows[:, :, held:]], dim=2)
 
-    def dense(self, tokens: int) -> Tensor:
-        """The cache as the token before ``tokens`` sees it: [B, H, tokens, D]."""
+    def dense(self, x: Tensor, held: int | None = None) -> Tensor:
+        """The cache as the last of its first tokens ``x`` [B, H, n, D] sees it. held: of caches that are not by channel."""
+        tokens = x.shape[2]
         first = min(max(self.held, self._left(tokens)), tokens)
         return torch.cat([self.packed[:, :, :first], self.rows[:, :, first:tokens]], dim=2)
 
-    def changed(self, change: Callable[[Tensor], Tensor], tokens: int) -> Blocks:
-        """A copy of the first ``tokens``, with ``change`` of all that has a batch."""
-        seen = {query: change(x) for query, x in self.seen.items() if query < tokens}
-        return replace(self, rows=change(self.rows[:, :, :tokens]), packed=change(self.packed), seen=seen)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Blocks:
+        """With ``change`` applied to each tensor, all of which have the batch first."""
+        seen = {query: change(x) for query, x in self.seen.items()}
+        return replace(self, rows=change(self.rows), packed=change(self.packed), seen=seen)
+
+    def joined(self, other: Blocks, tokens: int) -> Blocks:
+        """Both batches, as far as the first ``tokens``."""
+        assert self.held == other.held
+        left, seen = max(self.held, self._left(tokens)), {}
+        for query in self.seen.keys() | other.seen.keys():
+            parts = [x.seen.get(query, x.rows.new_zeros(*x.rows.shape[:2], query + 1)) for x in (self, other)]
+            seen[query] = torch.cat(parts)
+        rows = torch.cat([self.rows[:, :, :tokens], other.rows[:, :, :tokens]])
+        packed = torch.cat([self.packed[:, :, :left], other.packed[:, :, :left]])
+        return replace(self, rows=rows, packed=packed, seen=seen)

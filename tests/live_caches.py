@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from channels import TOKENS, Blocks
 from mustafar_compile import CompressedKV, StaleCacheError
 from ranked import Packed
 from reference import kept_count, prune, quantized
@@ -35,16 +38,21 @@ class Shape:
     key_strategy: str = "magnitude"
     value_strategy: str = "magnitude"
 
-    def packed(self, rows: list[Tensor], query: Tensor) -> list[Packed]:
+    def packed(self, rows: list[Tensor], query: Tensor) -> list[Packed | Blocks]:
         """What caches have of K and V that come in at once."""
         kinds = (
             (self.key_strategy, self.key_sparsity, self.key_code, query),
             (self.value_strategy, self.value_sparsity, self.value_code, None),
         )
-        return [
-            Packed.of_prompt(strategy, kept_count(x.shape[3], sparsity), code, self.window, x, queries)
-            for x, (strategy, sparsity, code, queries) in zip(rows, kinds, strict=True)
-        ]
+        packed: list[Packed | Blocks] = []
+        for x, (strategy, sparsity, code, queries) in zip(rows, kinds, strict=True):
+            in_channel = kept_count(TOKENS, sparsity)
+            if strategy.startswith("channel") and in_channel < TOKENS:
+                packed.append(Blocks.of_prompt(strategy, in_channel, code, self.window, x))
+            else:
+                kept = x.shape[3] if strategy.startswith("channel") else kept_count(x.shape[3], sparsity)
+                packed.append(Packed.of_prompt(strategy, kept, code, self.window, x, queries))
+        return packed
 
     def stored(self, rows: list[Tensor], pruned: int) -> list[Tensor]:
         """K and V [B, H, n, D] of which the first ``pruned`` tokens are what the cache has of them."""
@@ -94,7 +102,7 @@ class Live:
 
     shape: Shape
     handles: list[Handle] = field(repr=False)
-    packed: list[Packed]
+    packed: list[Packed | Blocks]
     held: int = 0
     room: int | None = None
 
@@ -124,22 +132,33 @@ class Live:
 
     def dense(self, rows: list[Tensor]) -> list[Tensor]:
         """The cache with these exact K and V as the latest tokens see it."""
-        tokens = rows[0].shape[2]
-        pruned = min(max(self.held, tokens - self.shape.window), tokens)
-        both = zip(self.packed, rows, strict=True)
-        return [torch.cat([packed.rows[:, :, :pruned], x[:, :, pruned:]], dim=2) for packed, x in both]
+        return [packed.dense(x, self.held) for packed, x in zip(self.packed, rows, strict=True)]
 
-    def write(self, new: list[Tensor], query: Tensor, at: int) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Tokens [B, H, L, D] of K and V at ``at``, one by one: all rows then, and what each token sees."""
+    @property
+    def progress(self) -> tuple[Any, ...]:
+        """Caches may be joined that have come as far as each other."""
+        return self.room, self.tokens, self.held, getattr(self.packed[1], "held", None)
+
+    def write(
+        self, new: list[Tensor], query: Tensor, at: int, attention: Callable[[Tensor], Tensor], value: CompressedKV
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Tokens [B, H, L, D] of K and V at ``at``, one by one: all rows then, and what each token sees.
+
+        attention: K as a token sees it -> its weights [B, H, n]. value: V afterwards.
+        """
         seen = []
         for end in range(at + 1, at + new[0].shape[2] + 1):
             rows = [
                 torch.cat([x[:, :, :at], y[:, :, : end - at]], 2) for x, y in zip(self.latest.rows, new, strict=True)
             ]
             held = min(self.held, end - 1)
-            for packed, x in zip(self.packed, rows, strict=True):
-                packed.append(x, query[:, :, end - at - 1 : end - at], held)
             self.held = max(held, self._pruned_for_good(end))
+            for packed, x in zip(self.packed, rows, strict=True):
+                if isinstance(packed, Blocks):
+                    keys = self.packed[0].dense(rows[0], self.held)
+                    packed.write(x[:, :, -1:], end - 1, attention(keys), value.dense())
+                else:
+                    packed.append(x, query[:, :, end - at - 1 : end - at], held)
             seen.append(self.dense(rows))
         self.latest.cropped = False
         for handle in self.handles:
@@ -163,7 +182,7 @@ class Live:
             self.handles = []
         self.use(Handle(key, value, rows))
 
-    def other(self, key: CompressedKV, value: CompressedKV, rows: list[Tensor], packed: list[Packed]) -> Live:
+    def other(self, key: CompressedKV, value: CompressedKV, rows: list[Tensor], packed: list[Packed | Blocks]) -> Live:
         """A cache of its own with another batch and the history of this one."""
         assert isinstance(key, CompressedKV)
         return Live(self.shape, [Handle(key, value, rows)], packed, self.held, self.room)
@@ -173,6 +192,8 @@ class Live:
         if self.room is not None:
             self.held = 0
         self.packed = [packed.mapped(torch.zeros_like) for packed in self.packed]
+        if self.room is not None and isinstance(self.packed[1], Blocks):
+            self.packed[1].held = 0
         for handle in self.handles:
             handle.rows = [torch.zeros_like(x if self.room is None else x[:, :, :0]) for x in handle.rows]
 

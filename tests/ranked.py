@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from reference import kept_count, prune, pruned_cache, quantized, reference_attention
+from channels import TOKENS, Blocks, summed_over_heads
+from reference import kept_count, prune, pruned_cache, quantized, reference_attention, reference_weights
 
 LATEST = 32
 """Queries that count."""
@@ -119,6 +120,11 @@ class Packed:
             left = self.pruned(rows[:, :, leaving : leaving + 1], self.weights(token))
             self.rows = torch.cat([self.rows[:, :, :leaving], left, self.rows[:, :, leaving + 1 :]], dim=2)
 
+    def dense(self, x: Tensor, held: int) -> Tensor:
+        """The cache as the last of ``x`` [B, H, n, D] sees it, if ``held`` tokens are pruned for good."""
+        pruned = min(max(held, x.shape[2] - self.window), x.shape[2])
+        return torch.cat([self.rows[:, :, :pruned], x[:, :, pruned:]], dim=2)
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """With ``change`` applied to each tensor, all of which have the batch first."""
         return replace(self, **{name: change(x) for name, x in self._tensors().items()})
@@ -139,13 +145,21 @@ class Layer:
     def __init__(self, strategies: tuple[str, str], sparsity: float, window: int, codes: tuple[str, str]) -> None:
         self.strategies, self.sparsity, self.window, self.codes = strategies, sparsity, window, codes
         self.queries: Tensor | None = None
+        self.blocks: Blocks | None = None  # of values that are pruned by channel
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Of the latest queries over all exact K and V so far."""
         if self.queries is None:
             self.queries, self.prompt = q, q.shape[2]
+            if self.strategies[1].startswith("channel"):
+                attention = summed_over_heads(reference_weights(q, k, mask, scale), k.shape[1])
+                kept = kept_count(TOKENS, self.sparsity)
+                self.blocks = Blocks.of_prompt(self.strategies[1], kept, self.codes[1], self.window, v, attention)
             return reference_attention(q, k, v, 0, 0, 1, mask, scale)
         self.queries = torch.cat([self.queries, q], dim=2)
+        if self.blocks is not None:
+            weights = reference_weights(q, self.stored(k, v)[0], mask, scale)
+            self.blocks.write(v[:, :, -1:], v.shape[2] - 1, summed_over_heads(weights, k.shape[1]).squeeze(2))
         keys, values = self.stored(k, v)
         return reference_attention(q, keys, values, 0, 0, 1, mask, scale)
 
@@ -153,6 +167,9 @@ class Layer:
         """K and V as the latest token sees them, in their dtype."""
         caches = []
         for x, strategy, code, queries in zip((k, v), self.strategies, self.codes, (self.queries, None), strict=True):
+            if strategy.startswith("channel"):
+                caches.append(self.blocks.dense(x))
+                continue
             kept = kept_count(x.shape[3], self.sparsity)
             weights = weights_of_rows(strategy, x, kept, self.prompt, self.window, queries)
             caches.append(pruned_cache(x, self.sparsity, self.window, code, weights).to(x.dtype))

@@ -25,10 +25,16 @@ from cases import (
     seeds,
 )
 from channels import Blocks, summed_over_heads
+from compilers import without_compiler
+from models import hf_model, prompt
+from mustafar_compile import explain
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format, FormatError
+from nightly import at_night
+from ranked import ranked_generation
 from reference import reference_attention, reference_weights
 
+WINDOW, NEW_TOKENS, SPARSITY = 4, 40, 0.5
 BATCH, HEADS, GROUP, KEY_DIM, VALUE_DIM = 2, 2, 2, 16, 8
 STRATEGIES = ("channel-magnitude", "channel-output-aware")
 WINDOWS = (1, 4, 20, 32, 40)
@@ -49,7 +55,7 @@ class Layer:
         self.tokens = 0
         query, *rows = self.new(max(prompt, 1))
         self.keys, mask = TokenByToken(8, window), torch.ones(prompt, prompt, dtype=torch.bool).tril()
-        self.values = Blocks(strategy, 0.5, window, rows[1][:, :, :0], code)
+        self.values = Blocks.of_prompt(strategy, 16, code, window, rows[1][:, :, :0])
         weights = ops.latest_weights(query, rows[0], None, None, True, 0.3) if prompt else None
         self.caches = compressed(rows[0], prompt, 8, window, room, order="rows"), value_cache(
             rows[1], prompt, strategy, window, room, code=code, weights=weights
@@ -57,7 +63,7 @@ class Layer:
         if prompt:
             self.keys.write(rows[0], 0)
             attended = summed_over_heads(reference_weights(query, rows[0], mask, 0.3), HEADS)
-            self.values.prompt(rows[1], attended, self.actual(prompt))
+            self.values = Blocks.of_prompt(strategy, 16, code, window, rows[1], attended, self.actual(prompt))
             self.tokens = prompt
 
     def new(self, count):
@@ -88,7 +94,7 @@ class Layer:
 
     def check(self):
         assert self.caches[1].counts.tolist() == BATCH * [[self.tokens, self.values.held, 0]]
-        assert_same_rows(self.actual(self.tokens), self.values.dense(self.tokens), self.code)
+        assert_same_rows(self.actual(self.tokens), self.values.dense(self.values.rows), self.code)
 
 
 moves = st.lists(st.tuples(query_counts, st.sampled_from([0, 0, 0, 1, 7, 16, 17, 40, 90])), min_size=4, max_size=16)
@@ -107,3 +113,43 @@ def test_steps_and_rewinds_equal_tokens_one_by_one(moves, strategy, window, prom
     layer.check()
     for count, back in moves:
         layer.step(count, back)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def options(keys, values, **others):
+    sparsities = {"key_sparsity": SPARSITY, "value_sparsity": SPARSITY}
+    return {"key_strategy": keys, "value_strategy": values, "window": WINDOW, **sparsities, **others}
+
+
+def generate(model, inputs, **how):
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **how)
+
+
+WAYS = [
+    ("magnitude", "channel-magnitude", "dynamic", "none"),
+    ("output-aware", "channel-output-aware", "static", "none"),
+    *at_night([("think", "channel-output-aware", "dynamic", "int8"), ("magnitude", "channel-magnitude", "static", "int4")]),
+]
+
+
+@pytest.mark.parametrize(("keys", "values", "cache", "code"), WAYS)
+def test_tokens_are_those_of_the_oracle(keys, values, cache, code):
+    model, inputs = hf_model("llama", num_hidden_layers=1), prompt(padded=True, length=40)
+    with ranked_generation((keys, values), SPARSITY, WINDOW, ("none", code)) as layers:
+        tokens = generate(model, inputs).sequences
+    with without_compiler(), explain() as report:
+        model.compile(backend="mustafar", options=options(keys, values, value_code=code))
+        result = generate(model, inputs, cache_implementation=cache)
+    assert torch.equal(result.sequences, tokens)
+    assert [entry.kernels for entry in report.matched] == ["PyTorch"]
+    assert not report.notices
+    layer, rows = result.past_key_values.layers[0], layers[0].stored(*layers[0].latest)
+    assert (layer.keys.format.strategy, layer.values.format.strategy) == (keys, values)
+    assert layers[0].blocks.packed.shape[2] == 64
+    for kv, x in zip((layer.keys, layer.values), rows, strict=True):
+        dense = kv.dense()[:, :, : x.shape[2]]
+        assert torch.equal(dense != 0, x != 0)
+        torch.testing.assert_close(dense, x)

@@ -27,7 +27,7 @@ from live_caches import Live, Shape
 from mustafar_compile import CompressedKV, CompressedWriteError, StaleCacheError
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import CODES
-from reference import reference_attention
+from reference import reference_attention, reference_weights
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 LARGEST_BATCH = 6
@@ -56,7 +56,7 @@ shapes = st.builds(
     key_code=st.sampled_from(CODES),
     value_code=st.sampled_from(CODES),
     key_strategy=st.sampled_from(["magnitude", "output-aware", "output-aware", "think"]),
-    value_strategy=st.sampled_from(["magnitude", "magnitude", "think"]),
+    value_strategy=st.sampled_from(["magnitude", "think", "channel-magnitude", "channel-output-aware"]),
 )
 
 
@@ -144,6 +144,16 @@ class Caches(RuleBasedStateMachine):
         mask = mask.to(self.shape.dtype) if kind == "additive" else mask
         return mask if room is None else F.pad(mask, (0, room - tokens), value=False)
 
+    def attention(self, query, mask, at):
+        """The weights [B, H, n] with which a token attends to K as it sees it."""
+
+        def of_token(keys):
+            i, group = keys.shape[2] - at - 1, self.shape.group
+            row = None if mask is None else mask[:, :, i : i + 1, : keys.shape[2]]
+            return reference_weights(query[:, :, i : i + 1], keys, row).unflatten(1, (-1, group)).sum((2, 3))
+
+        return of_token
+
     def add(self, live: Live) -> Live:
         self.live.append(live)
         return live
@@ -172,7 +182,7 @@ class Caches(RuleBasedStateMachine):
         query, *new = self.new_tokens(live.batch, count, seed)
         mask = self.mask(kind, live.batch, count, at + count, live.room, seed)
         attended, *tensors = self.step(query, *new, *live.latest.tensors, position, mask)
-        rows, seen = live.write(new, query, at)
+        rows, seen = live.write(new, query, at, self.attention(query, mask, at), tensors[1])
         live.extend(*tensors, rows)
         for i, (keys, values) in enumerate(seen):
             row = None if mask is None else mask[:, :, i : i + 1, : keys.shape[2]]
@@ -212,8 +222,7 @@ class Caches(RuleBasedStateMachine):
 
     @rule(target=caches, live=caches, other=caches)
     def join(self, live, other):
-        alike = live.room == other.room and (live.tokens, live.held) == (other.tokens, other.held)
-        other = other if alike else live
+        other = other if live.progress == other.progress else live
         if live.batch + other.batch > LARGEST_BATCH:
             return live
         parts = [x.tensors for x in (live.latest, other.latest)]

@@ -140,7 +140,7 @@ class CompressedKV(Handle):
 
     def ordered(self, order: str) -> CompressedKV:
         """This cache with its elements in the order that the kernels of a device want (see ``Format``)."""
-        if order == self.format.order:
+        if self.format.ordered(order) is self.format:
             return self
         buffers = portable.reordered(self.own_buffers(), self.format, order)
         return CompressedKV.from_buffers(self.format.ordered(order), buffers, self.tokens, self.grows, self.tokens_dim)
@@ -186,7 +186,7 @@ class CompressedKV(Handle):
         )
 
     def __repr__(self) -> str:
-        kept = f"{self.format.kept} of {self.format.head_dim} kept"
+        kept = f"{self.format.kept} of {self.format.row_size} kept"
         kept += f" in {self.format.code}" if self.format.code != "none" else ""
         kept += f" by {self.format.strategy}" if self.format.strategy != "magnitude" else ""
         return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"

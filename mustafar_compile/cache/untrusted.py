@@ -47,24 +47,25 @@ def _check_counts(format: Format, buffers: Sequence[Tensor], tokens: int, grows:
         counts = f"counts of {written} tokens written, the first of them in the window {held}, and a mark of {extreme}"
         whole = written == tokens if grows else written <= tokens
         in_order = 0 <= held <= written <= held + format.ring and extreme in (0, 1)
-        _require(whole and in_order and max(held, written - format.window) <= capacity, f"it has {counts}")
+        _require(whole and in_order and max(held, format.left(written)) <= capacity, f"it has {counts}")
 
 
 def _check_bitmap(format: Format, buffers: Sequence[Tensor]) -> None:
-    """Each pruned row keeps as many elements as its format says, or none where it was zeroed, all of them channels."""
+    """Each pruned row keeps as many elements as its format says, or none where it was zeroed, all of them in the row."""
     bitmap, counts = (buffers[format.place(name)] for name in ("bitmap", "counts"))
     if bitmap.numel() == 0:
         return
     bits = (bitmap.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=bitmap.device)) & 1
-    pruned = torch.maximum(counts[:, 1], counts[:, 0] - format.window)
+    pruned = torch.maximum(counts[:, 1], format.left(counts[:, 0]))
     token = torch.arange(format.capacity_of(buffers), device=bitmap.device).view(-1, BLOCK_TOKENS)
+    first = token[:, :1] if format.by_channel else token  # of each row
     kept = bits.sum((-2, -1))
     right = ((kept == format.kept) | (kept == 0)) & ~_past_the_end(format, bits)
-    unread = token >= pruned.view(-1, 1, 1, 1)
-    _require(bool((right | unread).all()), f"the bitmap of some row does not keep {format.kept} of its channels")
+    unread = first >= pruned.view(-1, 1, 1, 1)
+    _require(bool((right | unread).all()), f"the bitmap of some row does not keep {format.kept} of {format.row_size}")
 
 
 def _past_the_end(format: Format, bits: Tensor) -> Tensor:
-    """Whether a row [..., w, 32] has a bit of a channel that there is not."""
-    of_channels = bits[..., channel_bits(format.order, bits.device)].flatten(-2)
-    return of_channels[..., format.head_dim :].any(-1)
+    """Whether a row [..., w, 32] has a bit of an element that there is not."""
+    in_order = bits[..., channel_bits(format.order, bits.device)].flatten(-2)
+    return in_order[..., format.row_size :].any(-1)
