@@ -141,8 +141,8 @@ class Format:
         if not sizes_fit or self.code not in CODES or self.order not in ORDERS:
             raise FormatError(
                 f"{self} cannot be; accepted are a head_dim and a kept that are multiples of {CHUNK}, kept at most "
-                f"head_dim, by channel {BLOCK_TOKENS}, a window of at least 1, a code of {', '.join(CODES)} and an order "
-                f"of {', '.join(ORDERS)}"
+                f"head_dim, by channel {BLOCK_TOKENS}, a window of at least 1, a code of {', '.join(CODES)} and an "
+                f"order of {', '.join(ORDERS)}"
             )
         chooses = self.kept < self.row_size or self.strategy == "magnitude"
         if self.strategy not in STRATEGIES or not chooses or (self.by_channel and self.order != "rows"):

@@ -98,8 +98,8 @@ def _decode_attention(
     forms, caches = (Format.decode(key_format), Format.decode(value_format)), (keys, values)
     if forms[0].by_channel or (forms[1].by_channel and forms[0].window != forms[1].window):
         raise ValueError(
-            f"decode_attention was given keys of {forms[0]} and values of {forms[1]}; accepted are keys that are pruned "
-            "by token, and values by channel with the window of their keys"
+            f"decode_attention was given keys of {forms[0]} and values of {forms[1]}; accepted are keys that are "
+            "pruned by token, and values by channel with the window of their keys"
         )
     window, other = (form.window_of(cache) for form, cache in zip(forms, caches, strict=True))
     work = backends.Work(*forms, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0])
@@ -264,11 +264,12 @@ of the format, in its order.
 """
 
 latest_weights: Callable[..., Tensor] = torch.ops.mustafar.latest_weights.default
-"""Attention weights [B, H, n, S], float32, of the last n = min(L, 32) tokens of a prompt, summed over the query heads of
-each KV head.
+"""Attention weights [B, H, n, S], float32, of the last n = min(L, 32) tokens of a prompt, summed over the query heads
+of each KV head.
 
-query: [B, Hq, L, D]. keys: [B, H, S, D], dense; where the mask has fewer columns, those are attended, and are S. causal: whether the i-th query of the prompt sees keys 0 to i alone.
-mask, sinks, scale, softcap: as of ``decode_attention``. A row that may attend to nothing is zero.
+query: [B, Hq, L, D]. keys: [B, H, S, D], dense; where the mask has fewer columns, only so many, which are S then.
+causal: whether the i-th query of the prompt sees keys 0 to i alone. mask, sinks, scale, softcap: as of
+``decode_attention``. A row that may attend to nothing is zero.
 """
 
 decompress: Callable[..., Tensor] = torch.ops.mustafar.decompress.default

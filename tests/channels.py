@@ -29,7 +29,7 @@ def summed_over_heads(weights: Tensor, heads: int) -> Tensor:
 
 
 def ranking(sums: Tensor) -> Tensor:
-    """Weights by which the tokens of a block rank, of what queries made of them [B, H, 32]; ones where that is nothing."""
+    """Weights by which the tokens of a block rank, from sums of attention weights [B, H, 32]; ones where all are 0."""
     _, exponent = torch.frexp(sums.float().amax(-1, keepdim=True))
     return torch.where(sums.amax(-1, keepdim=True) > 0, torch.ldexp(sums.float(), -exponent), 1.0)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from hypothesis import example, given
@@ -19,7 +17,6 @@ from cases import (
     compressed,
     decompressed,
     make_mask,
-    make_sinks,
     query_counts,
     randn,
     seeds,
@@ -29,10 +26,10 @@ from compilers import without_compiler
 from models import hf_model, prompt
 from mustafar_compile import explain
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format, FormatError
+from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format
 from nightly import at_night
 from ranked import ranked_generation
-from reference import reference_attention, reference_weights
+from reference import reference_weights
 
 WINDOW, NEW_TOKENS, SPARSITY = 4, 40, 0.5
 BATCH, HEADS, GROUP, KEY_DIM, VALUE_DIM = 2, 2, 2, 16, 8
@@ -57,8 +54,9 @@ class Layer:
         self.keys, mask = TokenByToken(8, window), torch.ones(prompt, prompt, dtype=torch.bool).tril()
         self.values = Blocks.of_prompt(strategy, 16, code, window, rows[1][:, :, :0])
         weights = ops.latest_weights(query, rows[0], None, None, True, 0.3) if prompt else None
-        self.caches = compressed(rows[0], prompt, 8, window, room, order="rows"), value_cache(
-            rows[1], prompt, strategy, window, room, code=code, weights=weights
+        self.caches = (
+            compressed(rows[0], prompt, 8, window, room, order="rows"),
+            value_cache(rows[1], prompt, strategy, window, room, code=code, weights=weights),
         )
         if prompt:
             self.keys.write(rows[0], 0)
@@ -131,7 +129,9 @@ def generate(model, inputs, **how):
 WAYS = [
     ("magnitude", "channel-magnitude", "dynamic", "none"),
     ("output-aware", "channel-output-aware", "static", "none"),
-    *at_night([("think", "channel-output-aware", "dynamic", "int8"), ("magnitude", "channel-magnitude", "static", "int4")]),
+    *at_night(
+        [("think", "channel-output-aware", "dynamic", "int8"), ("magnitude", "channel-magnitude", "static", "int4")]
+    ),
 ]
 
 

@@ -13,21 +13,26 @@ if TYPE_CHECKING:
     from ..format import Format
 
 WeightsOf = Callable[[Tensor], Tensor]
-"""Tokens [B, L, n] -> what each of the latest L tokens attends to them with, [B, H, L, n] float32: see ``ByChannel``."""
+"""Tokens [B, L, n] -> the weights with which each of the latest L tokens attends to them, [B, H, L, n] float32."""
 
 
 class ByChannel(Strategy):
     """One way to choose ``kept`` of the 32 tokens of a block, in each channel. This one: by magnitude alone.
 
-    Ranking is by ``|x| * weight``, as of any ``Strategy``, with one weight for each token. Attention weights are summed
-    over the query heads of a KV head. A token of which nothing is known has a weight of zero; where all of a block have,
-    it ranks by magnitude.
+    Ranking is by ``|x| * weight``, as of any ``Strategy``, with one weight for each token. They may be on any scale:
+    that of a block is brought to 1 before they are used. Where all are zero, the block ranks by magnitude. Attention
+    weights are summed over the query heads of a KV head.
     """
 
     by_channel = True
 
     def of_prompt(
-        self, dense: Tensor, tokens: Tensor, format: Format, attention: Tensor | None, past: Sequence[Tensor] | None = None
+        self,
+        dense: Tensor,
+        tokens: Tensor,
+        format: Format,
+        attention: Tensor | None,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Weights [B, H, S] of all tokens for the blocks that are pruned now, and the state from then on.
 

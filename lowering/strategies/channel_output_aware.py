@@ -1,4 +1,4 @@
-"""Output-aware within a channel: a token of V counts for as much as attention makes of it (Mustafar, arXiv 2505.22913)."""
+"""Output-aware within a channel: a token of V counts for what attention makes of it (Mustafar, arXiv 2505.22913)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ class ChannelOutputAware(ByChannel):
         return (Buffer("attention", ("batch", "heads", format.ring, BLOCK_TOKENS), torch.float32),)
 
     def of_prompt(
-        self, dense: Tensor, tokens: Tensor, format: Format, attention: Tensor | None, past: Sequence[Tensor] | None = None
+        self,
+        dense: Tensor,
+        tokens: Tensor,
+        format: Format,
+        attention: Tensor | None,
+        past: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         if attention is None:
             return None, [dense.new_zeros(*dense.shape[:2], format.ring, BLOCK_TOKENS, dtype=torch.float32)]

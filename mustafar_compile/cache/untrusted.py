@@ -51,7 +51,7 @@ def _check_counts(format: Format, buffers: Sequence[Tensor], tokens: int, grows:
 
 
 def _check_bitmap(format: Format, buffers: Sequence[Tensor]) -> None:
-    """Each pruned row keeps as many elements as its format says, or none where it was zeroed, all of them in the row."""
+    """Each pruned row keeps as many elements as its format says, or none where it was zeroed, and no others."""
     bitmap, counts = (buffers[format.place(name)] for name in ("bitmap", "counts"))
     if bitmap.numel() == 0:
         return
