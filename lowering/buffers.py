@@ -64,7 +64,8 @@ def packed_buffers(format: Format) -> list[Buffer]:
     """Those that hold packed rows."""
     chunk = CHUNK // 2 if format.code == "int4" else CHUNK
     chunks, row = format.kept // CHUNK, format.head_dim if format.by_channel else "tokens"
-    values = (row, chunks * chunk) if format.order == "rows" else (chunks, row, chunk)
+    side_by_side = format.order == "rows" or format.by_channel
+    values = (row, chunks * chunk) if side_by_side else (chunks, row, chunk)
     buffers = [Buffer("values", _in_blocks(*values), _VALUES[format.code])]
     if format.has_bitmap:
         buffers.append(Buffer("bitmap", _in_blocks(row, format.words), torch.int32))

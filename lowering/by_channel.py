@@ -30,9 +30,16 @@ class ChannelCache(Cache):
         super().__init__(buffers, format)
         self.strategy, self.state = _strategy(format), format.state_of(buffers)
 
-    def expanded(self) -> Tensor:
-        """All packed tokens [B, H, N, 32, D], zero where pruned. Inductor does not store the result."""
-        return packing.expand(list(self.packed.values()), self.format.channel).transpose(-1, -2)
+    def expanded(self, stays: Tensor | None = None) -> Tensor:
+        """All packed tokens [B, H, N, 32, D], zero where pruned. Inductor does not store the result.
+
+        stays: boolean [B, N, 32]; all other tokens are zero, too. They may hold anything.
+        """
+        rows = {buffer.name: x for buffer, x in self.packed.items()}
+        if stays is not None:
+            bits = packing.words_of(stays, self.format.order)[:, None, :, None]
+            rows["bitmap"] = packing.computed_once(rows["bitmap"] & bits)
+        return packing.expand(list(rows.values()), self.format.channel).transpose(-1, -2)
 
     def read_block(self, block: Tensor) -> Tensor:
         """The packed tokens of ``block`` [B, 1], zero where pruned: [B, H, 32, D]."""
@@ -150,8 +157,7 @@ def _prune_leaving(cache: ChannelCache, start: Tensor, count: int, held: Tensor)
 def _attend(weights: Tensor, key: Cache, value: ChannelCache, count: int, mask: Tensor | None) -> Tensor:
     """Sums of values [B, Hq, L, D], in float32. weights: as keys are kept, which are pruned before values are."""
     pruned, exact = attended(value, count, mask)
-    stays = pruned[:, -1].unflatten(-1, (1, -1, BLOCK_TOKENS)).unsqueeze(-1)
-    past = torch.where(stays, value.expanded(), 0)
+    past = value.expanded(pruned[:, -1].unflatten(-1, (-1, BLOCK_TOKENS)))
     of_recent = _at(value.ring_tokens().unsqueeze(1).expand(-1, count, -1), weights, key)
     return sum_of_values(weights[..., : value.slots], of_recent, past, value, pruned, exact)
 

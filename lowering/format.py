@@ -145,10 +145,10 @@ class Format:
                 f"order of {', '.join(ORDERS)}"
             )
         chooses = self.kept < self.row_size or self.strategy == "magnitude"
-        if self.strategy not in STRATEGIES or not chooses or (self.by_channel and self.order != "rows"):
+        if self.strategy not in STRATEGIES or not chooses or (self.by_channel and self.order != "blocks"):
             raise FormatError(
                 f"{self} cannot be; accepted is a strategy of {', '.join(STRATEGIES)}, where all elements are kept "
-                "magnitude, and of those by channel with the order rows"
+                "magnitude, and of those by channel with the order blocks"
             )
 
     @classmethod
@@ -172,7 +172,7 @@ class Format:
         kept = kept_elements(size, sparsity)
         if kept == size:
             return cls.interned(head_dim, head_dim, window, code, order)
-        return cls.interned(head_dim, kept, window, code, "rows" if by_channel else order, strategy)
+        return cls.interned(head_dim, kept, window, code, "blocks" if by_channel else order, strategy)
 
     def ordered(self, order: str) -> Format:
         """This format with its elements in another order. By channel there is one only."""

@@ -108,7 +108,7 @@ def channel_bits(order: str, device: torch.device) -> Tensor:
     return channel if order == "rows" else channel % 4 * 8 + channel // 4
 
 
-def _words(mask: Tensor, order: str) -> Tensor:
+def words_of(mask: Tensor, order: str) -> Tensor:
     """The bitmap of rows: bool [..., D] -> int32 [..., w]."""
     whole = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_CHANNELS)).unflatten(-1, (-1, WORD_CHANNELS))
     return (whole.to(torch.int32) << channel_bits(order, mask.device)).sum(-1, dtype=torch.int32)
@@ -128,12 +128,12 @@ def pack(x: Tensor, format: Format, weights: Tensor | None = None) -> list[Tenso
     if not format.has_bitmap:
         return codes.encoded(x, format.code)
     mask = keep_mask(x, format.kept, weights)
-    words = _words(mask, format.order)
-    _, rank = channel_ranks(words, format)
+    bitmap = words_of(mask, format.order)
+    _, rank = channel_ranks(bitmap, format)
     slot = torch.where(mask, rank, format.kept)  # pruned elements all go to one slot that is cut off
     kept = x.new_zeros(*x.shape[:-1], format.kept + 1).scatter(-1, slot, x)
     values, *others = codes.encoded(kept[..., : format.kept].contiguous(), format.code)
-    return [values, words, *others]
+    return [values, bitmap, *others]
 
 
 def extreme(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import BLOCK_TOKENS, Format, blocks_for
 from nightly import at_night
 
-BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 500, 3
+BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 520, 3  # a block leaves the window
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,14 @@ class Config:
     kept: tuple[int, int]
     static: bool
     mask: str | None = None
+    value_strategy: str = "magnitude"
+
+    def format(self, role: int) -> Format:
+        strategy = self.value_strategy if role else "magnitude"
+        return Format.interned(self.dims[role], self.kept[role], WINDOW, strategy=strategy)
 
     def text(self, role: int) -> str:
-        return Format.interned(self.dims[role], self.kept[role], WINDOW).encode()
+        return self.format(role).encode()
 
     def buffers(self, role: int, capacity: int, tokens: int) -> list[torch.Tensor]:
         dense = torch.randn(BATCH, HEADS, tokens, self.dims[role], dtype=self.dtype)
@@ -63,6 +68,9 @@ CONFIGS = {
     "bfloat16, static, masked": Config(torch.bfloat16, 4, (128, 128), (40, 64), static=True, mask="bool"),
     "float16, growing, biased": Config(torch.float16, 1, (64, 32), (24, 16), static=False, mask="bias"),
     "bfloat16, growing, no whole words": Config(torch.bfloat16, 2, (80, 40), (40, 24), static=False),
+    "bfloat16, static, values by channel": Config(
+        torch.bfloat16, 4, (128, 128), (64, 16), static=True, mask="bool", value_strategy="channel-output-aware"
+    ),
 }
 
 
@@ -101,7 +109,8 @@ def test_compiled_steps_equal_eager_ones_without_a_dense_copy(config):
             expected = decode(*arguments, *eager, *rest)
             torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(config.dtype).eps, atol=1e-6)
             for actual, wanted in zip((*mine[0], *mine[1]), (*eager[0], *eager[1]), strict=True):
-                assert torch.equal(actual, wanted)
+                weights = actual.dtype == torch.float32 != config.dtype  # sums as well
+                assert torch.allclose(actual, wanted, atol=1e-6) if weights else torch.equal(actual, wanted)
         assert [buffer.data_ptr() for buffer in (*mine[0], *mine[1])] == pointers
     assert counters["stats"]["unique_graphs"] == 1, "compiled again for another capacity"
 
@@ -114,14 +123,16 @@ def check_allocations(config, code):
     blocks = blocks_for(CAPACITY)
     sizes, slots = allocations(code, blocks), BLOCK_TOKENS * blocks
     assert max(sizes) >= 4 * BATCH * HEADS * slots, "no scores, one to a slot: is the pattern still right?"
-    packed = BATCH * HEADS * slots * min(config.kept) * config.dtype.itemsize
+    stored = [config.kept[role] * config.dims[role] // config.format(role).row_size for role in (0, 1)]
+    packed = BATCH * HEADS * slots * min(stored) * config.dtype.itemsize
     assert max(sizes) < packed, f"a buffer of {max(sizes)} bytes; the packed values have {packed}"
 
 
 @pytest.mark.nightly
-def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either():
+@pytest.mark.parametrize("name", ["bfloat16, static, masked", "bfloat16, static, values by channel"])
+def test_a_gpus_limits_of_fusion_leave_no_dense_copy_either(name):
     """Inductor stores what takes more operations than a limit, which is lower for a GPU than for a CPU."""
-    config = CONFIGS["bfloat16, static, masked"]
+    config = CONFIGS[name]
     buffers = [config.buffers(role, CAPACITY, CAPACITY - 2) for role in (0, 1)]
     rest = (config.text(0), config.text(1)), torch.tensor([CAPACITY - 2]), config.mask_for(CAPACITY)
     limits = {"realize_opcount_threshold": 30, "realize_acc_reads_threshold": 8}
