@@ -139,7 +139,7 @@ class Blocks:
         self.rows = torch.cat([self.packed[:, :, :held], self.rows[:, :, held:]], dim=2)
 
     def dense(self, x: Tensor, held: int | None = None) -> Tensor:
-        """The cache as the last of its first tokens ``x`` [B, H, n, D] sees it. held: of caches that are not by channel."""
+        """The cache as the last of its first tokens ``x`` [B, H, n, D] sees it. held: its own counts, not that of K."""
         tokens = x.shape[2]
         first = min(max(self.held, self._left(tokens)), tokens)
         return torch.cat([self.packed[:, :, :first], self.rows[:, :, first:tokens]], dim=2)

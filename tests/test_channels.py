@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cases import (
+    NAN,
     Cache,
     Case,
     TokenByToken,
@@ -17,17 +21,19 @@ from cases import (
     compressed,
     decompressed,
     make_mask,
+    make_sinks,
     query_counts,
     randn,
     seeds,
 )
 from channels import Blocks, summed_over_heads
 from compilers import without_compiler
-from models import hf_model, prompt
-from mustafar_compile import explain
+from models import BufferModel, hf_model, prompt, pruned_steps, run_steps
+from mustafar_compile import CompressedKV, SavedCacheError, explain
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format
+from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format, FormatError
 from nightly import at_night
+from ranked import Layer as RankedLayer
 from ranked import ranked_generation
 from reference import reference_weights
 
@@ -113,6 +119,121 @@ def test_steps_and_rewinds_equal_tokens_one_by_one(moves, strategy, window, prom
         layer.step(count, back)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_masks_and_sinks(strategy):
+    layer = Layer(strategy, 4, 3, prompt=40)
+    for i, count in enumerate([16, 1, 11, 16]):
+        layer.step(count, mask=i, sinks=make_sinks(HEADS * GROUP, i))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_of_the_batch_go_their_own_ways(strategy):
+    """Each as in a cache of its own, with blocks that leave at different steps."""
+    whole = Layer(strategy, 4, 7, prompt=60)
+    parts = [[cache.changed(lambda x, row=row: x[row : row + 1].clone()) for cache in whole.caches] for row in (0, 1)]
+    places = torch.tensor([60, 44])
+    for count in (16, 5, 16, 16):
+        query, *new = whole.new(count)
+        out = attention(query, *new, *whole.caches, places, scale=0.3)
+        for row, caches in enumerate(parts):
+            one = [x[row : row + 1] for x in (query, *new)]
+            expected = attention(*one, *caches, places[row : row + 1], scale=0.3)
+            torch.testing.assert_close(out[row : row + 1], expected)
+            for mine, other in zip(whole.caches, caches, strict=True):
+                assert torch.equal(mine.counts[row], other.counts[0])
+                assert torch.equal(decompressed(mine, 120)[row], decompressed(other, 120)[0])
+        places = places + count
+
+
+@pytest.mark.parametrize("queries", [5, 40])
+@pytest.mark.parametrize("kind", ["causal", "bool", "bias", "by head", "a part"])
+def test_what_the_last_tokens_of_a_prompt_attend_to(kind, queries):
+    query, keys = randn(2, 4, queries, 16, seed=1), randn(2, 2, 50, 16, seed=2)
+    columns, heads = 44 if kind == "a part" else 50, 4 if kind == "by head" else 1
+    mask = make_mask("bias" if kind == "bias" else "bool", (2, heads, queries, columns), 3)
+    sinks, seen = make_sinks(4, 0), keys[:, :, :columns]
+    if kind == "causal":
+        expected = reference_weights(query, keys, torch.ones(queries, 50, dtype=torch.bool).tril(), 0.3, sinks=sinks)
+        mask = None
+    else:
+        expected = reference_weights(query, seen, mask, 0.3, softcap=2.0, sinks=sinks)
+    actual = ops.latest_weights(query, keys, mask, sinks, kind == "causal", 0.3, 0.0 if kind == "causal" else 2.0)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, summed_over_heads(expected, 2)[:, :, -32:])
+
+
+def test_where_every_kept_element_stands():
+    dense = randn(2, 1, 70, 24, seed=4, dtype=torch.bfloat16)
+    cache = value_cache(dense, 70, "channel-magnitude", 5, 70, sparsity=0.7)
+    assert cache.values.shape == (2, 1, 3, 24, 16)
+    for b, block, channel in itertools.product(range(2), range(2), range(24)):
+        x = dense[b, 0, 32 * block : 32 * block + 32, channel]
+        tokens = sorted(x.abs().sort(descending=True, stable=True).indices[:16].tolist())
+        assert cache.values[b, 0, block, channel].tolist() == x[tokens].tolist()
+        word = sum(1 << 8 * (t % 4) + t // 4 for t in tokens)
+        assert cache.bitmap[b, 0, block, channel].item() % 2**32 == word
+    assert cache.counts.tolist() == [[70, 18, 0]] * 2, "5 and 16 and 31 tokens are in the ring"
+
+
+def test_formats_by_channel():
+    format = Format.of(128, 0.5, 32, "rows", strategy="channel-output-aware")
+    assert format.encode() == "head_dim=128,kept=16,window=32,strategy=channel-output-aware"
+    assert Format.decode(format.encode()) is format
+    assert [buffer.name for buffer in format.buffers] == ["values", "bitmap", "window", "attention", "counts"]
+    assert format.token_bytes(2) == 144, "as by token"
+    assert format.ordered("rows") is format
+    assert Format.of(128, 0.2, 32, "rows", strategy="channel-magnitude") is Format.of(128, 0.0, 32, "rows")
+    assert [format.left(n) for n in (0, 32, 63, 64, 95, 96)] == [-32, 0, 0, 32, 32, 64]
+    for wrong in ({"kept": 40}, {"kept": 32}, {"order": "rows"}):
+        with pytest.raises(FormatError, match="cannot be; accepted"):
+            dataclasses.replace(format, **wrong)
+
+
+@pytest.mark.parametrize("wrong", ["keys by channel", "another window"])
+def test_caches_that_a_step_does_not_take(wrong):
+    layer = Layer("channel-magnitude", 4, 0, prompt=8)
+    keys, values = layer.caches
+    if wrong == "keys by channel":
+        keys = values
+    else:
+        keys = compressed(randn(BATCH, HEADS, 8, KEY_DIM, seed=0), 8, 8, 5, 20, order="rows")
+    with pytest.raises(ValueError, match="accepted are keys that are pruned by token, and values by channel with the"):
+        attention(*layer.new(1), keys, values)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bad_value_is_kept_and_harms_what_attends_to_it_alone(strategy):
+    """In its own channel; and what was never written does no harm."""
+    layer = Layer(strategy, 4, 5)
+    for buffer in layer.caches[1][:-1]:
+        buffer.fill_(NAN if buffer.is_floating_point() and buffer.dim() == 5 else 0)
+    layer.caches[1].window.fill_(NAN)
+    layer.step(16)
+    layer.step(16)
+    query, key, value = layer.new(8)
+    value[0, 1, 2, 3] = NAN
+    out = attention(query, key, value, *layer.caches, torch.tensor([32]), scale=0.3)
+    bad = torch.zeros_like(out, dtype=torch.bool)
+    bad[0, GROUP:, 2:, 3] = True
+    assert torch.equal(out.isnan(), bad)
+    for at in (40, 56):
+        out = attention(*layer.new(16), *layer.caches, torch.tensor([at]), scale=0.3)
+    assert torch.equal(out.isnan().any(2), bad.any(2)), "of a block that left the window, too"
+
+
+def test_saved_caches_are_checked_block_by_block():
+    kv = CompressedKV.from_dense(randn(1, 2, 70, 16, seed=6), 0.5, 4, strategy="channel-output-aware")
+    assert repr(kv).endswith("16 of 32 kept by channel-output-aware)")
+    restore, (text, buffers, *rest) = kv.__reduce_ex__(4)
+    assert torch.equal(restore(text, buffers, *rest).dense(), kv.dense())
+    buffers[kv.format.place("bitmap")][0, 0, 1, 15] ^= 1
+    with pytest.raises(SavedCacheError, match="the bitmap of some row does not keep 16 of 32"):
+        restore(text, buffers, *rest)
+    buffers[kv.format.place("bitmap")][0, 0, 1, 15] ^= 1
+    buffers[kv.format.place("bitmap")][0, 0, 2] = -1  # where nothing is packed yet
+    assert torch.equal(restore(text, buffers, *rest).dense(), kv.dense())
+
+
 # ------------------------------------------------------------------------------------------------------------- models
 
 
@@ -153,3 +274,43 @@ def test_tokens_are_those_of_the_oracle(keys, values, cache, code):
         dense = kv.dense()[:, :, : x.shape[2]]
         assert torch.equal(dense != 0, x != 0)
         torch.testing.assert_close(dense, x)
+
+
+def test_drafts_that_are_taken_back_leave_no_trace():
+    """A block leaves the window for a draft, and again for what comes in its place."""
+    model, inputs = hf_model("llama", num_hidden_layers=1), prompt(length=34)
+    tokens = torch.randint(100, (2, 6), generator=torch.Generator().manual_seed(0))
+    logits = []
+    with torch.no_grad(), without_compiler():
+        step = torch.compile(model, backend="mustafar", options=options("magnitude", "channel-output-aware"))
+        for drafts in (0, 3):
+            past = step(**inputs).past_key_values
+            if drafts:
+                past = step(tokens[:, :drafts].flip(1), past_key_values=past).past_key_values
+                past.crop(-drafts)
+            logits.append(torch.cat([step(t, past_key_values=past).logits for t in tokens.split(1, dim=1)], dim=1))
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("values", STRATEGIES)
+def test_a_cache_of_the_caller_is_compressed_without_its_queries(values):
+    """Then a notice says so; steps that are compiled are seen."""
+    model = BufferModel(slots=80)
+    inputs = [randn(2, count, 32, seed=count + i) for i, count in enumerate([40, *[1] * 30])]
+    layer = RankedLayer(("magnitude", values), SPARSITY, WINDOW, ("none", "none"))
+
+    def attend(q, k, v):
+        return layer.attend(q, k, v, None, q.shape[3] ** -0.5)
+
+    q, k, v = (t.transpose(1, 2) for t in model.project(inputs[0]))
+    with torch.no_grad():
+        layer.attend(q, k, v, None, 1.0)
+        layer.blocks = Blocks.of_prompt(values, 16, "none", WINDOW, v)
+        outputs = pruned_steps(model, inputs, attend)
+        with without_compiler(), explain() as report:
+            step = torch.compile(model.step, backend="mustafar", options=options("magnitude", values))
+            results = run_steps(model, inputs, step)
+    for result, output in zip(results, outputs, strict=True):
+        torch.testing.assert_close(result, output, rtol=1e-4, atol=1e-5)
+    notices = [notice for notice in report.notices if "without their queries, which were not seen" in notice]
+    assert len(notices) == (values == "channel-output-aware")

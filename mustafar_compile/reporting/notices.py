@@ -26,8 +26,9 @@ def notify(message: str, stacklevel: int = 2) -> None:
 def notify_blind() -> None:
     """Say that keys or values rank by less than their strategy wants."""
     notify(
-        "what was cached before the first compiled step is pruned without its queries, which were not seen: where the "
-        "strategy is output-aware, by magnitude. Compile the prompt, too, into a cache that it makes itself",
+        "keys or values that were cached before the first compiled step are pruned without their queries, which were "
+        "not seen: where the strategy is output-aware, by magnitude. Compile the prompt, too, into a cache that it makes "
+        "itself",
         stacklevel=3,
     )
 
