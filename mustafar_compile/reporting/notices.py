@@ -27,8 +27,8 @@ def notify_blind() -> None:
     """Say that keys or values rank by less than their strategy wants."""
     notify(
         "keys or values that were cached before the first compiled step are pruned without their queries, which were "
-        "not seen: where the strategy is output-aware, by magnitude. Compile the prompt, too, into a cache that it makes "
-        "itself",
+        "not seen: where the strategy is output-aware, by magnitude. Compile the prompt, too, into a cache that it "
+        "makes itself",
         stacklevel=3,
     )
 
