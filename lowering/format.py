@@ -35,13 +35,18 @@ floors  [B, H, N, 32, 1]            uint8  int4 only: the level of the smallest 
 A coded cache that keeps all channels has no bitmap.
 
 Which elements of a row are kept is up to the strategy (``strategies``). One that needs to know more than the row has
-small buffers of its own between ``window`` and ``counts``.
+small buffers of its own between ``window`` and ``counts``. By some, a packed row is no token but a channel of a block,
+and its elements are 32 tokens (``by_channel``). The buffers then have ``D`` rows in a block where they have 32 above,
+each with its kept elements side by side, and a word of which channel ``i`` is token ``i`` of the block.
 
 The ring has room for the window and for ``MAX_QUERY_TOKENS`` tokens that have left it. With ``tokens`` written and the
 ring holding those from ``held`` on, the tokens below ``max(held, tokens - window)`` count as pruned and are packed in
 ``values`` and ``bitmap``; slots from there on hold nothing that is read, and may hold anything. A cache that is rewound
 to fewer tokens, to no fewer than ``held + window`` (or to any where the ring holds all), is as it was then: the tokens
 that come back to the window are still in the ring. Rewound further, it keeps as pruned what the ring no longer holds.
+
+By channel, blocks leave the window as a whole: ``tokens - window`` is rounded down to a multiple of 32, and the ring
+has 31 slots more.
 """
 
 from __future__ import annotations

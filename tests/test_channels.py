@@ -28,7 +28,7 @@ from cases import (
 )
 from channels import Blocks, summed_over_heads
 from compilers import without_compiler
-from models import BufferModel, hf_model, prompt, pruned_steps, run_steps
+from models import BufferModel, TokensFirstModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, SavedCacheError, explain
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format, FormatError
@@ -314,3 +314,55 @@ def test_a_cache_of_the_caller_is_compressed_without_its_queries(values):
         torch.testing.assert_close(result, output, rtol=1e-4, atol=1e-5)
     notices = [notice for notice in report.notices if "without their queries, which were not seen" in notice]
     assert len(notices) == (values == "channel-output-aware")
+
+
+@pytest.mark.parametrize("kind", [TupleModel, *at_night([TokensFirstModel])])
+def test_own_loops(kind):
+    model = kind()
+    inputs = [randn(2, count, 32, seed=count + i) for i, count in enumerate([50, *[1] * 20])]
+    layer = RankedLayer(("output-aware", "channel-output-aware"), SPARSITY, WINDOW, ("none", "none"))
+
+    def attend(q, k, v, mask=None):
+        return layer.attend(q, k, v, mask, q.shape[3] ** -0.5)
+
+    with torch.no_grad():
+        attend(*(t.transpose(1, 2) for t in model.project(inputs[0])), torch.ones(50, 50, dtype=torch.bool).tril())
+        outputs = pruned_steps(model, inputs, attend)
+        with without_compiler():
+            step = torch.compile(
+                model.step, backend="mustafar", options=options("output-aware", "channel-output-aware")
+            )
+            results = run_steps(model, inputs, step)
+    assert layer.blocks.packed.shape[2] == 64, "a block left the window"
+    for result, output in zip(results, outputs, strict=True):
+        torch.testing.assert_close(result, output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.nightly
+def test_a_prompt_in_chunks():
+    """Blocks that are pruned stay as they are."""
+    model, ids = hf_model("llama", num_hidden_layers=1), prompt(length=90)["input_ids"]
+    with torch.no_grad(), without_compiler():
+        call = torch.compile(model, backend="mustafar", options=options("magnitude", "channel-magnitude"))
+        whole = call(ids).past_key_values.layers[0].values
+        first = call(ids[:, :50]).past_key_values
+        both = call(ids[:, 50:], past_key_values=first).past_key_values.layers[0].values
+    assert torch.equal(both.dense() != 0, whole.dense() != 0)
+    torch.testing.assert_close(both.dense(), whole.dense())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("values", STRATEGIES)
+def test_a_compiled_model(values):
+    """All the way, with Inductor."""
+    model, inputs = hf_model("llama", num_hidden_layers=1), prompt(padded=True, length=40)
+    with ranked_generation(("magnitude", values), SPARSITY, WINDOW) as layers:
+        tokens = generate(model, inputs).sequences
+    torch._dynamo.reset()
+    with explain() as report:
+        model.compile(backend="mustafar", options=options("magnitude", values))
+        result = generate(model, inputs)
+    assert torch.equal(result.sequences, tokens)
+    assert [entry.kernels for entry in report.matched] == ["PyTorch"]
+    kv, x = result.past_key_values.layers[0].values, layers[0].blocks.dense(layers[0].blocks.rows)
+    assert torch.equal(kv.dense() != 0, x != 0)
