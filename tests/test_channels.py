@@ -110,6 +110,7 @@ moves = st.lists(st.tuples(query_counts, st.sampled_from([0, 0, 0, 1, 7, 16, 17,
 )  # fmt: skip
 @example([(16, 0)] * 4 + [(1, 40), (16, 0), (16, 0)], "channel-output-aware", 1, 0, 0, torch.float32, "none")
 @example([(16, 0)] * 6 + [(16, 78)] + [(16, 0)] * 4, "channel-magnitude", 1, 0, 14, torch.float32, "none")
+@example([(16, 0)] * 14 + [(16, 80), (16, 0)], "channel-magnitude", 40, 0, 2, torch.float32, "none")
 @example([(1, 0)] * 34, "channel-output-aware", 32, 33, 1, torch.bfloat16, "none")
 @example([(16, 0)] * 9, "channel-output-aware", 32, 0, 1, torch.float16, "int4")
 def test_steps_and_rewinds_equal_tokens_one_by_one(moves, strategy, window, prompt, seed, dtype, code):
