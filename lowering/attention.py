@@ -138,17 +138,20 @@ def latest_weights(
     softcap: float = 0.0,
 ) -> Tensor:
     """Weights of the last tokens of a prompt over dense keys, as many as the mask has: see ``ops.latest_weights``."""
-    length, heads = query.shape[2], keys.shape[1]
-    if mask is not None and mask.shape[-1] != 1:
-        keys = keys[:, :, : mask.shape[-1]]
-    latest = query[:, :, -BLOCK_TOKENS:].float().unflatten(1, (heads, -1))
-    scores = bounded(latest @ keys.float().unsqueeze(2).transpose(-1, -2) * scale, softcap).flatten(1, 2)
-    if causal:
-        token, last = torch.arange(keys.shape[2], device=query.device), torch.arange(length, device=query.device)
-        scores = torch.where(token <= last[-BLOCK_TOKENS:].unsqueeze(-1), scores, float("-inf"))
+    place = torch.arange(BLOCK_TOKENS, device=query.device) + (query.shape[2] - BLOCK_TOKENS)
+    heads, before, rows = keys.shape[1], (place < 0).unsqueeze(-1), place.clamp(min=0)
     if mask is not None:
-        mask = with_four_dims(mask)[:, :, -BLOCK_TOKENS:]
-        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+        mask = with_four_dims(mask)
+        mask = mask if mask.shape[2] == 1 else mask.index_select(2, rows)
+        keys = keys if mask.shape[3] == 1 else keys[:, :, : mask.shape[3]]
+    latest = query.index_select(2, rows).float().unflatten(1, (heads, -1))
+    scores = bounded(latest @ keys.float().unsqueeze(2).transpose(-1, -2) * scale, softcap).flatten(1, 2)
+    left_out = before | (torch.arange(keys.shape[2], device=query.device) > rows.unsqueeze(-1)) if causal else before
+    if mask is not None and mask.dtype == torch.bool:
+        left_out = left_out | ~mask
+    elif mask is not None:
+        scores = scores + mask.float()
+    scores = torch.where(left_out, float("-inf"), scores)
     if sinks is not None:
         of_sinks = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, of_sinks], dim=-1)

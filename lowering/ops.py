@@ -264,12 +264,12 @@ of the format, in its order.
 """
 
 latest_weights: Callable[..., Tensor] = torch.ops.mustafar.latest_weights.default
-"""Attention weights [B, H, n, S], float32, of the last n = min(L, 32) tokens of a prompt, summed over the query heads
-of each KV head.
+"""Attention weights [B, H, 32, S], float32, of the last 32 tokens of a prompt, summed over the query heads of each KV
+head; zero before its first token, and for one that may attend to nothing.
 
 query: [B, Hq, L, D]. keys: [B, H, S, D], dense; where the mask has fewer columns, only so many, which are S then.
 causal: whether the i-th query of the prompt sees keys 0 to i alone. mask, sinks, scale, softcap: as of
-``decode_attention``. A row that may attend to nothing is zero.
+``decode_attention``.
 """
 
 decompress: Callable[..., Tensor] = torch.ops.mustafar.decompress.default

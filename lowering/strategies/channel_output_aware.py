@@ -41,7 +41,7 @@ class ChannelOutputAware(ByChannel):
             return None, [dense.new_zeros(*dense.shape[:2], format.ring, BLOCK_TOKENS, dtype=torch.float32)]
         query = ring_tokens(tokens, format.ring)
         token, seen = _next_to_leave(query, format)
-        row = query - (tokens.unsqueeze(-1) - attention.shape[2])  # of the slot's query among those that are known
+        row = query - tokens.unsqueeze(-1) + attention.shape[2]  # of the slot's query among those that are known
         batch = torch.arange(dense.shape[0], device=dense.device).view(-1, 1, 1)
         place = [batch, None, row.clamp(min=0).unsqueeze(-1), token.clamp(min=0, max=attention.shape[3] - 1)]
         known = (seen & (row >= 0).unsqueeze(-1)).unsqueeze(-1)
