@@ -36,6 +36,7 @@ from nightly import at_night
 from ranked import Layer as RankedLayer
 from ranked import ranked_generation
 from reference import reference_weights
+from test_portable_ops import HOST_READS, traced_targets
 
 WINDOW, NEW_TOKENS, SPARSITY = 4, 40, 0.5
 BATCH, HEADS, GROUP, KEY_DIM, VALUE_DIM = 2, 2, 2, 16, 8
@@ -53,17 +54,18 @@ def value_cache(dense, tokens, strategy, window, capacity, sparsity=0.5, code="n
 class Layer:
     """K and V of a layer beside their oracles."""
 
-    def __init__(self, strategy, window, seed, dtype=torch.float32, code="none", prompt=0, room=600):
+    def __init__(self, strategy, window, seed, dtype=torch.float32, code="none", prompt=0, room=600, device="cpu"):
         self.strategy, self.window, self.seed, self.dtype, self.code = strategy, window, seed, dtype, code
         self.tokens = 0
         query, *rows = self.new(max(prompt, 1))
         self.keys, mask = TokenByToken(8, window), torch.ones(prompt, prompt, dtype=torch.bool).tril()
         self.values = Blocks.of_prompt(strategy, 16, code, window, rows[1][:, :, :0])
         weights = ops.latest_weights(query, rows[0], None, None, True, 0.3) if prompt else None
-        self.caches = (
+        caches = (
             compressed(rows[0], prompt, 8, window, room, order="rows"),
             value_cache(rows[1], prompt, strategy, window, room, code=code, weights=weights),
         )
+        self.device, self.caches = device, [cache.to(device) for cache in caches]
         if prompt:
             self.keys.write(rows[0], 0)
             attended = summed_over_heads(reference_weights(query, rows[0], mask, 0.3), HEADS)
@@ -77,14 +79,15 @@ class Layer:
         return [randn(BATCH, h, count, d, seed=self.seed + i, dtype=self.dtype) for i, (h, d) in enumerate(sizes)]
 
     def actual(self, tokens):
-        return decompressed(self.caches[1], tokens)
+        return decompressed(self.caches[1], tokens).cpu()
 
     def step(self, count, back=0, mask=None, sinks=None):
         """More tokens, ``back`` behind the last: attention and the cache of V are those of the oracle."""
         at = max(self.tokens - back, 0)
         query, *new = self.new(count)
         given_mask = None if mask is None else make_mask("bool", (BATCH, 1, count, at + count), mask).tril(at)
-        out = attention(query, *new, *self.caches, torch.tensor([at]), given_mask, sinks, 0.3)
+        given = [x if x is None else x.to(self.device) for x in (torch.tensor([at]), given_mask, sinks)]
+        out = attention(*(x.to(self.device) for x in (query, *new)), *self.caches, *given, 0.3).cpu()
         self.tokens = at + count
         for i in range(count):
             q, k, v = (x[:, :, i : i + 1] for x in (query, *new))
@@ -101,7 +104,7 @@ class Layer:
         assert_same_rows(self.actual(self.tokens), self.values.dense(self.values.rows), self.code)
 
 
-moves = st.lists(st.tuples(query_counts, st.sampled_from([0, 0, 0, 1, 7, 16, 17, 40, 90])), min_size=4, max_size=16)
+moves = st.lists(st.tuples(query_counts, st.sampled_from([0, 0, 0, 1, 7, 16, 17, 40, 90])), min_size=4, max_size=10)
 
 
 @given(
@@ -121,8 +124,8 @@ def test_steps_and_rewinds_equal_tokens_one_by_one(moves, strategy, window, prom
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_masks_and_sinks(strategy):
-    layer = Layer(strategy, 4, 3, prompt=40)
+def test_masks_and_sinks(strategy, device):
+    layer = Layer(strategy, 4, 3, prompt=40, device=device)
     for i, count in enumerate([16, 1, 11, 16]):
         layer.step(count, mask=i, sinks=make_sinks(HEADS * GROUP, i))
 
@@ -204,6 +207,23 @@ def test_caches_that_a_step_does_not_take(wrong):
         attention(*layer.new(1), keys, values)
 
 
+def test_nothing_waits_for_the_device():
+    layer = Layer("channel-output-aware", 4, 0, prompt=40)
+    texts = [cache.format.encode() for cache in layer.caches]
+
+    def step(query, key, value, keys, values, position):
+        return ops.decode_attention(query, key, value, keys, values, *texts, position, None, None, 0.3)
+
+    def prompt(query, key, value, tokens):
+        weights = ops.latest_weights(query, key, None, None, True, 0.3)
+        return ops.decompress(ops.compress(value, tokens, texts[1], 64, attention=weights), texts[1], 50)
+
+    targets = traced_targets(step, *layer.new(3), *map(list, layer.caches), torch.tensor([40]))
+    targets |= traced_targets(prompt, *layer.new(50), torch.tensor([50]))
+    assert len(targets) > 20
+    assert not [target for target in targets if any(read in target for read in HOST_READS)]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_bad_value_is_kept_and_harms_what_attends_to_it_alone(strategy):
     """In its own channel; and what was never written does no harm."""
@@ -279,6 +299,7 @@ def test_tokens_are_those_of_the_oracle(keys, values, cache, code):
         torch.testing.assert_close(dense, x)
 
 
+@pytest.mark.nightly  # rewinding is tested step by step as well
 def test_drafts_that_are_taken_back_leave_no_trace():
     """A block leaves the window for a draft, and again for what comes in its place."""
     model, inputs = hf_model("llama", num_hidden_layers=1), prompt(length=34)
