@@ -148,7 +148,7 @@ def _prune_leaving(cache: ChannelCache, start: Tensor, count: int, held: Tensor)
     """
     format = cache.format
     first = format.left(start + count) - BLOCK_TOKENS
-    weights = cache.strategy.of_block(first, held, format, cache.state)
+    weights = cache.strategy.of_block(first, format, cache.state)
     tokens = cache.read_ring(first + torch.arange(BLOCK_TOKENS, device=start.device))
     leaves = first >= torch.maximum(format.left(start), held)
     cache.write_block(first // BLOCK_TOKENS, _pack(tokens, format, weights), leaves)

@@ -44,10 +44,10 @@ class ByChannel(Strategy):
     def observe(self, query: Tensor, weights_of: WeightsOf, format: Format, state: Sequence[Tensor]) -> None:
         """Take into the state, in place, what the latest tokens ``query`` [B, L] attend to."""
 
-    def of_block(self, first: Tensor, held: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor | None:
+    def of_block(self, first: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor | None:
         """Weights [B, H, 32] of the block that begins with the token ``first`` [B, 1] and leaves the window now.
 
-        held: the first token that the ring holds, [B, 1]; what was observed of earlier ones was given up.
+        It is among the tokens that the ring of the window holds.
         """
         return None
 

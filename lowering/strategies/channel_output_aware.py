@@ -52,10 +52,9 @@ class ChannelOutputAware(ByChannel):
         token, seen = _next_to_leave(query, format)
         write(state[0], query, torch.where(seen.unsqueeze(1), weights_of(token), 0))
 
-    def of_block(self, first: Tensor, held: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor:
+    def of_block(self, first: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor:
         query = first + format.window + torch.arange(BLOCK_TOKENS, device=first.device)
-        known = (query >= held)[:, None, :, None]
-        return torch.where(known, read(state[0], query), 0).sum(2)
+        return read(state[0], query).sum(2)
 
     def forget(self, token: Tensor, where: Tensor, state: Sequence[Tensor]) -> None:
         write(state[0], token, torch.where(where[:, None, :, None], 0, read(state[0], token)))
