@@ -30,6 +30,7 @@ from channels import Blocks, summed_over_heads
 from compilers import without_compiler
 from models import BufferModel, TokensFirstModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
 from mustafar_compile import CompressedKV, SavedCacheError, explain
+from mustafar_compile.integrations import teacher_forced
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format, FormatError
 from nightly import at_night
@@ -390,3 +391,18 @@ def test_a_compiled_model(values):
     assert [entry.kernels for entry in report.matched] == ["PyTorch"]
     kv, x = result.past_key_values.layers[0].values, layers[0].blocks.dense(layers[0].blocks.rows)
     assert torch.equal(kv.dense() != 0, x != 0)
+
+
+@pytest.mark.parametrize("values", STRATEGIES)
+@pytest.mark.parametrize("window", [4, 40])
+def test_a_text_at_once_is_what_comes_token_by_token(values, window):
+    layer = Layer(values, window, 8)
+    query, key, value = layer.new(120)
+    formats = [cache.format for cache in layer.caches]
+    keys = teacher_forced.as_stored(key, formats[0])
+    seen = teacher_forced.attention_to_blocks(query, key, keys, 0.3, formats[1])
+    stored = keys, teacher_forced.as_stored(value, formats[1], attention=seen)
+    actual = teacher_forced.attention(query, key, value, stored, 0.3, window, formats[1])
+    steps = zip(*(x.split(1, 2) for x in (query, key, value)), strict=True)
+    expected = [attention(*step, *layer.caches, torch.tensor([i]), scale=0.3) for i, step in enumerate(steps)]
+    torch.testing.assert_close(actual, torch.cat(expected, 2), rtol=1e-4, atol=1e-5)

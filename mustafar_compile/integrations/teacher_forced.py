@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..calibration.attending import Attention, attending
 from ..lowering import ops, portable
-from ..lowering.format import Format
+from ..lowering.format import BLOCK_TOKENS, Format
 from ..policy import policy
 from ..settings import Settings
 
@@ -40,41 +40,84 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
         )
         window, stored = of.window or k.shape[2], None
         if of.window is None and key_format is not None and value_format is not None:
-            window, stored = settings.window, (as_stored(k, key_format, of.query), as_stored(v, value_format))
-        return attention(of.query, k, v, stored, of.scale, window)
+            keys, window, seen = as_stored(k, key_format, of.query), settings.window, None
+            if value_format.ranking.wants_attention:
+                seen = attention_to_blocks(of.query, k, keys, of.scale, value_format)
+            stored = keys, as_stored(v, value_format, attention=seen)
+        return attention(of.query, k, v, stored, of.scale, window, value_format)
 
     with attending(model, attend), torch.compiler.set_stance("force_eager"):
         yield
 
 
-def as_stored(x: Tensor, format: Format, queries: Tensor | None = None) -> Tensor:
+def as_stored(x: Tensor, format: Format, queries: Tensor | None = None, attention: Tensor | None = None) -> Tensor:
     """Keys or values [B, H, T, D], all of them as a cache gives them back that have left its window.
 
-    But for the last, which no query reads so. queries: of keys, [B, Hq, T, D].
+    But for the last, by channel the last block, which no query reads so. queries: of keys, [B, Hq, T, D]. attention: of
+    values whose strategy wants it, what ``attention_to_blocks`` gives.
     """
-    plain, tokens = replace(format.plain, window=1), x.shape[2]
+    tokens = x.shape[2]
     given = x, torch.tensor([tokens], device=x.device)
+    if format.by_channel:
+        text = replace(format, window=1).encode()
+        return ops.decompress(ops.compress(*given, text, tokens, attention=attention), text, tokens)
+    plain = replace(format.plain, window=1)
     if format.strategy == "magnitude":
         return ops.decompress(ops.compress(*given, plain.encode(), tokens), plain.encode(), tokens)
     weights = format.ranking.of_text(x, format, queries)  # of each row, which no kernel takes
     return portable.decompress(portable.compress(*given, plain, tokens, weights), plain, tokens)
 
 
+def attention_to_blocks(q: Tensor, k: Tensor, stored: Tensor, scale: float, format: Format) -> Tensor:
+    """The weights that rank each token in its block when that leaves the window, [B, H, 1, T] float32.
+
+    They are summed over the 32 latest queries of then and the query heads of a KV head. q: [B, Hq, T, D]; k and what is
+    ``stored`` of it: [B, H, T, D]. format: of values.
+    """
+    sums, window = k.new_zeros(*k.shape[:2], 1, k.shape[2], dtype=torch.float32), format.window
+    for first in range(0, format.left(k.shape[2]), BLOCK_TOKENS):
+        begin, end = first + window, first + window + BLOCK_TOKENS
+        age = torch.arange(begin, end, device=k.device)[:, None] - torch.arange(end, device=k.device)
+        part = q[:, :, begin:end].float().unflatten(1, (k.shape[1], -1))
+        old, new = (part @ x[:, :, :end].float().unsqueeze(2).transpose(-1, -2) * scale for x in (stored, k))
+        scores = torch.where(age >= window, old, new).masked_fill(age < 0, float("-inf"))
+        sums[:, :, 0, first : first + BLOCK_TOKENS] = scores.softmax(-1)[..., first : first + BLOCK_TOKENS].sum((2, 3))
+    return sums
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor, Tensor] | None, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stored: tuple[Tensor, Tensor] | None,
+    scale: float,
+    window: int,
+    value_format: Format | None = None,
 ) -> Tensor:
     """Causal attention to the latest ``window`` tokens as they are, and to older ones as they are stored, if they are.
 
-    q: [B, Hq, T, D]; k, v and what is ``stored`` of them: [B, H, T, D], where H divides Hq. Returns [B, Hq, T, D].
+    q: [B, Hq, T, D]; k, v and what is ``stored`` of them: [B, H, T, D], where H divides Hq. value_format: by channel,
+    values leave the window in blocks, and so later than their keys. Returns [B, Hq, T, D].
     """
-    keys, values = (k, v) if stored is None else (torch.cat([old, x], 2) for old, x in zip(stored, (k, v), strict=True))
+    by_channel = stored is not None and value_format is not None and value_format.by_channel
+    keys, values = [k], [v]
+    if stored is not None:
+        keys, values = [stored[0], *[stored[0]] * by_channel, k], [stored[1], *[v] * by_channel, v]
+    kinds = torch.cat(keys, 2), torch.cat(values, 2)
     tokens = torch.arange(k.shape[2], device=k.device)
     results = []
     for queries, part in zip(tokens.split(_QUERIES), q.split(_QUERIES, 2), strict=True):
         age = queries[:, None] - tokens
-        exact = (age >= 0) & (age < window)
-        mask = exact if stored is None else torch.cat([age >= window, exact], 1)
+        masks = [(age >= 0) & (age < window)]
+        if by_channel:
+            assert value_format is not None
+            pruned = tokens < value_format.left(queries + 1)[:, None]
+            masks = [pruned, (age >= window) & ~pruned, *masks]
+        elif stored is not None:
+            masks = [age >= window, *masks]
         results.append(
-            torch.nn.functional.scaled_dot_product_attention(part, keys, values, mask, scale=scale, enable_gqa=True)
+            torch.nn.functional.scaled_dot_product_attention(
+                part, *kinds, torch.cat(masks, 1), scale=scale, enable_gqa=True
+            )
         )
     return torch.cat(results, 2)
