@@ -12,8 +12,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ FLAGS = ("-ftree-loop-vectorize",)
 
 _builders = ThreadPoolExecutor(2, thread_name_prefix="mustafar-build")
 _failed: set[Future[ctypes.CDLL]] = set()
+_building: ContextVar[bool] = ContextVar("building", default=True)
 
 
 class _Cache(ctypes.Structure):
@@ -106,6 +109,24 @@ def _build(name: str, dtype: torch.dtype, simd: str, constants: tuple[tuple[str,
     return _builders.submit(lambda: cpp_code_cache.load(text, device_type="cpu", extra_flags=FLAGS))
 
 
+def _begin(name: str, dtype: torch.dtype, simd: str, constants: dict[str, int]) -> Future[ctypes.CDLL]:
+    if _building.get():
+        return _build(name, dtype, simd, tuple(constants.items()))
+    never: Future[ctypes.CDLL] = Future()
+    never.set_exception(NotBuiltError("graphs are traced only"))
+    return never
+
+
+@contextmanager
+def building_nothing() -> Iterator[None]:
+    """For graphs that are traced and will not run: within it nothing is built ahead."""
+    token = _building.set(False)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
 def _constants(role: str, format: Format) -> dict[str, int]:
     """What a build knows of a format."""
     code, bitmap = CODES.index(format.code), int(format.has_bitmap)
@@ -119,12 +140,12 @@ def step_constants(key: Format, value: Format, group: int) -> dict[str, int]:
 
 def prepare_step(key: Format, value: Format, dtype: torch.dtype, group: int, simd: str = "") -> Future[ctypes.CDLL]:
     """Begin to build what a step needs, unless that was begun before."""
-    return _build("step.cpp", dtype, simd, tuple(step_constants(key, value, group).items()))
+    return _begin("step.cpp", dtype, simd, step_constants(key, value, group))
 
 
 def prepare_prompt(format: Format, dtype: torch.dtype, simd: str = "") -> Future[ctypes.CDLL]:
     """Begin to build what compresses and decompresses, unless that was begun before."""
-    return _build("prompt.cpp", dtype, simd, tuple(_constants("ROW", format).items()))
+    return _begin("prompt.cpp", dtype, simd, _constants("ROW", format))
 
 
 class NotBuiltError(RuntimeError):

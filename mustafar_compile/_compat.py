@@ -56,6 +56,7 @@ holds_tensors: Callable[[Any], bool] = _probe("torch.utils._python_dispatch", "i
 _probe("torch.nn", "Module")._compiled_call_impl  # noqa: B018
 foreach_copy: Callable = _probe("torch", "_foreach_copy_")
 tree_map: Callable = _probe("torch.utils._pytree", "tree_map")
+tree_leaves: Callable = _probe("torch.utils._pytree", "tree_leaves")
 enter_autocast: Callable = _probe("torch.amp.autocast_mode", "_enter_autocast")
 exit_autocast: Callable = _probe("torch.amp.autocast_mode", "_exit_autocast")
 inference_mode_calls = [
@@ -79,7 +80,7 @@ _has_kernel: Callable[[str, str], bool] = _probe("torch._C", "_dispatch_has_kern
 _of_keys: Callable = _probe("torch._C", "_ForceDispatchKeyGuard")
 _included: Callable = _probe("torch._C", "_dispatch_tls_local_include_set")
 _excluded: Callable = _probe("torch._C", "_dispatch_tls_local_exclude_set")
-_TorchDispatchMode: Any = _probe("torch.utils._python_dispatch", "TorchDispatchMode")
+TorchDispatchMode: Any = _probe("torch.utils._python_dispatch", "TorchDispatchMode")
 _is_data_mutated: Callable = _probe("torch", "_functionalize_has_data_mutation")
 _is_storage_changed: Callable = _probe("torch", "_functionalize_was_storage_changed")
 _sync: Callable = _probe("torch", "_sync")
@@ -143,7 +144,7 @@ def _functionally(mode: Any, func: Any, types: Sequence[type], args: Any = (), k
     return _FunctionalTensorMode.__torch_dispatch__(mode, func, types, args, kwargs)
 
 
-class _BackBeforeAutograd(_TorchDispatchMode):
+class _BackBeforeAutograd(TorchDispatchMode):
     """Behind autograd, where rules of tensors that are made of others run: leads what they do with plain ones back."""
 
     def __init__(self) -> None:

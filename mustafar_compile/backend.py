@@ -54,15 +54,17 @@ def mustafar(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with its KV caches compressed. Use it as ``torch.compile(model, backend="mustafar")``.
 
-    mode: a mode of Inductor. options: fields of ``Settings`` and keys of Inductor's config. What does not match is
-    compiled by plain Inductor; ``mustafar_compile.explain()`` tells why. So is, with a warning, a graph on which a
-    stage fails. Raises ValueError for an unknown mode or option or a value out of range, NothingMatchedError under
-    ``strict``, what a stage fails with under ``raise_errors``, RanksDisagreeError where ranks that wait for each other
-    compile different graphs.
+    mode: a mode of Inductor. options: fields of ``Settings`` and keys of Inductor's config. inner: what compiles graphs
+    once they are rewritten, Inductor's ``compile_fx`` by default. What does not match is compiled by it as it is;
+    ``mustafar_compile.explain()`` tells why. So is, with a warning, a graph on which a stage fails. Raises ValueError
+    for an unknown mode or option or a value out of range, NothingMatchedError under ``strict``, what a stage fails with
+    under ``raise_errors``, RanksDisagreeError where ranks that wait for each other compile different graphs.
     """
+    compile_fx = _compat.compile_fx if inner is None else inner
     _compat.note_recompile_limit()
     with agreeing(gm, example_inputs) as said:
         settings, inductor = read_options(mode, options)
@@ -72,13 +74,13 @@ def mustafar(
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
             return gm  # op by op, which decompresses: Inductor would need plain tensors
         if rewritten is None:
-            return _compat.compile_fx(gm, example_inputs)
+            return compile_fx(gm, example_inputs)
         plan, inputs, given = rewritten
         wrap = _launching(plan, inputs, given) if inductor.get("triton.cudagraphs", True) else None
         loops = _compat.loops_of_cpus() if graph_device(inputs) is None else {}
         changes = {"triton.cudagraphs": False, **loops}
         with _compat.inductor_config.patch(changes), torch.set_grad_enabled(_gives_gradients(gm)):
-            compiled = _compat.compile_fx(plan.module, inputs)
+            compiled = compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, cache in given.caches.items() if cache.grows]
         return given.taking_parts(CompiledCall(plan, compiled if wrap is None else wrap(compiled), growing))

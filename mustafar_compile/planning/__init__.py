@@ -1,0 +1,1 @@
+"""What can be said of a model from its config alone: which layers are compressed, and what memory it takes."""

@@ -1,0 +1,71 @@
+"""What becomes of each layer of a model, traced without memory and without a compiler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..backend import mustafar
+from ..policy import policy
+from ..reporting.explain import explain
+from ..reporting.report import Entry, Report
+from ..settings import read_options
+from .alike import Alike, leave_out_alike
+from .fake import fake_model, forward, without_memory
+
+_PROBED_CHANNELS = 128  # of a head, where it is only asked whether settings treat two layers alike
+
+
+def explain_config(
+    config: Any,
+    options: Mapping[str, Any],
+    *,
+    batch: int = 1,
+    context: int = 4096,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    every_layer: bool = False,
+) -> tuple[list[Entry], Report]:
+    """What the backend does with a model of transformers: an entry for each attention layer, and the whole report.
+
+    A prompt of ``context`` tokens and a decode step are traced with a growing cache, as ``model.compile`` would have
+    it; the sizes of the entries are those after the prompt. options: of the backend. every_layer: trace also those that
+    are like another one. Raises ValueError for unknown options and for a config of no causal language model, and what
+    the model raises where it cannot be traced without its weights.
+    """
+    settings, _ = read_options(None, options)
+    device = torch.device(device)
+    format_of = policy(settings)
+    backend = functools.partial(mustafar, options=dict(options), inner=_as_it_is)
+    torch._dynamo.reset()
+    with without_memory(), explain() as report:
+        model = fake_model(config, dtype, device)
+        alike = [] if every_layer else leave_out_alike(
+            model,
+            lambda: forward(model, 1, 2),
+            lambda layer: [format_of(layer, role, _PROBED_CHANNELS, dtype, device) for role in ("key", "value")],
+        )
+        compiled = torch.compile(model, backend=backend)
+        past = getattr(forward(model, batch, context, of=compiled), "past_key_values", None)
+        if past is not None:
+            forward(model, batch, 1, past, of=compiled)
+    torch._dynamo.reset()
+    entries = [*report.matched, *report.missed]
+    entries += [_repeated(entry, layer) for layer in alike for entry in entries if _is_in(entry, layer)]
+    return sorted(entries, key=lambda entry: (-1 if entry.layer is None else entry.layer, entry.name)), report
+
+
+def _as_it_is(gm: Any, example_inputs: Any) -> Any:
+    return gm
+
+
+def _is_in(entry: Entry, layer: Alike) -> bool:
+    return f"{entry.name}.".startswith(f"{layer.path}.")
+
+
+def _repeated(entry: Entry, layer: Alike) -> Entry:
+    return replace(entry, layer=layer.number, name=entry.name.replace(layer.path, layer.own_path, 1))
