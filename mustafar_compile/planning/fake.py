@@ -38,15 +38,19 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum({s._cdata: s.nbytes() for s in storages.values()}.values())
 
 
-def forward(model: Any, batch: int, tokens: int, cache: Any = None, of: Any = None) -> Any:
+def forward(model: Any, batch: int, tokens: int, cache: Any = None, *, of: Any = None, masked: bool = True) -> Any:
     """What ``generate`` calls for a prompt, or, given a cache, for a step: logits of the last token alone.
 
-    of: what to call in place of the model, such as a compiled form of it.
+    of: what to call in place of the model, such as a compiled form of it. masked: whether attention is given a mask.
+    A prompt without padding has one only where it is compiled: else transformers looks at it and leaves it out.
     """
-    ids = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
-    accepted = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    past = {} if cache is None else {"past_key_values": cache}
-    seen = tokens + (0 if cache is None else cache.get_seq_length())
-    mask = torch.ones(batch, seen, dtype=torch.int64, device=model.device)
-    return (model if of is None else of)(input_ids=ids, attention_mask=mask, use_cache=True, **last, **past)
+    given = {"dtype": torch.int64, "device": model.device}
+    inputs = {"input_ids": torch.zeros(batch, tokens, **given)}
+    if masked:
+        seen = tokens if cache is None else tokens + cache.get_seq_length()
+        inputs["attention_mask"] = torch.ones(batch, seen, **given)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    return (model if of is None else of)(**inputs, use_cache=True)

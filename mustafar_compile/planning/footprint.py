@@ -1,0 +1,107 @@
+"""What of a model takes memory: weights, caches, and what a prompt and a step need besides. Found without any."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from .fake import fake_model, forward, weight_bytes, without_memory
+from .layers import explain_config
+from .live_bytes import LiveBytes
+
+BATCH, CONTEXT = sympy.symbols("batch context", integer=True, positive=True)
+
+_PROBES = (512, 1024)  # tokens of the prompts that are measured
+_CPU = torch.device("cpu")  # sizes are the same everywhere, and only there every build of torch has kernels to trace
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """K or V of one layer.
+
+    role: "key" or "value". heads: KV heads. window: the most tokens that are kept, None where all are. compressible:
+    whether its attention matches.
+    """
+
+    layer: int
+    role: str
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int | None
+    compressible: bool
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a dense token."""
+        return self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of a model, in bytes.
+
+    weights: parameters and buffers. tensors: those of the cache. prompt: activations and logits at the worst moment of
+    a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled, with a mask. step:
+    those of a decode step, by ``BATCH``. positions: the most tokens that the model was made for, None where unknown.
+    """
+
+    weights: int
+    tensors: tuple[CacheTensor, ...]
+    prompt: sympy.Expr
+    compiled_prompt: sympy.Expr
+    step: sympy.Expr
+    positions: int | None
+
+
+def measure(config: Any, dtype: torch.dtype) -> Footprint:
+    """The footprint of a causal language model of transformers with such a config.
+
+    The model runs over fake tensors, op by op, and what is alive is counted. Memory is a polynomial of the second
+    degree in the tokens: a mask has their square. Raises as ``explain_config`` does, and TypeError for a model without
+    a cache of the usual kind.
+    """
+    entries, _ = explain_config(config, {}, context=64, dtype=dtype)
+    compressible = {entry.layer for entry in entries if not entry.reason}
+    with without_memory():
+        model = fake_model(config, dtype, _CPU)
+        cache = forward(model, 1, 2).past_key_values
+        return Footprint(
+            weight_bytes(model),
+            tuple(_cache_tensors(cache, compressible)),
+            _prompt(model, masked=False),
+            _prompt(model, masked=True),
+            BATCH * _peak(model, _PROBES[0], 1),
+            getattr(config.get_text_config(), "max_position_embeddings", None),
+        )
+
+
+def _cache_tensors(cache: Any, compressible: Collection[int | None]) -> Iterator[CacheTensor]:
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        for role, x in (("key", getattr(layer, "keys", None)), ("value", getattr(layer, "values", None))):
+            if isinstance(x, torch.Tensor) and x.dim() == 4:
+                window = getattr(layer, "sliding_window", None)
+                yield CacheTensor(i, role, x.shape[1], x.shape[3], x.dtype, window, i in compressible)
+
+
+def _prompt(model: Any, masked: bool) -> sympy.Expr:
+    points = [(0, 0), *((tokens, _peak(model, 0, tokens, masked)) for tokens in _PROBES)]
+    return BATCH * sympy.interpolate(points, CONTEXT)
+
+
+def _peak(model: Any, past: int, tokens: int, masked: bool = False) -> int:
+    """Bytes that stand at the worst moment of a forward, without the cache that it leaves behind."""
+    cache = forward(model, 1, past).past_key_values if past else None
+    with LiveBytes() as meter:
+        result = forward(model, 1, tokens, cache, masked=masked)
+    left = result.past_key_values
+    return meter.peak - sum(x.untyped_storage().nbytes() for x in _tensors(left))
+
+
+def _tensors(cache: Any) -> Iterator[torch.Tensor]:
+    for layer in cache.layers:
+        yield from (x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)

@@ -1,0 +1,128 @@
+"""The memory that generating takes, as formulas of batch and context, and what fits into a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from ..lowering.format import Format, grown_capacity
+from ..policy import FormatOf, policy
+from ..settings import read_options
+from .footprint import BATCH, CONTEXT, CacheTensor, Footprint
+
+WORKSPACES = 2 * 32 * 2**20
+"""Of cuBLAS on an NVIDIA GPU of compute capability 9.0: 32 MiB for each stream, of which recording has one of its own."""
+
+OUTSIDE = 600 * 2**20
+"""What CUDA and the code on the GPU take beside torch's allocator, by ``nvidia-smi`` of an empty process on an H100."""
+
+_GPU = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one way to generate.
+
+    phases: "prompt" and "steps", each with its parts in bytes, by ``BATCH`` and ``CONTEXT``. What torch allocates at
+    most is the larger of their sums.
+    """
+
+    phases: Mapping[str, Mapping[str, sympy.Expr]]
+
+    def parts(self, batch: int, context: int) -> dict[str, dict[str, int]]:
+        """Bytes of each part of each phase."""
+        at = {BATCH: batch, CONTEXT: context}
+        return {
+            phase: {name: int(sympy.sympify(part).subs(at)) for name, part in parts.items()}
+            for phase, parts in self.phases.items()
+        }
+
+    def peak(self, batch: int, context: int) -> int:
+        """The most bytes that torch allocates."""
+        return max(sum(parts.values()) for parts in self.parts(batch, context).values())
+
+    def largest_batch(self, context: int, memory: int) -> int:
+        """The most rows of ``context`` tokens that fit into ``memory`` bytes of a GPU; 0 where none does.
+
+        Each phase is linear in the batch.
+        """
+        rows = sympy.Dummy("rows", real=True)  # where a phase takes all memory that is no whole number
+        sums = [sum(parts.values()).subs({CONTEXT: context, BATCH: rows}) for parts in self.phases.values()]
+        return max(0, min(int(sympy.floor(sympy.solve(x + OUTSIDE - memory, rows)[0])) for x in sums))
+
+    def largest_context(self, batch: int, memory: int, most: int | None = None) -> int:
+        """The longest prompts, ``batch`` of them, that fit into ``memory`` bytes of a GPU, up to ``most``.
+
+        Found by halving: lengths are rounded up to blocks, and memory only grows with them.
+        """
+        sums = [sum(parts.values()).subs(BATCH, batch) for parts in self.phases.values()]
+        needed = [sympy.lambdify(CONTEXT, x, "math") for x in sums]
+        return _largest(lambda tokens: max(f(tokens) for f in needed) + OUTSIDE <= memory, most or 2**30)
+
+
+def dense_plan(footprint: Footprint, new_tokens: int) -> Plan:
+    """Of a dense static cache, with a prompt that runs as it is."""
+    row = sum(_dense_row(x, CONTEXT + new_tokens) for x in footprint.tensors)
+    return _plan(footprint, footprint.prompt, row, row, 0)
+
+
+def compressed_plan(footprint: Footprint, options: Mapping[str, Any], new_tokens: int) -> Plan:
+    """Of a growing, compressed cache, with a compiled prompt: ``model.compile(backend="mustafar", options=options)``.
+
+    Raises ValueError for unknown options.
+    """
+    settings, _ = read_options(None, options)
+    rows = [_rows(x, policy(settings), new_tokens) for x in footprint.tensors]
+    before, after = (sum(row[i] for row in rows) for i in (0, 1))
+    moving = sympy.Max(0, *(last for first, last in rows if last != first))  # a buffer that grows stands twice
+    grown = sympy.Piecewise((moving, sympy.Gt(after, before)), (0, True))
+    return _plan(footprint, footprint.compiled_prompt, before, after, grown)
+
+
+def _plan(footprint: Footprint, prompt: sympy.Expr, before: Any, after: Any, growing: Any) -> Plan:
+    """before, after: bytes of a row of the cache after the prompt and after the last step. growing: to make it grow."""
+    standing = {"weights": sympy.Integer(footprint.weights), "workspaces": sympy.Integer(WORKSPACES)}
+    return Plan(
+        {
+            "prompt": standing | {"cache": BATCH * before, "activations": prompt},
+            "steps": standing | {"cache": BATCH * after, "activations": footprint.step, "growing": BATCH * growing},
+        }
+    )
+
+
+def _dense_row(tensor: CacheTensor, tokens: Any) -> Any:
+    kept = tokens if tensor.window is None else sympy.Min(tokens, tensor.window)
+    return kept * tensor.token_bytes
+
+
+def _rows(tensor: CacheTensor, format_of: FormatOf, new_tokens: int) -> tuple[Any, Any]:
+    """Bytes of one row of the batch in a cache tensor, after the prompt and after the last step."""
+    format = None
+    if tensor.compressible:
+        format = format_of(tensor.layer, tensor.role, tensor.head_dim, tensor.dtype, _GPU)
+    if format is None:
+        return _dense_row(tensor, CONTEXT), _dense_row(tensor, CONTEXT + new_tokens)
+    room = grown_capacity(CONTEXT)
+    pruned = CONTEXT + new_tokens - format.window
+    last = sympy.Piecewise((room, sympy.Le(pruned, room)), (grown_capacity(pruned), True))
+    return _stored_row(tensor, format, room), _stored_row(tensor, format, last)
+
+
+def _stored_row(tensor: CacheTensor, format: Format, capacity: Any) -> Any:
+    return format.stored_bytes(1, tensor.heads, capacity, tensor.dtype.itemsize)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of 1 to ``most`` that fits, where all smaller ones do; 0 where none does."""
+    if fits(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = math.floor((low + high) / 2)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
