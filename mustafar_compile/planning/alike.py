@@ -1,7 +1,8 @@
 """Layers that are alike need to be traced once: the others pass through what they get.
 
-That is sound where nothing can tell such layers apart but their number. So layers are alike only if all that makes them
-up is equal: classes, attributes, shapes and dtypes, what the config says of each by its place, and what the settings do.
+That is sound where nothing can tell such layers apart but their number. So layers are alike only if all that makes
+them up is equal: classes, attributes, shapes and dtypes, what the config says of each by its place, and what the
+settings do with it.
 """
 
 from __future__ import annotations

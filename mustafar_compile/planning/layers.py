@@ -44,10 +44,14 @@ def explain_config(
     torch._dynamo.reset()
     with without_memory(), explain() as report:
         model = fake_model(config, dtype, device)
-        alike = [] if every_layer else leave_out_alike(
-            model,
-            lambda: forward(model, 1, 2),
-            lambda layer: [format_of(layer, role, _PROBED_CHANNELS, dtype, device) for role in ("key", "value")],
+        alike = (
+            []
+            if every_layer
+            else leave_out_alike(
+                model,
+                lambda: forward(model, 1, 2),
+                lambda layer: [format_of(layer, role, _PROBED_CHANNELS, dtype, device) for role in ("key", "value")],
+            )
         )
         compiled = torch.compile(model, backend=backend)
         past = getattr(forward(model, batch, context, of=compiled), "past_key_values", None)

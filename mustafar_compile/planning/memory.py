@@ -16,7 +16,7 @@ from ..settings import read_options
 from .footprint import BATCH, CONTEXT, CacheTensor, Footprint
 
 WORKSPACES = 2 * 32 * 2**20
-"""Of cuBLAS on an NVIDIA GPU of compute capability 9.0: 32 MiB for each stream, of which recording has one of its own."""
+"""Of cuBLAS on an NVIDIA GPU of compute capability 9.0: 32 MiB for each stream, and CUDA graphs are recorded on their own."""
 
 OUTSIDE = 600 * 2**20
 """What CUDA and the code on the GPU take beside torch's allocator, by ``nvidia-smi`` of an empty process on an H100."""
@@ -33,6 +33,10 @@ class Plan:
     """
 
     phases: Mapping[str, Mapping[str, sympy.Expr]]
+
+    def formulas(self) -> dict[str, dict[str, str]]:
+        """Each part of each phase as a text."""
+        return {phase: {name: str(part) for name, part in parts.items()} for phase, parts in self.phases.items()}
 
     def parts(self, batch: int, context: int) -> dict[str, dict[str, int]]:
         """Bytes of each part of each phase."""

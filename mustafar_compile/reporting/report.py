@@ -120,7 +120,7 @@ class Report:
                 "?" if e.layer is None else str(e.layer),
                 e.name,
                 e.form,
-                _verdict(e),
+                verdict(e),
                 e.kernels,
                 e.kept,
                 bytes_text(e.dense_bytes),
@@ -158,7 +158,7 @@ def _merged(a: Entry, b: Entry) -> Entry:
     return replace(seen, phases=phases, reason=reason, waits=waits, kernels=b.kernels or a.kernels)
 
 
-def _verdict(entry: Entry) -> str:
+def verdict(entry: Entry) -> str:
     """Where a layer runs compressed, and why not everywhere."""
     phases = " + ".join(entry.phases)
     if not entry.reason:

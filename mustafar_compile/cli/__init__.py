@@ -1,0 +1,1 @@
+"""The command ``mustafar``, a file for each of its commands. What they share: options, models, output."""

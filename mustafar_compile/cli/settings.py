@@ -1,0 +1,66 @@
+"""An option for each field of ``Settings``, made of the field: a new setting needs no line here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..settings import PRESETS, Settings, read_options, setting_names
+
+_SCALARS = (bool, int, float, str)
+_HINTS = get_type_hints(Settings)
+_PRESET = f"Settings that go well together: {', '.join(PRESETS)}. What is given beside it goes before it."
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """``command(..., settings)`` with an option for each setting in place of ``settings``: a dict of those given.
+
+    A value that is not accepted is an error of use, before the command runs.
+    """
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    texts = _texts() | {"preset": _PRESET}
+    options = [_option(name, texts.get(name, "")) for name in ("preset", *setting_names())]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        texts = {option.name: given.pop(option.name) for option in options}
+        settings = {name: _value(name, text) for name, text in texts.items() if text is not None}
+        try:
+            read_options(None, settings)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        command(**given, settings=settings)
+
+    parameters = [parameter for parameter in own if parameter.name != "settings"] + options
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+def _option(name: str, text: str) -> inspect.Parameter:
+    kind = _HINTS.get(name, str)
+    option = typer.Option(help=text, rich_help_panel="Settings", show_default=False)
+    annotation = Annotated[(kind if kind in _SCALARS else str) | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _texts() -> dict[str, str]:
+    """What the docstring of ``Settings`` says of each field."""
+    found = re.findall(r"^(\w+): (.*?)(?=^\w+: |\Z)", inspect.getdoc(Settings) or "", re.MULTILINE | re.DOTALL)
+    return {name: f"{text[0].upper()}{' '.join(text[1:].split())}" for name, text in found}
+
+
+def _value(name: str, given: Any) -> Any:
+    """A value as it was given, of a setting that is no scalar as JSON: ``[0, 1]``, or without brackets ``0,1``."""
+    if _HINTS.get(name, str) in _SCALARS:
+        return given
+    try:
+        return json.loads(given if given.lstrip().startswith(("[", "{")) else f"[{given}]")
+    except json.JSONDecodeError:
+        return given
