@@ -61,9 +61,9 @@ class Footprint:
 def measure(config: Any, dtype: torch.dtype) -> Footprint:
     """The footprint of a causal language model of transformers with such a config.
 
-    The model runs over fake tensors, op by op, and what is alive is counted. Memory is a polynomial of the second
-    degree in the tokens: a mask has their square. Raises as ``explain_config`` does, and TypeError for a model without
-    a cache of the usual kind.
+    The model runs over fake tensors, op by op, and what is alive is counted. Memory is linear in the batch and of the
+    second degree in the tokens: a mask has their square. Raises as ``explain_config`` does, and AttributeError for a
+    model without a cache.
     """
     entries, _ = explain_config(config, {}, context=64, dtype=dtype)
     compressible = {entry.layer for entry in entries if not entry.reason}
@@ -75,7 +75,7 @@ def measure(config: Any, dtype: torch.dtype) -> Footprint:
             tuple(_cache_tensors(cache, compressible)),
             _prompt(model, masked=False),
             _prompt(model, masked=True),
-            BATCH * _peak(model, _PROBES[0], 1),
+            _step(model),
             getattr(config.get_text_config(), "max_position_embeddings", None),
         )
 
@@ -89,15 +89,23 @@ def _cache_tensors(cache: Any, compressible: Collection[int | None]) -> Iterator
 
 
 def _prompt(model: Any, masked: bool) -> sympy.Expr:
-    points = [(0, 0), *((tokens, _peak(model, 0, tokens, masked)) for tokens in _PROBES)]
-    return BATCH * sympy.interpolate(points, CONTEXT)
+    one, two = (
+        sympy.interpolate([(0, 0), *((n, _peak(model, batch, n, masked=masked)) for n in _PROBES)], CONTEXT)
+        for batch in (1, 2)
+    )
+    return sympy.expand(one + (BATCH - 1) * (two - one))  # some of it, such as rotary angles, is for all rows
 
 
-def _peak(model: Any, past: int, tokens: int, masked: bool = False) -> int:
+def _step(model: Any) -> sympy.Expr:
+    one, two = (_peak(model, batch, 1, past=_PROBES[0]) for batch in (1, 2))
+    return one + (BATCH - 1) * (two - one)
+
+
+def _peak(model: Any, batch: int, tokens: int, past: int = 0, masked: bool = False) -> int:
     """Bytes that stand at the worst moment of a forward, without the cache that it leaves behind."""
-    cache = forward(model, 1, past).past_key_values if past else None
+    cache = forward(model, batch, past).past_key_values if past else None
     with LiveBytes() as meter:
-        result = forward(model, 1, tokens, cache, masked=masked)
+        result = forward(model, batch, tokens, cache, masked=masked)
     left = result.past_key_values
     return meter.peak - sum(x.untyped_storage().nbytes() for x in _tensors(left))
 

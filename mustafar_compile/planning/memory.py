@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from ..settings import read_options
 from .footprint import BATCH, CONTEXT, CacheTensor, Footprint
 
 WORKSPACES = 2 * 32 * 2**20
-"""Of cuBLAS on an NVIDIA GPU of compute capability 9.0: 32 MiB for each stream, and CUDA graphs are recorded on their own."""
+"""Of cuBLAS on an NVIDIA GPU of compute capability 9.0, 32 MiB a stream. CUDA graphs are recorded on their own."""
 
 OUTSIDE = 600 * 2**20
 """What CUDA and the code on the GPU take beside torch's allocator, by ``nvidia-smi`` of an empty process on an H100."""
@@ -48,7 +48,7 @@ class Plan:
 
     def peak(self, batch: int, context: int) -> int:
         """The most bytes that torch allocates."""
-        return max(sum(parts.values()) for parts in self.parts(batch, context).values())
+        return int(max(needed(batch, context) for needed in self._sums))
 
     def largest_batch(self, context: int, memory: int) -> int:
         """The most rows of ``context`` tokens that fit into ``memory`` bytes of a GPU; 0 where none does.
@@ -64,9 +64,12 @@ class Plan:
 
         Found by halving: lengths are rounded up to blocks, and memory only grows with them.
         """
-        sums = [sum(parts.values()).subs(BATCH, batch) for parts in self.phases.values()]
-        needed = [sympy.lambdify(CONTEXT, x, "math") for x in sums]
-        return _largest(lambda tokens: max(f(tokens) for f in needed) + OUTSIDE <= memory, most or 2**30)
+        return _largest(lambda tokens: self.peak(batch, tokens) + OUTSIDE <= memory, most or 2**30)
+
+    @functools.cached_property
+    def _sums(self) -> list[Callable[[int, int], float]]:
+        """What each phase takes, as functions of batch and context."""
+        return [sympy.lambdify([BATCH, CONTEXT], sum(parts.values()), "math") for parts in self.phases.values()]
 
 
 def dense_plan(footprint: Footprint, new_tokens: int) -> Plan:
@@ -127,6 +130,6 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
         return most
     low, high = 0, most
     while high - low > 1:
-        middle = math.floor((low + high) / 2)
+        middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
