@@ -80,7 +80,7 @@ class Conversation:
         check_room(self._model, len(ids), self._new_tokens)
         kept = _common(self._said, ids[:-1])  # the last token of a prompt is always read
         if self._cache is not None and kept < len(self._said):
-            self._cache.crop(kept)
+            self._cache.crop(kept - len(self._said))  # that many tokens less
         given = torch.tensor([ids], device=self._model.device)
         so_far: list[int] = []
 

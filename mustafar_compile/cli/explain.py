@@ -52,7 +52,7 @@ def explain(
     out = console()
     out.print(table(title, columns, [_row(list(alike)) for _, alike in groupby(entries, _looks)]))
     sizes = f"{batch} x {context} tokens in {str(element).removeprefix('torch.')}"
-    out.print(f"The cache after a prompt of {sizes}: {bytes_text(stored)} of {bytes_text(dense)}")
+    out.print(f"The cache after a prompt of {sizes} and one more: {bytes_text(stored)} of {bytes_text(dense)}")
     for line in (*report.launching, *(f"note: {notice}" for notice in report.notices)):
         out.print(line)
 

@@ -33,7 +33,7 @@ def explain_config(
     """What the backend does with a model of transformers: an entry for each attention layer, and the whole report.
 
     A prompt of ``context`` tokens and a decode step are traced with a growing cache, as ``model.compile`` would have
-    it; the sizes of the entries are those after the prompt. options: of the backend. every_layer: trace also those that
+    it; the sizes of the entries are those after both. options: of the backend. every_layer: trace also those that
     are like another one. Raises ValueError for unknown options and for a config of no causal language model, and what
     the model raises where it cannot be traced without its weights.
     """

@@ -1,0 +1,112 @@
+"""The memory that ``mustafar plan`` foretells, beside what torch allocates at most: five shapes, three ways.
+
+    python benchmarks/plan_check.py
+    python benchmarks/plan_check.py --only llama-3-8b --layers 8
+
+Each row is a model with random weights in a process of its own, which generates once. ``error`` is what was planned over
+what was measured, less 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from typing import Any
+
+import torch
+from timing import DEVICE, ON_GPU, parser, write
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mustafar_compile.planning.footprint import Footprint, measure
+from mustafar_compile.planning.memory import compressed_plan, dense_plan
+
+NAME = "plan_check"
+DTYPE = torch.bfloat16
+NEW_TOKENS = 40  # the last of them is not in the cache
+
+_LLAMA_3 = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "vocab_size": 128256}
+SHAPES: dict[str, tuple[str, dict[str, Any], int, int]] = {  # family, sizes, batch, context
+    "llama-2-7b": ("llama", {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
+                             "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}, 4, 4096),
+    "llama-3-8b": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 4, 8192),
+    "llama-3-8b, one long prompt": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 1, 32768),
+    "qwen-3-4b": ("qwen3", {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128,
+                            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}, 8, 4096),
+    "mistral-7b": ("mistral", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 32768,
+                               "sliding_window": None}, 16, 2048),
+}  # fmt: skip
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "vocab_size": 100}  # fmt: skip
+WAYS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "0.7": {"key_sparsity": 0.7, "value_sparsity": 0.7},
+    "small": {"preset": "small"},
+}
+
+
+def config_of(shape: str, given: argparse.Namespace) -> Any:
+    """The config of a shape, with the changes that the command line asks for."""
+    family, sizes, _, context = SHAPES[shape]
+    sizes = sizes | (TINY if given.tiny else {})
+    sizes |= {"num_hidden_layers": given.layers} if given.layers else {}
+    return AutoConfig.for_model(family, **sizes, max_position_embeddings=context + NEW_TOKENS)
+
+
+def planned(footprint: Footprint, way: str, batch: int, context: int) -> dict[str, Any]:
+    """Bytes that are foretold, and their parts in the phase that takes most."""
+    options = WAYS[way]
+    new = NEW_TOKENS - 1
+    plan = dense_plan(footprint, new) if options is None else compressed_plan(footprint, options, new)
+    phases = plan.parts(batch, context)
+    worst = max(phases, key=lambda phase: sum(phases[phase].values()))
+    return {"planned_GB": plan.peak(batch, context) / 1e9, "phase": worst, "parts": phases[worst]}
+
+
+def generated(config: Any, way: str, batch: int, context: int) -> dict[str, float]:
+    """What torch allocated, and reserved, at most in one call of ``generate``."""
+    with DEVICE, torch.inference_mode(False):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    ids = torch.randint(1, config.vocab_size, (batch, context), device=DEVICE)
+    how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    if WAYS[way] is None:
+        how |= {"cache_implementation": "static"}
+    else:
+        model.compile(backend="mustafar", options=WAYS[way])
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        model.generate(ids, pad_token_id=0, **how)
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if ON_GPU else (0, 0)
+    return {"measured_GB": peaks[0] / 1e9, "reserved_GB": peaks[1] / 1e9}
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked for."""
+    options = parser(__doc__)
+    options.add_argument("--only", choices=SHAPES, nargs="+", help="default: all")
+    options.add_argument("--layers", type=int, help="in place of those of the shapes")
+    options.add_argument("--tiny", action="store_true", help="very small models, to try this script out")
+    return options.parse_args()
+
+
+def main() -> None:
+    given, rows = arguments(), []
+    fresh = multiprocessing.get_context("spawn")
+    for shape in given.only or SHAPES:
+        _, _, batch, context = SHAPES[shape]
+        batch, context = (2, 100) if given.tiny else (batch, context)
+        config = config_of(shape, given)
+        footprint = measure(config, DTYPE)
+        for way in WAYS:
+            row = {"shape": shape, "batch": batch, "context": context, "way": way}
+            row |= planned(footprint, way, batch, context)
+            with fresh.Pool(1) as pool:
+                row |= pool.apply(generated, (config, way, batch, context))
+            row["error"] = row["planned_GB"] / row["measured_GB"] - 1 if row["measured_GB"] else 0.0
+            print(row, flush=True)
+            rows.append(row)
+    write(NAME, rows)
+
+
+if __name__ == "__main__":
+    main()
