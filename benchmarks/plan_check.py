@@ -3,8 +3,8 @@
     python benchmarks/plan_check.py
     python benchmarks/plan_check.py --only llama-3-8b --layers 8
 
-Each row is a model with random weights in a process of its own, which generates once. ``error`` is what was planned over
-what was measured, less 1.
+Each row is a model with random weights in a process of its own, which generates once. ``error`` is what was planned
+over what was measured, less 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int, int]] = {  # family, sizes, ba
     "llama-2-7b": ("llama", {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
                              "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}, 4, 4096),
     "llama-3-8b": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 4, 8192),
-    "llama-3-8b, one long prompt": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 1, 32768),
+    "llama-3-8b long": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 1, 32768),
     "qwen-3-4b": ("qwen3", {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128,
                             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}, 8, 4096),
     "mistral-7b": ("mistral", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 32768,
@@ -64,7 +64,7 @@ def planned(footprint: Footprint, way: str, batch: int, context: int) -> dict[st
 
 def generated(config: Any, way: str, batch: int, context: int) -> dict[str, float]:
     """What torch allocated, and reserved, at most in one call of ``generate``."""
-    with DEVICE, torch.inference_mode(False):
+    with DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
     ids = torch.randint(1, config.vocab_size, (batch, context), device=DEVICE)
     how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
