@@ -7,12 +7,15 @@ settings do with it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+log = logging.getLogger("mustafar_compile")
 
 _NUMBERS = ("layer_idx", "layer_id")  # by which layers of transformers know their caches
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -47,11 +50,15 @@ class _PassingThrough(nn.Module):
 def leave_out_alike(model: nn.Module, run: Callable[[], Any], policy_of: Callable[[int], Hashable]) -> list[Alike]:
     """Keep one of each kind of layer in ``model`` and let the others pass through. Returns those.
 
-    run: calls the model once; which layers may be passed through is seen from that. policy_of: what the settings do
-    with a layer, by its number.
+    run: calls the model once; which layers may be passed through is seen from that, and none may where it fails.
+    policy_of: what the settings do with a layer, by its number.
     """
     layers = list(_stacked_layers(model))
-    results = _results([layer for _, _, layer in layers], run)
+    try:
+        results = _results([layer for _, _, layer in layers], run)
+    except Exception as error:  # an op that fake tensors cannot do by themselves; traced with others it may go
+        log.info("each layer is traced by itself: %s", error)
+        return []
     left_out, first = [], {}
     for path, number, layer in layers:
         if layer not in results:
