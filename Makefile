@@ -102,7 +102,7 @@ lint: $(lint)
 	MYPYPATH=build/lint $(python) -m mypy
 
 docs: $(docs)
-	$(python) -m mkdocs build --strict --quiet --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet --site-dir build/docs
 
 # An environment sees the packages of $(python) and gets this one alone, so that nothing is downloaded: what is missing in a
 # wheel or an sdist shows all the same.

@@ -20,6 +20,7 @@ from mustafar_compile.cli import bench
 from mustafar_compile.cli.app import COMMANDS, app
 from mustafar_compile.cli.plan import read_bytes
 from mustafar_compile.cli.streaming import Stream
+from mustafar_compile.planning.footprint import BATCH, CONTEXT, CacheTensor, Footprint
 from mustafar_compile.settings import setting_names
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "tiny_llama" / "tokenizer_config.json"
@@ -79,6 +80,15 @@ def test_explain_shows_layers_that_are_alike_in_one_row(two_layers):
     assert re.search(r"0-1 .* model\.layers\.\*\.self_attn .* prefill \+ decode", text)
 
 
+@pytest.fixture
+def measured(monkeypatch) -> None:
+    """What ``test_planning.py`` measures, as numbers: it takes a while."""
+    tensors = tuple(CacheTensor(0, role, 2, 16, torch.float32, None, True) for role in ("key", "value"))
+    footprint = Footprint(10**6, tensors, 300 * BATCH * CONTEXT, BATCH * CONTEXT**2, 100 * BATCH, 512)
+    monkeypatch.setattr("mustafar_compile.planning.footprint.measure", lambda config, dtype: footprint)
+
+
+@pytest.mark.usefixtures("measured")
 def test_plan(folder):
     asked = ("--gpu-memory", "1GiB", "--context", 256, "--batch", 2, "--new-tokens", 10, "--window", 8)
     found = as_json("plan", folder, *asked)
@@ -90,7 +100,7 @@ def test_plan(folder):
     assert "context" in dense["formulas"]["prompt"]["cache"]
 
 
-@pytest.mark.nightly
+@pytest.mark.usefixtures("measured")
 def test_a_context_that_the_model_limits_is_named_so(folder):
     assert "512 (model's limit)" in run("plan", folder, "--context", 64).stdout
 
@@ -114,6 +124,7 @@ def test_generate_beside_dense(folder, tmp_path):
     assert found["compressed"]["cache"]["compressed_tensors"] == 2
 
 
+@pytest.mark.nightly
 def test_generate_streams_what_it_generates(folder):
     shown = run("generate", folder, "--prompt", "-", "--new-tokens", 9, *EXACT, given="Some text")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -141,6 +152,7 @@ def test_chat_goes_on_from_its_cache(folder):
     assert replies[1]["tokens"] == again["prompt_tokens"] + 4
 
 
+@pytest.mark.nightly
 def test_bench(folder, monkeypatch):
     monkeypatch.setattr(bench, "_compile_dense", lambda model: None)
     found = as_json("bench", folder, "--context", 40, "--batch", 2, "--new-tokens", 4)
