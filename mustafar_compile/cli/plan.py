@@ -56,7 +56,7 @@ def plan(
     plans = {"dense": dense_plan(footprint, new_tokens)}
     for name, options in (_COMPARED | ({"as given": settings} if settings else {})).items():
         plans[name] = compressed_plan(footprint, options, new_tokens)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "way": name,
             "peak_bytes": plan.peak(batch, context),

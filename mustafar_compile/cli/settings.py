@@ -44,9 +44,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(name: str, text: str) -> inspect.Parameter:
-    kind = _HINTS.get(name, str)
-    option = typer.Option(help=text, rich_help_panel="Settings", show_default=False)
-    annotation = Annotated[(kind if kind in _SCALARS else str) | None, option]
+    hint = _HINTS.get(name, str)
+    kind: Any = (hint if hint in _SCALARS else str) | None
+    annotation = Annotated[kind, typer.Option(help=text, rich_help_panel="Settings", show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

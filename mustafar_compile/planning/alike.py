@@ -8,7 +8,7 @@ settings do with it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class _PassingThrough(nn.Module):
         return hidden_states if self.rest is None else (hidden_states, *self.rest)
 
 
-def leave_out_alike(model: nn.Module, run: Callable[[], Any], policy_of: Callable[[int], Hashable]) -> list[Alike]:
+def leave_out_alike(model: nn.Module, run: Callable[[], Any], policy_of: Callable[[int], Any]) -> list[Alike]:
     """Keep one of each kind of layer in ``model`` and let the others pass through. Returns those.
 
     run: calls the model once; which layers may be passed through is seen from that, and none may where it fails.
@@ -59,7 +59,8 @@ def leave_out_alike(model: nn.Module, run: Callable[[], Any], policy_of: Callabl
     except Exception as error:  # an op that fake tensors cannot do by themselves; traced with others it may go
         log.info("each layer is traced by itself: %s", error)
         return []
-    left_out, first = [], {}
+    left_out: list[Alike] = []
+    first: dict[str, Any] = {}  # of each kind, by its path
     for path, number, layer in layers:
         if layer not in results:
             continue

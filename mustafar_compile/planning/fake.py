@@ -44,8 +44,8 @@ def forward(model: Any, batch: int, tokens: int, cache: Any = None, *, of: Any =
     of: what to call in place of the model, such as a compiled form of it. masked: whether attention is given a mask.
     A prompt without padding has one only where it is compiled: else transformers looks at it and leaves it out.
     """
-    given = {"dtype": torch.int64, "device": model.device}
-    inputs = {"input_ids": torch.zeros(batch, tokens, **given)}
+    given: dict[str, Any] = {"dtype": torch.int64, "device": model.device}
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(batch, tokens, **given)}
     if masked:
         seen = tokens if cache is None else tokens + cache.get_seq_length()
         inputs["attention_mask"] = torch.ones(batch, seen, **given)
