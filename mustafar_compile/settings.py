@@ -114,7 +114,7 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {"key_sparsity": 0.0, "value_sparsity": 0.0, "key_code": "int8", "value_code": "int8"},
-    "balanced": {"key_sparsity": 0.5, "value_sparsity": 0.7, "key_code": "int8", "value_code": "int8"},
+    "balanced": {"key_sparsity": 0.0, "value_sparsity": 0.5, "key_code": "int4", "value_code": "int4"},
     "small": {"key_sparsity": 0.5, "value_sparsity": 0.7, "key_code": "int4", "value_code": "int4"},
 }
 """Settings that go well together, by name: ``options={"preset": "balanced"}``. What is given beside it goes before it.
