@@ -79,7 +79,7 @@ def test_the_public_names_resolve():
         ({"options": {"window": -3}}, r"window=-3 is not accepted; it must be an integer of at least 1"),
         (
             {"options": {"sparsity": 0.5}},
-            r"option 'sparsity' is unknown; accepted are preset, key_sparsity",
+            r"option 'sparsity' is unknown; accepted are preset, budget, key_sparsity",
         ),
         ({"mode": "fastest"}, r"mode 'fastest' is unknown; accepted are 'default'.*'reduce-overhead'"),
     ],

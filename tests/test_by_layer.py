@@ -84,7 +84,8 @@ WAYS = {
 @torch.no_grad()
 def test_each_layer_gets_its_own(way):
     model = hf_model(num_hidden_layers=2)
-    settings = {"preset": "balanced", "key_sparsity": {1: 0.0, "default": 0.7}, "value_code": ["int4", "none"]}
+    by_layer = {"key_sparsity": {1: 0.0, "default": 0.7}, "value_code": ["int4", "none"]}
+    settings = {"preset": "safe", "value_sparsity": 0.7} | by_layer
     with without_compiler(), explain() as report:
         WAYS[way](model, settings)
         past = model(**prompt()).past_key_values

@@ -19,9 +19,10 @@ from models import hf_model
 from mustafar_compile.cli import bench
 from mustafar_compile.cli.app import COMMANDS, app
 from mustafar_compile.cli.plan import read_bytes
+from mustafar_compile.cli.settings import _value as option_value
 from mustafar_compile.cli.streaming import Stream
 from mustafar_compile.planning.footprint import BATCH, CONTEXT, CacheTensor, Footprint
-from mustafar_compile.settings import setting_names
+from mustafar_compile.settings import read_options, setting_names
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "tiny_llama" / "tokenizer_config.json"
 EXACT = ("--key-sparsity", "0", "--value-sparsity", "0")
@@ -55,7 +56,35 @@ def as_json(*args, given: str | None = None) -> dict:
     return json.loads(run(*args, "--json", given=given).stdout)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_calibrate_writes_a_budget_that_other_commands_take(folder, tmp_path):
+    text, out = tmp_path / "text", tmp_path / "budget.json"
+    text.write_text("def add(a, b):\n    return a + b\n" * 5)
+    found = as_json("calibrate", folder, "--prompts", text, "--bytes", 0.5, "--out", out, "--tokens", 100)
+    assert 0 < found["bytes"] <= 0.5
+    given = read_options(None, {"budget": str(out)})[0]
+    assert given.code("key", 0) == found["layers"]["0"]["key"]["code"]
+    assert as_json("explain", folder, "--budget", out)["layers"][0]["reason"] == ""
+    run("explain", folder, "--budget", text, code=2)
+    run("calibrate", folder, "--prompts", text, "--codes", "int5", code=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("key_sparsity", "0.7", 0.7),
+        ("key_sparsity", "0.3,0.7", [0.3, 0.7]),
+        ("key_sparsity", '{"0": 0.3, "default": 0.7}', {"0": 0.3, "default": 0.7}),
+        ("key_code", "int8", "int8"),
+        ("skip_layers", "0", [0]),
+        ("skip_layers", "[0, 1]", [0, 1]),
+        ("window", 8, 8),
+    ],
+)
+def test_values_of_settings(option, text, value):
+    assert option_value(option, text) == value
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "calibrate"])
 def test_each_command_has_json_and_an_option_for_each_setting(command):
     text = run(command, "--help").stdout if command == "chat" else CliRunner().invoke(app, [command, "--help"]).stdout
     options = set(re.findall(r"--[\w-]+", text))

@@ -23,7 +23,6 @@ from accuracy.runs import StudyError, expanded, read_study
 from accuracy.strategies import VALUES
 from compilers import without_compiler
 from models import hf_model
-from mustafar_compile.lowering.strategies import UnbuiltStrategyError, strategy_named
 from nightly import mostly_at_night
 from quickstart import fact_prompts
 
@@ -164,13 +163,10 @@ STORED = [
 def test_both_ways_say_the_same(entry):
     """Without a code to rounding, with one to what scales of a bfloat16 come to."""
     (case,) = expanded(entry | {"window": 8})
-    try:
-        strategy_named(case.value_strategy)
-    except UnbuiltStrategyError as error:
-        pytest.skip(str(error))
     tokens = 76 if "channel" in str(entry) else 56  # so many that a group leaves the window in a step
     model = hf_model(num_hidden_layers=1, head_dim=32)
-    ids = torch.randint(1, 100, (tokens,), generator=torch.Generator().manual_seed(0))
+    # No token twice: values of a first layer would be equal, and which of them goes first a matter of rounding.
+    ids = 1 + torch.randperm(99, generator=torch.Generator().manual_seed(0))[:tokens]
     in_one = case.hidden_states(model, ids, 44, torch.float32)
     with without_compiler():
         one_by_one = through_backend.token_by_token(model, ids, 44, case)

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import typer
 
-COMMANDS = ("explain", "plan", "generate", "chat", "bench")
+COMMANDS = ("explain", "plan", "generate", "chat", "bench", "calibrate")
 """Each is the function of this name, in the module of this name."""
 
 app = typer.Typer(

@@ -106,9 +106,12 @@ def read_prompt(path: str) -> str:
     return text
 
 
-def encode(text: str, tokenizer: Any, model: Any, new_tokens: int) -> Any:
-    """Ids [1, tokens] of a prompt that is to go on, checked against the positions that the model has."""
-    ids = tokenizer(text, return_tensors="pt").input_ids
+def encode(text: str, tokenizer: Any, model: Any, new_tokens: int, most: int | None = None) -> Any:
+    """Ids [1, tokens] of a prompt that is to go on, checked against the positions that the model has.
+
+    most: tokens of it that are taken.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :most]
     if ids.shape[1] > 1 and ids[0, -1] == tokenizer.eos_token_id:
         ids = ids[:, :-1]  # some tokenizers end every text
     check_room(model, ids.shape[1], new_tokens)

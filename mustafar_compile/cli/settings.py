@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -15,7 +16,10 @@ from ..settings import PRESETS, Settings, read_options, setting_names
 
 _SCALARS = (bool, int, float, str)
 _HINTS = get_type_hints(Settings)
-_PRESET = f"Settings that go well together: {', '.join(PRESETS)}. What is given beside it goes before it."
+_TOGETHER = {
+    "preset": f"Settings that go well together: {', '.join(PRESETS)}. What is given beside it goes before it.",
+    "budget": "A file that `mustafar calibrate` wrote: settings by layer. What is given beside it goes before it.",
+}
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -24,8 +28,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     A value that is not accepted is an error of use, before the command runs.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
-    texts = _texts() | {"preset": _PRESET}
-    options = [_option(name, texts.get(name, "")) for name in ("preset", *setting_names())]
+    texts = _TOGETHER | _texts()
+    options = [_option(name, texts.get(name, "")) for name in (*_TOGETHER, *setting_names())]
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
@@ -33,7 +37,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         settings = {name: _value(name, text) for name, text in texts.items() if text is not None}
         try:
             read_options(None, settings)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise typer.BadParameter(str(error)) from error
         command(**given, settings=settings)
 
@@ -57,10 +61,15 @@ def _texts() -> dict[str, str]:
 
 
 def _value(name: str, given: Any) -> Any:
-    """A value as it was given, of a setting that is no scalar as JSON: ``[0, 1]``, or without brackets ``0,1``."""
-    if _HINTS.get(name, str) in _SCALARS:
+    """A value as it was given, of a setting that is no scalar as JSON: ``[0, 1]``, or without brackets ``0,1``.
+
+    One that may differ by layer is that of all where it is alone.
+    """
+    hint = _HINTS.get(name, str)
+    if hint in _SCALARS:
         return given
-    try:
-        return json.loads(given if given.lstrip().startswith(("[", "{")) else f"[{given}]")
-    except json.JSONDecodeError:
-        return given
+    whole = hint is Any or given.lstrip().startswith(("[", "{"))
+    for text in (given, f"[{given}]") if whole else (f"[{given}]",):
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
+    return given
