@@ -19,7 +19,7 @@ WORKSPACES = 2 * 32 * 2**20
 """Of cuBLAS on an NVIDIA GPU of compute capability 9.0, 32 MiB a stream. CUDA graphs are recorded on their own."""
 
 OUTSIDE = 600 * 2**20
-"""What CUDA and the code on the GPU take beside torch's allocator, by ``nvidia-smi`` of an empty process on an H100."""
+"""Bytes that are left for CUDA and the code on the GPU, which torch's allocator does not see. Assumed, not measured."""
 
 _GPU = torch.device("cuda")
 
