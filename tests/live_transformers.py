@@ -76,8 +76,9 @@ class TransformersModel:
         self.twin = copy.deepcopy(self.model)
         self.twin.set_attn_implementation("oracle")
         self.passed: list[tuple[Tensor, Tensor]] = []
-        for attention in _attentions(self.model):
-            attention.register_forward_hook(self._note, with_kwargs=True)
+        for attention in _attentions(self.model):  # a hook behind it that takes keywords is a press to the backend
+            attention.register_forward_pre_hook(self._note, with_kwargs=True)
+            attention.register_forward_hook(self._note_result)
 
     def _model(self, choose: random.Random):
         shape, layers = self.shape, choose.choice([1, 1, 2])
@@ -93,8 +94,11 @@ class TransformersModel:
             changes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
         return hf_model(self.family, attention=attention, **changes).to(shape.dtype)
 
-    def _note(self, module, args, kwargs, output) -> None:
-        self.passed.append((args[0] if args else kwargs["hidden_states"], output[0]))
+    def _note(self, module, args, kwargs) -> None:
+        self.passed.append(args[0] if args else kwargs["hidden_states"])
+
+    def _note_result(self, module, args, output) -> None:
+        self.passed[-1] = (self.passed[-1], output[0])
 
     def compile(self, **how) -> None:
         self.step = torch.compile(self._run, backend="mustafar", **how)

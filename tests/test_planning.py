@@ -77,7 +77,8 @@ def test_layers_are_left_out_only_if_nothing_tells_them_apart():
     assert numbers_left_out(hf_model(num_hidden_layers=4), lambda layer: layer > 1) == [1, 3]
 
 
-@pytest.mark.parametrize("name", at_night(CAUSAL))
+# Of mamba2's cache, which has no attention, transformers cannot tell the length.
+@pytest.mark.parametrize("name", at_night(name for name in CAUSAL if name != "mamba2"))
 def test_layers_that_are_alike_are_as_if_they_were_traced(name):
     config = hf_model(name, **SLIDING).config if name == "gemma3_text" else build(name, "eager").config
     given = {"context": 48, "dtype": torch.bfloat16}
