@@ -84,31 +84,35 @@ def measure(query: Tensor, key: Tensor, value: Tensor, flex: bool = False) -> di
     flex: FlexAttention too, which takes seconds to compile.
     """
     ways = sdpa_attentions() | ({"flex": flex_attention()} if flex else {})
-    times = {}
-    for name, attention in ways.items():
-        _try(name, times, lambda attention=attention: graphed(lambda: attention(query, key, value)))
-    if ON_GPU and key.shape[2] % _PAGE == 0:
-        _try("flashinfer", times, lambda: flashinfer(query, key, value, key.dtype))
-    if not times:
+    times = {
+        name: _time(name, lambda attention=attention: graphed(lambda: attention(query, key, value)))
+        for name, attention in ways.items()
+    }
+    times["flashinfer"] = _time_flashinfer("flashinfer", query, key, value, key.dtype)
+    found = {name: time for name, time in times.items() if time is not None}
+    if not found:
         raise RuntimeError("no dense attention runs here")
-    return times
+    return found
 
 
 def measure_fp8(query: Tensor, key: Tensor, value: Tensor) -> float | None:
     """Milliseconds of attention over a dense cache in fp8 (e4m3); None where nothing has it."""
-    times: dict[str, float] = {}
-    if ON_GPU and key.shape[2] % _PAGE == 0:
-        _try("flashinfer, fp8", times, lambda: flashinfer(query, key, value, torch.float8_e4m3fn))
-    return next(iter(times.values()), None)
+    return _time_flashinfer("flashinfer, fp8", query, key, value, torch.float8_e4m3fn)
 
 
-def _try(name: str, times: dict[str, float], make: Callable[[], Callable[[], Tensor]]) -> None:
-    """Time what ``make`` returns. Not every way takes every shape and dtype; each reason is printed once."""
+def _time_flashinfer(name: str, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> float | None:
+    whole_pages = ON_GPU and key.shape[2] % _PAGE == 0
+    return _time(name, lambda: flashinfer(query, key, value, dtype)) if whole_pages else None
+
+
+def _time(name: str, make: Callable[[], Callable[[], Tensor]]) -> float | None:
+    """Milliseconds of what ``make`` returns. Not every way takes every shape and dtype; each reason is printed once."""
     try:
-        times[name] = median_ms(make())
+        return median_ms(make())
     except (ImportError, OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         first_line = str(error).partition("\n")[0]
         reason = f"dense attention by {name} is left out: {type(error).__name__}: {first_line}"
         if reason not in _reported:
             print(reason, flush=True)
         _reported.add(reason)
+        return None

@@ -21,7 +21,7 @@ from .cache import Cache, of_each_row
 from .checks import OUT_OF_PLACE, UNWRITTEN
 from .format import BLOCK_TOKENS, Buffer, Format, blocks_for
 from .masks import admitted, with_four_dims
-from .strategies.rings import ring_tokens
+from .strategies.rings import ring_tokens, rows_at
 
 aten = torch.ops.aten
 
@@ -69,8 +69,7 @@ def _ring(dense: Tensor, tokens: Tensor, slots: int) -> Tensor:
     in_ring = ring_tokens(tokens, slots)
     if dense.shape[2] == 0:  # a row to select where there is none
         dense = torch.nn.functional.pad(dense, (0, 0, 0, 1))
-    batch = torch.arange(dense.shape[0], device=dense.device).unsqueeze(-1)
-    ring = aten.index(dense, [batch, None, in_ring.clamp(min=0, max=dense.shape[2] - 1)]).transpose(1, 2)
+    ring = rows_at(dense, in_ring.clamp(min=0, max=dense.shape[2] - 1))
     return torch.where((in_ring >= 0)[:, None, :, None], ring, 0).contiguous()
 
 
@@ -108,7 +107,7 @@ def append(
     leaves = (slot >= torch.maximum(held, leaving)) & (slot < leaving + count)
     if weights is not None and count != 1 and weights.shape[2] != 1:
         token = (slot - leaving).clamp(min=0, max=count - 1)  # for which it leaves
-        weights = aten.index(weights, [cache.batch, None, token]).transpose(1, 2)
+        weights = rows_at(weights, token)
     packed, stays = packing.pack(cache.read_ring(slot), format, weights), cache.read_rows(slot)
     leaves = leaves[:, None, :, None]
     cache.write_rows(slot, [torch.where(leaves, new, old) for new, old in zip(packed, stays, strict=True)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import MAX_QUERY_TOKENS, Buffer
-from .rings import ring_tokens
+from .rings import ring_tokens, rows_at, write
 from .scaling import scaled
 from .strategy import Strategy
 
@@ -49,8 +49,7 @@ class OutputAware(Strategy):
             count = queries.shape[2]
             place = held - tokens.unsqueeze(-1) + count  # of the slot's token among ``queries``
             known = (held >= 0) & (place >= 0)
-            each = torch.arange(batch, device=dense.device).unsqueeze(-1)
-            latest = torch.ops.aten.index(queries, [each, None, place.clamp(min=0)]).transpose(1, 2)
+            latest = rows_at(queries, place.clamp(min=0))
             ring = torch.where(known[:, None, :, None], over_heads(latest, heads, ring.dtype), ring).contiguous()
         elif past is not None:
             ring = ring.clone()
@@ -62,9 +61,7 @@ class OutputAware(Strategy):
         new = over_heads(query, ring.shape[1], ring.dtype)
         held = ring_tokens(position + count, SLOTS)
         place = held - position.unsqueeze(-1)  # of the slot's token among the new ones
-        each = torch.arange(ring.shape[0], device=ring.device).unsqueeze(-1)
-        added = torch.ops.aten.index(new, [each, None, place.clamp(min=0)]).transpose(1, 2)
-        ring = torch.where((place >= 0)[:, None, :, None], added, ring)
+        ring = torch.where((place >= 0)[:, None, :, None], rows_at(new, place.clamp(min=0)), ring)
         ahead = torch.arange(count, device=ring.device).view(-1, 1) - place.unsqueeze(1)  # of each token, of each slot
         return _weights(ring, (held >= 0).unsqueeze(1) & (ahead >= 0) & (ahead < QUERIES))
 
@@ -80,10 +77,8 @@ class OutputAware(Strategy):
 
     def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
         (ring,), count = state, query.shape[2]
-        slot = torch.remainder(position.unsqueeze(-1) + torch.arange(count, device=ring.device), SLOTS)
-        each = torch.arange(ring.shape[0], device=ring.device).unsqueeze(-1)
-        new = over_heads(query, ring.shape[1], ring.dtype)
-        torch.ops.aten.index_put_(ring, [each, None, slot], new.transpose(1, 2))
+        token = position.unsqueeze(-1) + torch.arange(count, device=ring.device)
+        write(ring, token, over_heads(query, ring.shape[1], ring.dtype))
 
 
 def over_heads(query: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
