@@ -51,19 +51,19 @@ def draw_all(study: Study, rows: list[Row], folder: Path) -> Iterator[Path]:
 
 
 def frontier(model: str, rows: list[Row]) -> Any:
-    """Loss against stored bytes of each case that was measured on texts; labels on those that no other beats."""
+    """Loss against stored bytes of each case that was measured on texts; those that no other beats are numbered and named."""
     rows = [row for row in rows if "text" in row]
     cases = list(dict.fromkeys(map(Case.of, rows)))
     if not cases:
         return None
     lines = [(case, line(case, [row for row in rows if Case.of(row) == case])) for case in cases]
-    figure, panels = _figure(len(_LOSSES), (11, 5.6), len(_LOSSES))
+    figure, panels = _figure(len(_LOSSES), (11, 9))
     for panel, (column, title) in zip(panels, _LOSSES.items(), strict=True):
         _draw_frontier(panel, _points(lines, column))
         panel.set_ylabel(title)
     figure.legend(*_legend(cases), loc="lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(f"{model}: what is lost at which size", fontsize=10)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.suptitle(f"{Path(model).name}: what is lost at which size", fontsize=10)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
 
@@ -79,9 +79,10 @@ def _draw_frontier(panel: Any, points: list[Point]) -> None:
     best = unbeaten(points)
     percents, losses, _ = zip(*best, strict=True)
     panel.step(percents, losses, where="post", color="#8c959f", linewidth=1, zorder=0)
-    for percent, loss, case in best:
-        side = {"xytext": (5, 4), "ha": "left"} if percent < 60 else {"xytext": (-5, 4), "ha": "right"}
-        panel.annotate(case.label, (percent, loss), textcoords="offset points", fontsize=6, color="#57606a", **side)
+    for number, (percent, loss, _) in enumerate(best, 1):
+        panel.annotate(str(number), (percent, loss), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    names = [f"{number}  {case.label}: {percent:.0f}%" for number, (percent, _, case) in enumerate(best, 1)]
+    panel.text(1.02, 1, "\n".join(names), transform=panel.transAxes, va="top", fontsize=7, color="#57606a")
     panel.set_yscale("log")
     panel.set_xlim(0, 104)
     panel.set_xlabel("stored bytes, % of dense")
@@ -141,7 +142,7 @@ def needles(model: str, rows: list[Row]) -> Any:
         panel.set_title(case.label, fontsize=7)
     for panel in panels[len(cases) :]:
         panel.set_visible(False)
-    figure.suptitle(f"{model}: needles found, by depth in the text and tokens", fontsize=10)
+    figure.suptitle(f"{Path(model).name}: needles found, by depth in the text and tokens", fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -163,7 +164,7 @@ def magnitudes(model: str, rows: list[Row]) -> Any:
         panel.set_xlabel("channel", fontsize=7)
         panel.set_ylabel("token", fontsize=7)
         panel.tick_params(labelsize=6)
-    figure.suptitle(f"{model}: one KV head", fontsize=10)
+    figure.suptitle(f"{Path(model).name}: one KV head", fontsize=10)
     figure.tight_layout()
     return figure
 
