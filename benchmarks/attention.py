@@ -4,6 +4,8 @@
     python benchmarks/attention.py
     python benchmarks/attention.py --shape 8,8,4,16384,128 --sparsity 0.7
     python benchmarks/attention.py --quick --code int8 --code int4 --sparsity 0 --sparsity 0.5 --sparsity 0.7
+    python benchmarks/attention.py --quick --key-strategy magnitude --key-strategy output-aware
+    python benchmarks/attention.py --quick --key-strategy magnitude --key-strategy output-aware
 
 Our op is timed whole, in a CUDA graph: it takes in the new token, prunes the one that leaves the window, and attends.
 No row is reported whose result differs from float64 attention over the decompressed cache.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from timing import (
     DEVICE,
     DTYPES,
+    ON_GPU,
     cold,
     copy_bandwidth,
     free,
@@ -35,10 +39,12 @@ from timing import (
 from torch import Tensor
 
 from mustafar_compile.lowering.format import CODES, Format
+from mustafar_compile.lowering.weighing import weigh_queries
 
 WINDOW = 32
 SPARSITIES = (0.5, 0.7)
 KERNELS = ("append", "attend", "combine")
+STRATEGIES = ("magnitude", "output-aware")  # of keys: those that kernels serve
 TOLERANCE = 5e-3
 
 
@@ -89,9 +95,12 @@ SWEEP = [
 class Compressed:
     """The compressed cache of a dense one, one token short of full, and the step that fills it."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sparsity: float, code: str) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sparsity: float, code: str, strategy: str) -> None:
         batch, heads, tokens, head_dim = key.shape
-        self.format = Format.of(head_dim, sparsity, WINDOW, code=code)
+        ranked = Format.of(head_dim, sparsity, WINDOW, code=code, strategy=strategy)
+        self.format, self.ranking = ranked.plain, ranked.ranking
+        tokens_written = torch.full((batch,), tokens - 1, dtype=torch.int64, device=DEVICE)
+        _, self.state = self.ranking.of_prompt(key, tokens_written, ranked, query, None)
         self.position = torch.tensor([tokens - 1], device=DEVICE)
         self.query, self.scale = query, head_dim**-0.5
         self.new = [x[:, :, -1:].contiguous() for x in (key, value)]
@@ -105,9 +114,16 @@ class Compressed:
     def step(self, **how: bool) -> Tensor:
         """The last token enters, and is attended to with all others."""
         caches = self.keys, self.values, self.format, self.format
+        weights = self.weigh(self.query, self.position, self.format, self.state) if self.state else None
         return operations().decode_attention(
-            self.query, *self.new, *caches, self.position, None, None, self.scale, **how
+            self.query, *self.new, *caches, self.position, None, None, self.scale, key_weights=weights, **how
         )
+
+    def weigh(self, query: Tensor, position: Tensor, format: Format, state: list[Tensor]) -> Tensor | None:
+        """What the strategy makes of the query: in one launch where there is a GPU."""
+        if ON_GPU:
+            return weigh_queries(query, position, *state)
+        return self.ranking.of_step(query, position, format, state)
 
     def step_in_turn(self) -> Tensor:
         """The same, each kernel after the other, to time them."""
@@ -141,8 +157,8 @@ class Compressed:
         return operations().decompress(own, self.format, int(self.position) + 1)[0].double()
 
 
-def measure(shape: Shape, sparsities: list[float], codes: list[str], flex: bool) -> list[dict[str, Any]]:
-    """One row for each code and sparsity whose result is right."""
+def measure(shape: Shape, kinds: Iterable[tuple[str, str, float]], flex: bool) -> list[dict[str, Any]]:
+    """One row for each strategy of keys, code and sparsity whose result is right."""
     torch.manual_seed(0)
     how = {"dtype": DTYPES[shape.dtype], "device": DEVICE}
     key, value = (torch.randn(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim, **how) for _ in range(2))
@@ -150,9 +166,9 @@ def measure(shape: Shape, sparsities: list[float], codes: list[str], flex: bool)
     peers, fp8 = dense.measure(query, key, value, flex), dense.measure_fp8(query, key, value)
     dense_bytes = key.nbytes + value.nbytes
     rows = []
-    for code, sparsity in itertools.product(codes, sparsities):
-        ours = Compressed(query, key, value, sparsity, code)
-        error, kind = ours.error(), {"code": code, "sparsity": sparsity}
+    for strategy, code, sparsity in kinds:
+        ours = Compressed(query, key, value, sparsity, code, strategy)
+        error, kind = ours.error(), {"key_strategy": strategy, "code": code, "sparsity": sparsity}
         if error <= TOLERANCE:
             measured = row(ours, peers, dense_bytes)
             over_fp8 = {} if fp8 is None else {"fp8_ms": fp8, "over_fp8": fp8 / measured["ours_ms"]}
@@ -168,7 +184,8 @@ def row(ours: Compressed, peers: dict[str, float], dense_bytes: int) -> dict[str
     """Times, ratios, and how near to the bandwidth of a copy they come."""
     best = min(peers, key=peers.__getitem__)
     whole = median_ms(graphed(ours.step), before=ours.rewind)
-    kernels = kernel_us(ours.step_in_turn, KERNELS, before=ours.rewind)
+    names = (*KERNELS, "weigh") if ours.state else KERNELS
+    kernels = kernel_us(ours.step_in_turn, names, before=ours.rewind)
     attention = (kernels["attend"] + kernels["combine"]) / 1e3
     limit, dense_limit = (1e3 * size / copy_bandwidth() for size in (ours.bytes_read, dense_bytes))
     return {
@@ -194,6 +211,7 @@ def main() -> None:
     options.add_argument("--shape", type=Shape.parse, action="append", help="batch,heads,gqa,tokens,head_dim[,float16]")
     options.add_argument("--sparsity", type=float, action="append", help="default: 0.5 and 0.7")
     options.add_argument("--code", choices=CODES, action="append", help="of kept elements; default: none")
+    options.add_argument("--key-strategy", choices=STRATEGIES, action="append", help="default: magnitude")
     options.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which has to compile")
     given = options.parse_args()
     shapes = given.shape or (MAIN if given.quick else list(dict.fromkeys(MAIN + SWEEP)))
@@ -201,7 +219,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         print(shape, flush=True)
-        rows += measure(shape, given.sparsity or list(SPARSITIES), given.code or ["none"], shape in flex)
+        kinds = given.key_strategy or STRATEGIES[:1], given.code or CODES[:1], given.sparsity or SPARSITIES
+        rows += measure(shape, itertools.product(*kinds), shape in flex)
         save("attention", rows)  # a long run may be cut short
         free()
     write("attention", rows)

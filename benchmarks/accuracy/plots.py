@@ -51,7 +51,7 @@ def draw_all(study: Study, rows: list[Row], folder: Path) -> Iterator[Path]:
 
 
 def frontier(model: str, rows: list[Row]) -> Any:
-    """Loss against stored bytes of each case that was measured on texts; those that no other beats are numbered and named."""
+    """Loss against stored bytes of the cases that were measured on texts. Those that no other beats are named."""
     rows = [row for row in rows if "text" in row]
     cases = list(dict.fromkeys(map(Case.of, rows)))
     if not cases:
