@@ -3,7 +3,8 @@
 The backend is found by name through its entry point. This package adds what to use beside it: ``prepare`` (a Hugging
 Face model in one line), ``compile_loop`` (for one's own generate loops), ``calibrate`` (how far to prune which layer: a
 ``Budget``), ``explain`` (what was compressed and why not), ``cache_stats`` (what a cache takes), ``safe_globals`` (for
-loading a saved cache), ``save_sharded`` and ``load_sharded`` (of a cache of which ranks hold parts) and ``Settings``.
+loading a saved cache), ``save_sharded`` and ``load_sharded`` (of a cache of which ranks hold parts),
+``release_recordings`` (before ranks take their process group down) and ``Settings``.
 Importing it changes nothing global and loads no compiler.
 """
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .cache.tensor import CompressedKV
     from .calibration.budget import Budget
     from .calibration.calibrate import calibrate
+    from .calling.cuda_graphs import release_recordings
     from .errors import (
         CompressedWriteError,
         ForeignCompilerError,
@@ -58,6 +60,7 @@ _HOMES = {
     "explain": "reporting.explain",
     "load_sharded": "cache.saving",
     "prepare": "hugging_face",
+    "release_recordings": "calling.cuda_graphs",
     "safe_globals": "cache.saving",
     "save_sharded": "cache.saving",
 }
@@ -84,6 +87,7 @@ __all__ = [
     "explain",
     "load_sharded",
     "prepare",
+    "release_recordings",
     "safe_globals",
     "save_sharded",
 ]

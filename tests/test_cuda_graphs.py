@@ -13,7 +13,7 @@ from torch import nn
 
 from compilers import without_compiler
 from models import BufferModel, hf_model, prompt
-from mustafar_compile import cache_stats, explain, prepare
+from mustafar_compile import cache_stats, explain, prepare, release_recordings
 from mustafar_compile.calling import cuda_graphs
 from mustafar_compile.calling.cuda_graphs import KEPT, CudaGraphs, NotRecordableError
 from mustafar_compile.calling.recordable import Places
@@ -117,6 +117,18 @@ def test_calls_replayed_equal_calls_that_are_not(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
     assert all(torch.equal(a, b) for a, b in kept), "no result was overwritten"
     assert len(step.captured) == 1
+
+
+def test_a_step_whose_recordings_are_released_is_recorded_again(monkeypatch):
+    step, cache, length = Step(monkeypatch), torch.zeros(3), torch.tensor(0.0)
+    for released in range(2):
+        for _ in range(3):
+            step.call(cache, torch.ones(3), length, 1)
+        assert len(step.captured) == released + 1
+        (recording,) = map(weakref.ref, step.graphs.recordings.values())
+        release_recordings()
+        assert recording() is None
+    assert torch.equal(cache, torch.full((3,), 6.0))
 
 
 def test_an_input_that_is_expanded_is_copied_once(monkeypatch):

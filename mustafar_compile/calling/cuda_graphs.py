@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -64,6 +65,22 @@ def _device(index: int) -> _Device:
     return _Device(torch.cuda.Stream(index))
 
 
+_steps: WeakSet[CudaGraphs] = WeakSet()
+
+
+def release_recordings() -> None:
+    """Give up the CUDA graphs of all decode steps. A step that is called again is recorded again.
+
+    All ranks must call it before ``torch.distributed.destroy_process_group``: NCCL waits there until no CUDA graph holds
+    a collective of the group. ``torch._dynamo.reset`` does not do: torch keeps the stacks of the latest collectives, and
+    with them the compiled code.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    for step in list(_steps):
+        step.release()
+
+
 class NotRecordableError(RuntimeError):
     """A step cannot be a CUDA graph."""
 
@@ -86,6 +103,13 @@ class CudaGraphs:
         self.refused = False
         self.pool: Any = None  # of all recordings, which run one after the other
         self.stream: torch.cuda.Stream | None = None  # on which the last one ran
+        _steps.add(self)
+
+    def release(self) -> None:
+        """Give up all recordings."""
+        with _device(self.index).lock:
+            self.recordings.clear()
+            self.latest, self.pool, self.served = None, None, 0
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self.refused or torch.cuda.is_current_stream_capturing():  # into a graph of the caller
