@@ -22,6 +22,7 @@ from typing import Any
 import dense
 import llama
 import torch
+from profile_of_a_step import print_profile, profile_of
 from timing import DEVICE, ON_GPU, Function, cold, free, median_ms, parser, read, synchronize, write
 from transformers import DynamicCache
 
@@ -42,17 +43,22 @@ def reserved_bytes() -> int:
     return torch.cuda.memory_reserved() if ON_GPU else 0
 
 
-def measured(step: Function) -> Row:
+def measured(step: Function, given: argparse.Namespace) -> Row:
     """Time of one step among many, as in generation: the host may run ahead of the device.
 
     host_ms is what the host needs to launch a step. Where it comes near the time of the step, the host is what limits.
+    Where ``given`` asks for it, profile is what ``profile_of`` finds.
     """
     for _ in range(_WARM_UPS):
         step()
     synchronize()
     rounds = [_round(step) for _ in range(_ROUNDS)]
     whole, host = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return {"ms": whole, "host_ms": host}
+    row: Row = {"ms": whole, "host_ms": host}
+    if given.profile:
+        row["profile"] = profile_of(step)
+        print_profile("kernels of a step", row["profile"])
+    return row
 
 
 def _round(step: Function) -> tuple[float, float]:
@@ -93,7 +99,7 @@ def run_hf(model: Any, given: argparse.Namespace, _: float | None) -> Row:
     """(i) As HF compiles it."""
     cache = llama.dense_cache(model, given.batch, given.context)
     compiled = torch.compile(model, mode="reduce-overhead")
-    return measured(hf_step(compiled, cache, given.batch, given.context)) | held(given)
+    return measured(hf_step(compiled, cache, given.batch, given.context), given) | held(given)
 
 
 def run_dense(model: Any, given: argparse.Namespace, _: float | None) -> Row:
@@ -101,7 +107,7 @@ def run_dense(model: Any, given: argparse.Namespace, _: float | None) -> Row:
     name = fastest_attention(model, given.batch, given.context)
     decoder = llama.DenseDecoder(model, given.batch, given.context, dense.sdpa_attentions()[name])
     step = decoder.graphed()
-    return measured(step) | held(given) | {"note": f"attention: {name}"}
+    return measured(step, given) | held(given) | {"note": f"attention: {name}"}
 
 
 def fastest_attention(model: Any, batch: int, context: int) -> str:
@@ -120,7 +126,7 @@ def run_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> R
     options = options_of(sparsity, **{"triton.cudagraphs": ON_GPU})
     compiled = torch.compile(model, backend="mustafar", options=options)
     with mustafar_compile.explain() as report:
-        row = measured(hf_step(compiled, cache, given.batch, given.context)) | held(given)
+        row = measured(hf_step(compiled, cache, given.batch, given.context), given) | held(given)
     print(report)
     return row | {"cache_GB": mustafar_compile.cache_stats(cache).stored_bytes / 1e9, "note": matched(report, given)}
 
@@ -128,7 +134,7 @@ def run_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> R
 def run_op(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
     """(iv) The step of (ii) with our attention in place of the dense one."""
     decoder = llama.CompressedDecoder(model, given.batch, given.context, sparsity)
-    row = measured(decoder.graphed()) | held(given)
+    row = measured(decoder.graphed(), given) | held(given)
     return row | {"cache_GB": decoder.stored_bytes / 1e9}
 
 
@@ -225,6 +231,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--ttft", action="store_true", help="time to first token in place of a decode step")
     options.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt, with --ttft")
     options.add_argument("--keep", action="store_true", help="keep other rows of earlier runs in the results")
+    options.add_argument("--profile", action="store_true", help="also which kernels a decode step runs, and how long")
     options.add_argument("--tiny", action="store_true", help="a very small model, to try this script out")
     given = options.parse_args()
     given.batch = given.batch or (4 if given.ttft else 32)

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 1 benchmarks/tensor_parallel.py
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --keep
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --keep --shape 70b --layers 40 --only ours --ttft
+    torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --keep --only ours --one-shot --profile
 
 hf     the model as Hugging Face shards and compiles it: a static cache, torch.compile with mode="reduce-overhead"
 dense  the best dense step that could be built, as decode_step.py has it, over the same shards
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
+import io
 import os
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +36,8 @@ import mustafar_compile
 
 NAME = "tensor_parallel"
 SHAPES = {"8b": (llama.SHAPE, 32), "70b": (llama.SHAPE_70B, 80), "tiny": (llama.TINY, 2)}
-SIZES = ("phase", "shape", "batch", "context", "layers", "ranks")
+SIZES = ("phase", "shape", "batch", "context", "layers", "ranks", "all_reduce")
+_PATIENCE = 60  # seconds that a rank may take to leave
 
 
 def join() -> None:
@@ -43,6 +47,29 @@ def join() -> None:
     here = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else None
     dist.init_process_group("nccl" if ON_GPU else "gloo", device_id=here)
     torch.manual_seed(0)
+
+
+def leave() -> None:
+    """Take the process group down, within a minute: a rank that hangs prints where, and ends."""
+    faulthandler.dump_traceback_later(_PATIENCE, exit=True)
+    _forget()
+    dist.destroy_process_group()
+
+
+def _forget() -> None:
+    """Give up all that was compiled and recorded."""
+    mustafar_compile.release_recordings()
+    torch._dynamo.reset()
+    free()
+
+
+def sum_in_one_shot() -> None:
+    """Let Inductor sum up small tensors by reading those of all ranks, over memory that they share, and not by NCCL."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(dist.group.WORLD.group_name)
+    torch._inductor.config._collective.auto_select = True
+    torch._inductor.config._collective.one_shot_all_reduce_threshold_bytes = 2**20
 
 
 def build(given: argparse.Namespace) -> Any:
@@ -81,7 +108,7 @@ def ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
         torch.compile(model, backend="mustafar", fullgraph=True, options=options), cache, given.batch, given.context
     )
     with mustafar_compile.explain() as report:
-        row = decode_step.measured(step) | decode_step.held(given)
+        row = decode_step.measured(step, given) | decode_step.held(given)
     report.print_once(dist.group.WORLD)
     tokens: list[Any] = [None] * given.ranks
     dist.all_gather_object(tokens, step().argmax(-1).tolist())
@@ -98,7 +125,7 @@ def run(way: str, given: argparse.Namespace) -> Row:
     """One row, from a model of its own. What fails ends all ranks."""
     tokens = given.prompt if given.ttft else given.context
     print(f"{way}, {given.ranks} ranks", flush=True)
-    torch._dynamo.reset()
+    _forget()
     cold()  # its buffer is there from now on, and no row's memory
     given.reserved, given.allocated = decode_step.reserved_bytes(), torch.cuda.memory_allocated() if ON_GPU else 0
     sparsity = given.sparsity if way == "ours" else None
@@ -110,6 +137,7 @@ def run(way: str, given: argparse.Namespace) -> Row:
         "context": tokens,
         "layers": given.layers,
         "ranks": given.ranks,
+        "all_reduce": given.all_reduce,
     }
     row = phase | sizes | {"way": way, "sparsity": sparsity} | row
     if ON_GPU and not given.ttft:
@@ -135,12 +163,12 @@ def key_of(row: Row) -> tuple:
 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """How many times faster each row is than the dense ones of the same sizes, and than itself on one rank."""
-    rows = sorted(rows, key=lambda row: (*key_of(row)[:6], list(DECODE).index(row["way"]), row["sparsity"] or 0))
+    rows = sorted(rows, key=lambda row: (*key_of(row)[: len(SIZES)], list(DECODE).index(row["way"]), row["sparsity"] or 0))
     times = {key_of(row): row["ms"] for row in rows}
     for row in rows:
-        sizes, what = key_of(row)[:5], key_of(row)[6:]
-        others = {f"over_{way}": (*sizes, row["ranks"], way, None) for way in ("hf", "dense")}
-        for name, other in (others | {"over_one": (*sizes, 1, *what)}).items():
+        sizes, what = key_of(row)[: SIZES.index("ranks")], key_of(row)[len(SIZES) :]
+        others = {f"over_{way}": (*sizes, row["ranks"], row["all_reduce"], way, None) for way in ("hf", "dense")}
+        for name, other in (others | {"over_one": (*sizes, 1, "none", *what)}).items():
             if other in times:
                 row[name] = times[other] / row["ms"]
     return rows
@@ -156,11 +184,14 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--sparsity", type=float, default=0.7)
     options.add_argument("--only", choices=DECODE, nargs="+", help="default: all")
     options.add_argument("--ttft", action="store_true", help="time to first token in place of a decode step")
+    options.add_argument("--one-shot", action="store_true", help="sum up over shared memory and not by NCCL")
+    options.add_argument("--profile", action="store_true", help="also which kernels a decode step runs, and how long")
     options.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt, with --ttft")
     options.add_argument("--keep", action="store_true", help="keep other rows of earlier runs in the results")
     given = options.parse_args()
     given.layers = given.layers or SHAPES[given.shape][1]
     given.ranks = dist.get_world_size()
+    given.all_reduce = "none" if given.ranks == 1 else "one-shot" if given.one_shot else dist.get_backend()
     given.total = torch.cuda.mem_get_info()[1] if ON_GPU else 0
     return given
 
@@ -168,17 +199,17 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     join()
     given = arguments()
-    silent = contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(None)
+    if given.all_reduce == "one-shot":
+        sum_in_one_shot()
+    silent = contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(io.StringIO())
     with silent:
         rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
         for way in given.only or (decode_step.PREFILL if given.ttft else DECODE):
             row = run(way, given)
             rows[key_of(row)] = row
-            free()
         if dist.get_rank() == 0:
             write(NAME, with_ratios(list(rows.values())))
-    torch._dynamo.reset()  # CUDA graphs with NCCL in them must go before their process group
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

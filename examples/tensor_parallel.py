@@ -173,7 +173,7 @@ def main(given: Sequence[str] | None = None) -> None:
     ids = tokenizer(fact_prompts()[0].text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
     for way in args.ways:
         run(way, args, ids, tokenizer)
-    torch._dynamo.reset()  # CUDA graphs with NCCL in them must go before their process group
+    mustafar_compile.release_recordings()  # NCCL waits for CUDA graphs in which it is
     dist.destroy_process_group()
 
 

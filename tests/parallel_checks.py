@@ -188,3 +188,7 @@ def a_killed_rank() -> tuple:
             step(x()[:, :1], past)
         error = str(caught.value)
     return error, time.monotonic() - start
+
+
+def a_long_sleep() -> None:
+    time.sleep(1000)

@@ -1,11 +1,14 @@
-"""Processes that run a check together, as the ranks of a process group on a CPU."""
+"""Processes that run a check together, as the ranks of a process group, on CPUs or on GPUs."""
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 import pickle
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
@@ -25,21 +29,44 @@ from models import hf_model
 SECONDS = 60
 """That a rank waits for another one."""
 
+ALL_SECONDS = 300
+"""That all checks of ranks may take together."""
+
+_TOLD = 6000
+"""Characters of what a rank printed that an error holds."""
+
 Check = Callable[..., Any]
 
 
-def results_of(checks: Mapping[str, tuple], world: int = 2, on_gpus: bool = False) -> list[dict[str, Any]]:
+def results_of(
+    checks: Mapping[str, tuple], world: int = 2, on_gpus: bool = False, seconds: int = ALL_SECONDS
+) -> list[dict[str, Any]]:
     """What each rank got of the checks, by their names: the result, or the error as a text.
 
-    checks: a function, which all ranks call, and its arguments. on_gpus: one for each rank; else they see none.
+    checks: a function, which all ranks call, and its arguments. on_gpus: one for each rank; else they see none. seconds:
+    for all checks. Raises RuntimeError, with what the ranks printed and where they are, for one that ends or takes longer.
     """
     context = processes.get_context("forkserver")
     context.set_forkserver_preload(["mustafar_compile.backend", "transformers.models.llama.modeling_llama", "ranks"])
-    how = {"nprocs": world, "start_method": "spawn" if on_gpus else "forkserver"}
+    how = {"nprocs": world, "start_method": "spawn" if on_gpus else "forkserver", "join": False}
     seen = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, seen):
-        processes.start_processes(_rank, (world, folder, checks), **how)
+        _wait(processes.start_processes(_rank, (world, folder, checks, seconds), **how), folder, seconds)
         return [pickle.loads(_file(folder, rank).read_bytes()) for rank in range(world)]
+
+
+def _wait(started: Any, folder: str, seconds: int) -> None:
+    """Wait until all ranks have ended."""
+    end = time.monotonic() + seconds
+    try:
+        while not started.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"ranks took longer than {seconds} s")
+    except Exception as error:
+        for process in started.processes:
+            process.kill()
+        told = [f"--- rank {i}:\n{_output(folder, i).read_text()[-_TOLD:]}" for i in range(len(started.processes))]
+        raise RuntimeError("\n".join([str(error), *told])) from error
 
 
 def made_once(name: str, make: Callable[[], Any]) -> Any:
@@ -60,7 +87,15 @@ def _file(folder: str, rank: int) -> Path:
     return Path(folder) / f"{rank}.pickle"
 
 
-def _rank(rank: int, world: int, folder: str, checks: Mapping[str, tuple]) -> None:
+def _output(folder: str, rank: int) -> Path:
+    return Path(folder) / f"{rank}.txt"
+
+
+def _rank(rank: int, world: int, folder: str, checks: Mapping[str, tuple], seconds: int) -> None:
+    with _output(folder, rank).open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    faulthandler.dump_traceback_later(0.9 * seconds)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     how = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=SECONDS)}
@@ -70,6 +105,7 @@ def _rank(rank: int, world: int, folder: str, checks: Mapping[str, tuple]) -> No
     dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{folder}/store", **how)
     results: dict[str, Any] = {}
     for name, (check, *arguments) in checks.items():
+        print(f"{time.strftime('%X')} {name}", file=sys.stderr, flush=True)
         torch.manual_seed(0)
         with torch.no_grad():
             results[name] = _outcome(check, arguments)
@@ -80,7 +116,7 @@ def _rank(rank: int, world: int, folder: str, checks: Mapping[str, tuple]) -> No
 def _outcome(check: Check, arguments: list[Any]) -> Any:
     try:
         return check(*arguments)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
 
