@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from tensor_parallel import join, leave
 from timing import DEVICE, ON_GPU, graphed, median_ms, parser, write
 from torch import Tensor
 from torch.distributed._functional_collectives import all_reduce
+
+from tensor_parallel import join, leave
 
 NAME = "all_reduce"
 _TIMES = 64

@@ -163,7 +163,8 @@ def key_of(row: Row) -> tuple:
 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """How many times faster each row is than the dense ones of the same sizes, and than itself on one rank."""
-    rows = sorted(rows, key=lambda row: (*key_of(row)[: len(SIZES)], list(DECODE).index(row["way"]), row["sparsity"] or 0))
+    ways = list(DECODE)
+    rows = sorted(rows, key=lambda row: (*key_of(row)[: len(SIZES)], ways.index(row["way"]), row["sparsity"] or 0))
     times = {key_of(row): row["ms"] for row in rows}
     for row in rows:
         sizes, what = key_of(row)[: SIZES.index("ranks")], key_of(row)[len(SIZES) :]

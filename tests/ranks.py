@@ -43,8 +43,9 @@ def results_of(
 ) -> list[dict[str, Any]]:
     """What each rank got of the checks, by their names: the result, or the error as a text.
 
-    checks: a function, which all ranks call, and its arguments. on_gpus: one for each rank; else they see none. seconds:
-    for all checks. Raises RuntimeError, with what the ranks printed and where they are, for one that ends or takes longer.
+    checks: a function, which all ranks call, and its arguments. on_gpus: one for each rank; else they see none.
+    seconds: for all checks. Raises RuntimeError, with what the ranks printed and where they are, for one that ends or
+    takes longer.
     """
     context = processes.get_context("forkserver")
     context.set_forkserver_preload(["mustafar_compile.backend", "transformers.models.llama.modeling_llama", "ranks"])

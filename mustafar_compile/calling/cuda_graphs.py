@@ -71,9 +71,9 @@ _steps: WeakSet[CudaGraphs] = WeakSet()
 def release_recordings() -> None:
     """Give up the CUDA graphs of all decode steps. A step that is called again is recorded again.
 
-    All ranks must call it before ``torch.distributed.destroy_process_group``: NCCL waits there until no CUDA graph holds
-    a collective of the group. ``torch._dynamo.reset`` does not do: torch keeps the stacks of the latest collectives, and
-    with them the compiled code.
+    All ranks must call it before ``torch.distributed.destroy_process_group``: NCCL waits there until no CUDA graph
+    holds a collective of the group. ``torch._dynamo.reset`` does not do: torch keeps the stacks of the latest
+    collectives, and with them the compiled code.
     """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
