@@ -286,6 +286,11 @@ def timeout_of(group: Any) -> float:
     return min(timeouts, default=torch.distributed.default_pg_timeout).total_seconds()
 
 
+def storage_number(tensor: torch.Tensor) -> int:
+    """A number of the storage of ``tensor``, which no other has as long as there is a ``StorageWeakRef`` to it."""
+    return tensor.untyped_storage()._cdata
+
+
 def is_alone_in_memory(tensor: torch.Tensor) -> bool:
     """Whether no other tensor holds the storage of ``tensor``."""
     return _storage_uses(tensor.untyped_storage()._cdata) == 2  # the tensor's and that of the storage as Python sees it

@@ -81,6 +81,26 @@ def test_a_step_that_waits_for_other_ranks_knows_memory_by_its_life():
     assert by_life.addresses([old[:4]]) != by_life.addresses([old[4:]])
 
 
+def test_memory_that_is_gone_is_not_taken_for_memory_that_comes_to_lie_where_it_was():
+    memory, places = bytearray(8), Places(bound=[0], waits=True)
+    for _ in range(4):
+        old = torch.frombuffer(memory, dtype=torch.uint8)
+        address, marks = places.addresses([old]), places.marks([old])
+        del old
+        assert places.addresses([torch.frombuffer(memory, dtype=torch.uint8)]) != address
+        del marks
+
+
+def test_a_recording_and_the_latest_call_mark_their_memory(monkeypatch):
+    step = Step(monkeypatch, waits=True)
+    cache, other = torch.zeros(3), torch.zeros(3)
+    for given in (cache, cache, other):
+        step.call(given, torch.ones(3), torch.tensor(0.0), 1)
+    (recording,) = step.graphs.recordings.values()
+    marked = [[mark.cdata for mark in marks] for marks in (recording.marks, step.graphs.marks)]
+    assert marked == [[x.untyped_storage()._cdata, MASK.untyped_storage()._cdata] for x in (cache, other)]
+
+
 MASK = torch.ones(3)
 
 

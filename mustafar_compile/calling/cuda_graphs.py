@@ -38,13 +38,14 @@ class Recording:
 
     inputs: of those that are copied, what they are copied into. expanded: which of them have the same memory for
     several elements, by their place among them. lengths: true ones, tensors []. results: of each replay; an input that
-    the step returns is its place among all.
+    the step returns is its place among all. marks: of the memory that it is bound to, see ``Places``.
     """
 
     inputs: list[Tensor]
     expanded: list[int]
     lengths: list[Tensor]
     results: list[Any]
+    marks: list[Any]
     replay: Callable[[], None]
 
 
@@ -98,6 +99,7 @@ class CudaGraphs:
         self.device = torch.device(device.type, self.index)
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.latest: Key | None = None  # that of the last call
+        self.marks: list[Any] = []  # of the memory of the last call
         self.moved: frozenset[int] = frozenset()  # what alone lay elsewhere at the last call than before
         self.served = 0  # replays since something was recorded
         self.refused = False
@@ -109,7 +111,7 @@ class CudaGraphs:
         """Give up all recordings."""
         with _device(self.index).lock:
             self.recordings.clear()
-            self.latest, self.pool, self.served = None, None, 0
+            self.latest, self.marks, self.pool, self.served = None, [], None, 0
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self.refused or torch.cuda.is_current_stream_capturing():  # into a graph of the caller
@@ -158,7 +160,7 @@ class CudaGraphs:
         if recording is not None:
             self.recordings.move_to_end(key)
             self.served += 1
-        self.latest = key
+        self.latest, self.marks = key, self.places.marks(inputs) if recording is None else recording.marks
         return recording
 
     def _guesses(self) -> bool:
@@ -215,7 +217,8 @@ class CudaGraphs:
         copied = [inputs[i] for i in self.places.copied]
         expanded = [place for place, x in enumerate(copied) if 0 in x.stride()]
         into = [_each_once(x) for x in copied]
-        return Recording(into, expanded, lengths, _without_inputs(results, inputs + values), replay)
+        named = _without_inputs(results, inputs + values)
+        return Recording(into, expanded, lengths, named, self.places.marks(given), replay)
 
     def _replayed(self, recording: Recording, inputs: Sequence[Any]) -> list[Any]:
         given, into = [inputs[i] for i in self.places.copied], [*recording.inputs]

@@ -53,19 +53,18 @@ class PlainInputs:
 
     def taking_parts(self, call: Call) -> Call:
         """``call``, which takes plain inputs, for what the graph takes: itself where that is the same."""
-        takers = [attrgetter(*paths) if paths else None for paths in self._paths]
-        single = [len(paths) < 2 for paths in self._paths]
-        if not any(takers):
+        takers = [(i, attrgetter(*paths)) for i, paths in enumerate(self._paths) if paths]
+        of_one = [(i, take) for i, take in takers if len(self._paths[i]) == 1]
+        of_several = [(i, take) for i, take in reversed(takers) if len(self._paths[i]) > 1]
+        if not takers:
             return call
 
         def with_parts(*arguments: Any) -> Any:
-            parts: list[Any] = []
-            for x, take, is_single in zip(arguments, takers, single, strict=True):
-                taken = x if take is None else take(x)
-                if is_single:
-                    parts.append(taken)
-                else:
-                    parts += taken
+            parts = list(arguments)
+            for i, take in of_one:
+                parts[i] = take(parts[i])
+            for i, take in of_several:  # from the last to the first: those behind it move
+                parts[i : i + 1] = take(parts[i])
             return call(*parts)
 
         return with_parts

@@ -144,13 +144,16 @@ class Places:
         """
         if not self.waits:
             return tuple([inputs[i].data_ptr() for i in self.bound])
-        lasting, weak = self.parameters, _compat.StorageWeakRef
+        lasting, number = self.parameters, _compat.storage_number
         return tuple(
-            [
-                inputs[i].data_ptr() if i in lasting else (inputs[i].data_ptr(), weak(inputs[i].untyped_storage()))
-                for i in self.bound
-            ]
+            [inputs[i].data_ptr() if i in lasting else (inputs[i].data_ptr(), number(inputs[i])) for i in self.bound]
         )
+
+    def marks(self, inputs: Sequence[Any]) -> list[Any]:
+        """Weak references to memory by whose life ``addresses`` go: while they are kept, no other gets its number."""
+        if not self.waits:
+            return []
+        return [_compat.StorageWeakRef(inputs[i].untyped_storage()) for i in self.bound if i not in self.parameters]
 
     def form(self, inputs: Sequence[Any]) -> Hashable:
         """What decides on the kernels of a recording: sizes and rounded lengths."""
