@@ -15,6 +15,7 @@ import pydoc
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from timing import parser, show, write
 from torch import Tensor
 
 from accuracy import teacher_forced
-from accuracy.models import SUBJECTS, TEXTS, Subject
+from accuracy.dialects import Code
+from accuracy.models import TEXTS, Subject, subject
 from mustafar_compile import Budget
 from mustafar_compile.calibration.attending import Attention, attending
 from mustafar_compile.calibration.budget import LayerBudget, Stored
@@ -39,13 +41,13 @@ UNIFORM = [Stored(0.7), Stored(0.5), Stored(0.7, "int8"), Stored(0.7, "int4")]
 Row = dict[str, Any]
 
 
-def calibration_texts(name: str, subject: Subject) -> list[Tensor]:
+def calibration_texts(read: Subject) -> list[Tensor]:
     """Two parts of what the model is calibrated on: a module, or what ``help()`` says on two."""
-    if name == "tiny_llama":
+    if isinstance(read.dialect, Code):
         texts = [inspect.getsource(__import__("difflib"))] * 2
     else:
         texts = [pydoc.render_doc(module, renderer=pydoc.plaintext) for module in ("statistics", "logging")]
-    ids = [subject.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts]
+    ids = [read.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts]
     starts = len(ids[0]) // 4, len(ids[1]) // 2
     return [part[start : start + CALIBRATION_TOKENS] for part, start in zip(ids, starts, strict=True)]
 
@@ -97,10 +99,10 @@ class Texts:
         }
 
 
-def ways(subject: Subject, texts: list[Tensor]) -> Iterator[tuple[str, Budget]]:
+def ways(read: Subject, texts: list[Tensor]) -> Iterator[tuple[str, Budget]]:
     """What is compared, each with its name."""
     start = time.perf_counter()
-    found = measured(subject.model, texts, None, CODES, WINDOW, DTYPE, progress=True)
+    found = measured(read.model, texts, None, CODES, WINDOW, DTYPE, progress=True)
     print(f"measured in {time.perf_counter() - start:.0f} s", flush=True)
     ((_, head_dim),) = set(found.shapes.values())
     layers = sorted({layer for layer, _ in found.shapes})
@@ -116,16 +118,16 @@ def ways(subject: Subject, texts: list[Tensor]) -> Iterator[tuple[str, Budget]]:
 def main() -> None:
     """Run from the command line."""
     arguments = parser(__doc__)
-    arguments.add_argument("--model", choices=SUBJECTS, required=True)
+    arguments.add_argument("--model", required=True, help="tiny_llama, smollm2, a folder or a name on the Hub")
     arguments.add_argument("--texts", type=int, default=TEXTS, help="so many of those to be evaluated (default: all)")
     args = arguments.parse_args()
-    subject = SUBJECTS[args.model]()
-    texts = Texts(subject.model, subject.texts[: args.texts])
+    read = subject(args.model)
+    texts = Texts(read.model, read.texts[: args.texts])
     rows: list[Row] = []
-    for name, budget in ways(subject, calibration_texts(args.model, subject)):
+    for name, budget in ways(read, calibration_texts(read)):
         rows.append({"way": name, **texts.row(budget)})
         show(args.model, rows[-1:])
-    write(f"budgets_{args.model}", rows)
+    write(f"budgets_{Path(args.model).name}", rows)
 
 
 if __name__ == "__main__":
