@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, backends, by_channel, native, portable
+from . import attention, backends, band, by_channel, native, portable
 from .format import MAX_QUERY_TOKENS, Format
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
@@ -33,6 +33,8 @@ _SCHEMAS = {
     "compress_kernel": f"{_COMPRESS}, Tensor? weights=None) -> Tensor[]",
     "latest_weights": "(Tensor query, Tensor keys, Tensor? mask, Tensor? sinks, bool causal, float scale,"
     " float softcap=0.0) -> Tensor",
+    "band_limits": "(Tensor last, Tensor? first, Tensor? columns) -> Tensor",
+    "band_attention": "(Tensor query, Tensor key, Tensor value, Tensor? columns, Tensor limits, float scale) -> Tensor",
     "decompress": _DECOMPRESS,
     "decompress_kernel": _DECOMPRESS,
     "decode_attention": f"{_DECODE_ATTENTION}) -> Tensor",
@@ -218,6 +220,8 @@ for _name in ("compress", "decompress", "decode_attention"):
     _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_native"], "CPU")
 _LIBRARY.impl("weigh_queries_kernel", _weigh_queries_kernel, "CUDA")
 _LIBRARY.impl("latest_weights", attention.latest_weights, "CompositeImplicitAutograd")
+_LIBRARY.impl("band_limits", band.band_limits, "CompositeImplicitAutograd")
+_LIBRARY.impl("band_attention", band.band_attention, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
@@ -247,6 +251,11 @@ def _(query, key, value, keys, values, key_format, value_format, *rest, **option
     return query.new_empty(*query.shape[:3], forms[1].head_dim)
 
 
+@torch.library.register_fake("mustafar::band_attention", lib=_LIBRARY)
+def _(query, key, value, columns, limits, scale):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
 @torch.library.register_fake("mustafar::weigh_queries_kernel", lib=_LIBRARY)
 def _(query, position, ring):
     return ring.new_empty(*ring.shape[:2], *query.shape[2:], dtype=torch.float32)
@@ -270,6 +279,22 @@ head; zero before its first token, and for one that may attend to nothing.
 query: [B, Hq, L, D]. keys: [B, H, S, D], dense; where the mask has fewer columns, only so many, which are S then.
 causal: whether the i-th query of the prompt sees keys 0 to i alone. mask, sinks, scale, softcap: as of
 ``decode_attention``.
+"""
+
+band_limits: Callable[..., Tensor] = torch.ops.mustafar.band_limits.default
+"""What decides how to attend under a mask that is a band, int64 [3] on the CPU: ``last``, ``first``, and the first of
+the columns that some row of the batch leaves out.
+
+last, first: int64, []; key j is admitted to query i where first < j - i <= last; no first: from the beginning.
+columns: boolean, broadcastable to [B, Hq, 1, S]; keys that the mask admits besides.
+"""
+
+band_attention: Callable[..., Tensor] = torch.ops.mustafar.band_attention.default
+"""Attention [B, L, Hq, Dv] of a prompt under a mask that is a band, which is not made: ``softmax(scale * query @ key)
+@ value`` as ``scaled_dot_product_attention`` has it.
+
+query: [B, Hq, L, D]. key, value: [B, H, S, D] and [B, H, S, Dv], with Hq a multiple of H. columns: as of
+``band_limits``, which gives limits. A query that sees no key gets what ``scaled_dot_product_attention`` gives it.
 """
 
 decompress: Callable[..., Tensor] = torch.ops.mustafar.decompress.default

@@ -119,8 +119,7 @@ def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attenti
     require(read is not None, "the cache is changed between its update and the attention")
     assert read is not None
     tokens, heads = update.tokens_dim, 3 - update.tokens_dim
-    plain = _runs_over(read.dims[operand.tokens], tokens) and _runs_over(read.dims[operand.channels], 3)
-    plain = plain and _is_grouped(leading_axes(read, operand), heads, attention.query)
+    plain = sees_groups(read, operand, tokens, attention.query)
     require(plain, "query heads are not grouped over KV heads as [B, H, S, D] or [B, S, H, D] caches allow")
     kv_heads, query_heads = (
         known_size(update.node.meta["val"].shape[heads]),
@@ -130,6 +129,12 @@ def check_read(update: CacheUpdate, read: Read | None, operand: Operand, attenti
     of_tokens = update.op != "cat" and read.cut == tokens
     require(read.prefix is None or of_tokens, "only a part of the cache is attended")
     return read
+
+
+def sees_groups(read: Read, operand: Operand, tokens_dim: int, query: Node) -> bool:
+    """Whether keys or values are read as they are, each head for the query heads of its group."""
+    plain = _runs_over(read.dims[operand.tokens], tokens_dim) and _runs_over(read.dims[operand.channels], 3)
+    return plain and _is_grouped(leading_axes(read, operand), 3 - tokens_dim, query)
 
 
 def _runs_over(axes: list[Axis], source: int) -> bool:

@@ -38,6 +38,13 @@ class Functional:
     def graph(self) -> torch.fx.Graph:
         return self.module.graph
 
+    def replace(self, node: Node, result: Node) -> None:
+        """Let ``result`` take the place of ``node``, which goes."""
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        self.outputs = [result if output is node else output for output in self.outputs]
+        self.graph.erase_node(node)
+
 
 def normalise(
     gm: GraphModule,

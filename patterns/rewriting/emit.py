@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import torch
 from torch.fx import Graph, Node, Proxy
 
 from ...lowering.format import Format
+from ..attention.band import Band, read_band
 from ..cache.update import CacheUpdate
 from ..graph.calls import call_before
 from ..graph.nodes import is_tensor, symbolic_size
@@ -42,6 +44,15 @@ class Emitter:
         """``node`` between [B, S, H, D] and [B, H, S, D]; as it is where ``tokens_dim`` says that the cache is so."""
         return self.call(aten.permute.default, node, [0, 2, 1, 3]) if tokens_dim == 1 else node
 
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """``node`` in ``dtype``."""
+        return node if node.meta["val"].dtype == dtype else self.call(aten._to_copy.default, node, dtype=dtype)
+
+    def columns(self, band: Band) -> Node | None:
+        """All columns that a mask leaves out, None where there are none."""
+        both = functools.partial(self.call, aten.logical_and.default)
+        return functools.reduce(both, band.columns) if band.columns else None
+
     def over_all_slots(self, mask: Node, slots: Any, place: Node) -> Node:
         """``mask``, of the first slots of a cache, over all ``slots``, the others left out; made before ``place``."""
         value = mask.meta["val"]
@@ -55,10 +66,7 @@ class Emitter:
 
     def new_rows(self, update: CacheUpdate) -> Node:
         """The new tokens [B, H, L, D] in the dtype of the cache."""
-        row, dtype = update.new, update.node.meta["val"].dtype
-        if row.meta["val"].dtype != dtype:
-            row = self.call(aten._to_copy.default, row, dtype=dtype)
-        return self.swapped(row, update.tokens_dim)
+        return self.swapped(self.cast(update.new, update.node.meta["val"].dtype), update.tokens_dim)
 
     def first_position(self, update: CacheUpdate) -> Node | None:
         """Where the first new token goes, on the device, [1] or [B]; None for a cache that grows by its end."""
@@ -116,8 +124,12 @@ class Emitter:
     def latest_weights(self, match: Match) -> Node:
         """The attention weights of the last tokens of a prompt."""
         attention, keys = match.attention, self.swapped(match.key.node, match.key.tokens_dim)
-        how = attention.mask, attention.sinks, attention.is_causal, attention.scale, attention.softcap
-        return self.call(ops.latest_weights.default, attention.query, keys, *how)
+        mask, causal = attention.mask, attention.is_causal
+        band = None if mask is None else read_band(mask)
+        if band is not None and band.begins:  # the mask itself may then be left out
+            mask, causal = self.columns(band), True
+        how = attention.sinks, causal, attention.scale, attention.softcap
+        return self.call(ops.latest_weights.default, attention.query, keys, mask, *how)
 
     def _growing_capacity(self, tokens: Any) -> Any:
         return self.capacity_of(tokens) if isinstance(tokens, int) else self.capacity_of(Proxy(tokens)).node

@@ -20,6 +20,7 @@ from ..match import Match
 from .emit import Emitter
 from .inputs import Inputs
 from .plan import Argument, Attached, AttachedBuffer, Buffer, Compressed, Extended, Output, Plan, Result
+from .prompts import Prompts
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
@@ -103,6 +104,8 @@ class Rewriter:
         for match in matches:
             with located(match.attention.node):
                 (self._decode if match.phase == "decode" else self._prefill)(match)
+        if all(match.phase == "prefill" for match in matches):  # a step is recorded, and waits for nothing
+            Prompts(self.functional, self.emit).run()
         self._keep_escaping_caches_compressed()
         outputs = self._set_output()
         self.graph.eliminate_dead_code()
@@ -142,10 +145,7 @@ class Rewriter:
             if attention.dtype != attention.query.meta["val"].dtype:
                 result = self.emit.call(aten._to_copy.default, result, dtype=attention.dtype)
             result = self._with_strides_of(attention.node, result)
-        result.meta = dict(attention.node.meta)
-        attention.node.replace_all_uses_with(result)
-        self.functional.outputs = [result if o is attention.node else o for o in self.functional.outputs]
-        self.graph.erase_node(attention.node)
+        self.functional.replace(attention.node, result)
 
     def _step(self, match: Match) -> _Step:
         """What a step takes.
