@@ -108,6 +108,23 @@ def test_activations_are_those_of_the_model_with_its_weights(footprint, tokens):
     assert footprint.prompt.subs({BATCH: 2, CONTEXT: tokens}) == pytest.approx(expected, rel=0.02)
 
 
+def degrees(footprint: Footprint) -> list[int]:
+    return [sympy.degree(x.subs(BATCH, 1), CONTEXT) for x in (footprint.prompt, footprint.compiled_prompt)]
+
+
+def test_a_compiled_prompt_makes_nothing_of_its_square(footprint):
+    assert degrees(footprint)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "expected"), at_night([("gemma3_text", "sdpa", [2, 1]), ("llama", "eager", [2, 2])])
+)
+def test_only_what_its_graph_shows_has_the_square_of_a_compiled_prompt(family, attention, expected):
+    """Masks of layers that slide are made where the prompt is not compiled; scores that are spelled out always are."""
+    config = hf_model(family, attention=attention, num_hidden_layers=2).config
+    assert degrees(measure(config, torch.float32)) == expected
+
+
 @pytest.mark.parametrize("options", mostly_at_night([{"preset": "small", "window": 4, "skip_layers": [0]}, {}], 1))
 def test_caches_are_those_of_a_generation(footprint, options):
     model, inputs = hf_model(num_hidden_layers=2, max_position_embeddings=512), prompt(batch=2, length=60)

@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import GraphModule
 
 from .fake import fake_model, forward, weight_bytes, without_memory
 from .layers import explain_config
@@ -16,6 +17,7 @@ from .live_bytes import LiveBytes
 BATCH, CONTEXT = sympy.symbols("batch context", integer=True, positive=True)
 
 _PROBES = (512, 1024)  # tokens of the prompts that are measured
+_TRACED = 61  # tokens of the prompt that is compiled: no other size of a model
 _CPU = torch.device("cpu")  # sizes are the same everywhere, and only there every build of torch has kernels to trace
 
 
@@ -45,9 +47,10 @@ class CacheTensor:
 class Footprint:
     """Memory of a model, in bytes.
 
-    weights: parameters and buffers. tensors: those of the cache. prompt: activations and logits at the worst moment of
-    a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled, with a mask. step:
-    those of a decode step, by ``BATCH``. positions: the most tokens that the model was made for, None where unknown.
+    weights: parameters and buffers. tensors: those of the cache. prompt: activations and logits at the worst moment
+    of a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled, without what
+    has the square of ``CONTEXT`` unless its graph has, such as a mask. step: those of a decode step, by ``BATCH``.
+    positions: the most tokens that the model was made for, None where unknown.
     """
 
     weights: int
@@ -65,16 +68,23 @@ def measure(config: Any, dtype: torch.dtype) -> Footprint:
     second degree in the tokens: a mask has their square. Raises as ``explain_config`` does, and AttributeError for a
     model without a cache.
     """
-    entries, _ = explain_config(config, {}, context=64, dtype=dtype)
+    squares: list[bool] = []
+
+    def look(gm: GraphModule, _: Any) -> GraphModule:
+        squares.append(_holds_square(gm))
+        return gm
+
+    entries, _ = explain_config(config, {}, context=_TRACED, dtype=dtype, inner=look)
     compressible = {entry.layer for entry in entries if not entry.reason}
     with without_memory():
         model = fake_model(config, dtype, _CPU)
         cache = forward(model, 1, 2).past_key_values
+        prompt = _prompt(model, masked=False)
         return Footprint(
             weight_bytes(model),
             tuple(_cache_tensors(cache, compressible)),
-            _prompt(model, masked=False),
-            _prompt(model, masked=True),
+            prompt,
+            _prompt(model, masked=True) if any(squares) else prompt - prompt.coeff(CONTEXT, 2) * CONTEXT**2,
             _step(model),
             getattr(config.get_text_config(), "max_position_embeddings", None),
         )
@@ -86,6 +96,12 @@ def _cache_tensors(cache: Any, compressible: Collection[int | None]) -> Iterator
             if isinstance(x, torch.Tensor) and x.dim() == 4:
                 window = getattr(layer, "sliding_window", None)
                 yield CacheTensor(i, role, x.shape[1], x.shape[3], x.dtype, window, i in compressible)
+
+
+def _holds_square(gm: GraphModule) -> bool:
+    """Whether a graph of the traced prompt makes a tensor of the square of its length, such as a mask."""
+    values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes)
+    return any(isinstance(x, torch.Tensor) and x.shape[-2:] == (_TRACED, _TRACED) for x in values)
 
 
 def _prompt(model: Any, masked: bool) -> sympy.Expr:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,10 @@ from .fake import fake_model, forward, without_memory
 _PROBED_CHANNELS = 128  # of a head, where it is only asked whether settings treat two layers alike
 
 
+def _as_it_is(gm: Any, example_inputs: Any) -> Any:
+    return gm
+
+
 def explain_config(
     config: Any,
     options: Mapping[str, Any],
@@ -29,18 +33,20 @@ def explain_config(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     every_layer: bool = False,
+    inner: Callable[..., Any] = _as_it_is,
 ) -> tuple[list[Entry], Report]:
     """What the backend does with a model of transformers: an entry for each attention layer, and the whole report.
 
     A prompt of ``context`` tokens and a decode step are traced with a growing cache, as ``model.compile`` would have
-    it; the sizes of the entries are those after both. options: of the backend. every_layer: trace also those that
-    are like another one. Raises ValueError for unknown options and for a config of no causal language model, and what
-    the model raises where it cannot be traced without its weights.
+    it; the sizes of the entries are those after both. options: of the backend. every_layer: trace also those that are
+    like another one. inner: gets each graph, with its example inputs, and gives what is called. Raises ValueError for
+    unknown options and for a config of no causal language model, and what the model raises where it cannot be traced
+    without its weights.
     """
     settings, _ = read_options(None, options)
     device = torch.device(device)
     format_of = policy(settings)
-    backend = functools.partial(mustafar, options=dict(options), inner=_as_it_is)
+    backend = functools.partial(mustafar, options=dict(options), inner=inner)
     torch._dynamo.reset()
     with without_memory(), explain() as report:
         model = fake_model(config, dtype, device)
@@ -61,10 +67,6 @@ def explain_config(
     entries = [*report.matched, *report.missed]
     entries += [_repeated(entry, layer) for layer in alike for entry in entries if _is_in(entry, layer)]
     return sorted(entries, key=lambda entry: (-1 if entry.layer is None else entry.layer, entry.name)), report
-
-
-def _as_it_is(gm: Any, example_inputs: Any) -> Any:
-    return gm
 
 
 def _is_in(entry: Entry, layer: Alike) -> bool:

@@ -92,9 +92,10 @@ def _terms(mask: Node) -> Iterator[Node]:
 
 
 def _broadcasts(mask: Node) -> bool:
-    """Whether an op leaves the last dimensions of a mask as broadcasting has them: it moves to a device at most."""
+    """Whether an op does no more than broadcasting does, or moves a mask to a device."""
     if is_call(mask, aten.unsqueeze.default):
-        return mask.args[1] % mask.meta["val"].dim() == 0
+        at = mask.args[1] % mask.meta["val"].dim()
+        return all(same_size(size, 1) for size in mask.meta["val"].shape[:at])
     return is_call(mask, aten.expand.default) or (is_cast(mask) and mask.args[0].meta["val"].dtype == torch.bool)
 
 
@@ -129,7 +130,8 @@ class _Run:
 
 def _run(node: Node) -> _Run | None:
     """The run that a tensor is, None where it is none or that is not known."""
-    moves, shifts = [], []
+    moves: list[Node] = []
+    shifts: list[sympy.Expr | None] = []
     while not is_call(node, *_ARANGES):
         if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and _shifts(node):
             by = expression(node.args[1])

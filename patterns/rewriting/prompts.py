@@ -32,7 +32,9 @@ class Prompts:
         self.bands: dict[Node, tuple[Node | None, Node]] = {}  # columns and limits by mask: the host waits for these
 
     def run(self) -> None:
-        for node in self.functional.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        for node in self.functional.graph.find_nodes(
+            op="call_function", target=aten.scaled_dot_product_attention.default
+        ):
             with located(node), self.functional.graph.inserting_before(node):
                 attention = read_sdpa(node)
                 band = read_band(attention.mask) if _takes_a_band(attention) else None
