@@ -8,6 +8,7 @@ hf     the model as Hugging Face compiles it: a static cache, torch.compile with
 dense  the best dense step that could be built: fused, no mask, heads not repeated, one CUDA graph
 ours   the model of hf with backend="mustafar", over a compressed static cache
 op     the step of dense with our op over compressed caches in place of its attention
+eager  with --ttft: the model as it is. Prompts have a padding mask of ones, as ``generate`` gives them
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from transformers import DynamicCache
 import mustafar_compile
 
 NAME = "decode_step"
-WAYS = ("hf", "dense", "ours", "op")
+WAYS = ("eager", "hf", "dense", "ours", "op")
 _WARM_UPS = 5  # compiling, then warming up and recording CUDA graphs, then replaying
 _STEPS = 20
 _ROUNDS = 3
@@ -151,6 +152,7 @@ def held(given: argparse.Namespace) -> Row:
 def prefill(compiled: Any, model: Any, given: argparse.Namespace) -> Row:
     """Time from the prompt to the first new token, and the most memory that it took."""
     prompt = inputs(given.batch, 0, given.prompt)
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
 
     def first_token() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
@@ -163,6 +165,11 @@ def prefill(compiled: Any, model: Any, given: argparse.Namespace) -> Row:
     first_token()
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
     return {"ms": taken, "memory_GB": (peak - given.allocated) / 1e9}
+
+
+def prefill_eager(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+    """Prefill as ``generate`` does it with a model that is not compiled."""
+    return prefill(model, model, given)
 
 
 def prefill_hf(model: Any, given: argparse.Namespace, _: float | None) -> Row:
@@ -179,7 +186,7 @@ def prefill_ours(model: Any, given: argparse.Namespace, sparsity: float | None) 
 
 
 DECODE = {"hf": run_hf, "dense": run_dense, "ours": run_ours, "op": run_op}
-PREFILL = {"hf": prefill_hf, "ours": prefill_ours}
+PREFILL = {"eager": prefill_eager, "hf": prefill_hf, "ours": prefill_ours}
 
 
 def run(way: str, sparsity: float | None, given: argparse.Namespace) -> Row | None:
@@ -213,7 +220,7 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     rows = sorted(rows, key=lambda row: (*key_of(row)[:4], WAYS.index(row["way"]), row["sparsity"] or 0))
     reference = {key_of(row)[:5]: row["ms"] for row in rows if row["sparsity"] is None}
     for row in rows:
-        for way in ("hf", "dense"):
+        for way in ("eager", "hf", "dense"):
             baseline = reference.get((*key_of(row)[:4], way))
             if baseline is not None:
                 row[f"over_{way}"] = baseline / row["ms"]

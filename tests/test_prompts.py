@@ -79,6 +79,8 @@ def whole_mask(shape, columns):
 @example(shape=Band(), kv_heads=2, rows=64, seed=0)  # causal
 @example(shape=Band(keys=14), kv_heads=2, rows=64, seed=0)  # a static cache: the last keys are no one's
 @example(shape=Band(keys=14, last=5), kv_heads=2, rows=4, seed=0)  # on top of a cache
+@example(shape=Band(keys=12, last=5), kv_heads=2, rows=4, seed=0)  # the last queries could see more keys than there are
+@example(shape=Band(keys=5), kv_heads=2, rows=4, seed=0)
 @example(shape=Band(first=-3), kv_heads=4, rows=4, seed=0)  # a sliding window
 @example(shape=Band(columns="some"), kv_heads=4, rows=4, seed=0)  # padding
 @pytest.mark.parametrize("dtype", [torch.float32, *at_night([torch.bfloat16])])
@@ -174,6 +176,7 @@ OTHERS = {
     "a window alone": lambda q, k, p, o: k > q[:, None] - 3,
     "additive": lambda q, k, p, o: torch.where(k <= q[:, None], 0.0, -torch.inf),
     "rows made a batch": lambda q, k, p, o: ((k[:7] <= q[:, None]) & p[:, None, :7]).unsqueeze(1).unsqueeze(1),
+    "moved in more dimensions": lambda q, k, p, o: k <= (q + o.view(1, 1)).mT,
     "not": lambda q, k, p, o: ~(k > q[:, None]),
 }
 

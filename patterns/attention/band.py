@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -107,35 +108,31 @@ def _edge(term: Node) -> tuple[str, Edge] | None:
     """Which edge of a band a comparison of positions is."""
     if not is_call(term, *_OF_KEYS) or term.kwargs:
         return None
-    runs = [_run(operand) for operand in term.args]
-    if None in runs:
+    left, right = map(_run, term.args)
+    if left is None or right is None or {left.dim, right.dim} != {-1, -2}:
         return None
-    (left, right), dims = term.args, [run.dim for run in runs]
-    if dims not in ([-1, -2], [-2, -1]):
-        return None
-    (name, less), keys_first = (_OF_KEYS if dims[0] == -1 else _OF_QUERIES)[term.target], dims[0] == -1
-    queries, keys = (right, left) if keys_first else (left, right)
-    starts = [run.start for run in (runs[::-1] if keys_first else runs)]
-    bound = None if None in starts else sympy.expand(starts[0] - starts[1] - less)
-    return name, Edge(queries, keys, less, bound)
+    name, less = (_OF_KEYS if left.dim == -1 else _OF_QUERIES)[term.target]
+    queries, keys = (left, right) if left.dim == -2 else (right, left)
+    known = queries.start is not None and keys.start is not None
+    return name, Edge(queries.node, keys.node, less, sympy.expand(queries.start - keys.start - less) if known else None)
 
 
 @dataclass(frozen=True)
 class _Run:
     """Whole numbers that go up by one along one dimension. dim: counted from the last. start: None where unknown."""
 
+    node: Node
     dim: int
     start: sympy.Expr | None
 
 
-def _run(node: Node) -> _Run | None:
+def _run(numbers: Any) -> _Run | None:
     """The run that a tensor is, None where it is none or that is not known."""
+    node, start = numbers, sympy.Integer(0)
     moves: list[Node] = []
-    shifts: list[sympy.Expr | None] = []
     while not is_call(node, *_ARANGES):
-        if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and _shifts(node):
-            by = expression(node.args[1])
-            shifts.append(-by if by is not None and node.target is aten.sub.Tensor else by)
+        if _shifts(node):
+            start = _moved(start, node.args[1], 1 if node.target is aten.add.Tensor else -1)
         elif isinstance(node, Node) and is_move(node):
             moves.insert(0, node)
         else:
@@ -145,11 +142,22 @@ def _run(node: Node) -> _Run | None:
     along = [] if read is None else [dim for dim, axes in enumerate(read.dims) if any(a.source == 0 for a in axes)]
     if read is None or len(along) != 1 or len(read.dims[along[0]]) != 1:
         return None
-    shifts.append(expression(0 if node.target is aten.arange.default else node.args[0]))
-    return _Run(along[0] - len(read.dims), None if None in shifts else sum(shifts))
+    start = _moved(start, 0 if node.target is aten.arange.default else node.args[0], 1)
+    return _Run(numbers, along[0] - len(read.dims), start)
 
 
-def _shifts(node: Node) -> bool:
-    """Whether a sum or a difference moves a tensor of numbers by one and the same number."""
+def _moved(start: sympy.Expr | None, by: Any, sign: int) -> sympy.Expr | None:
+    number = expression(by)
+    return None if start is None or number is None else start + sign * number
+
+
+def _shifts(node: Any) -> bool:
+    """Whether a sum or a difference moves all numbers of a tensor by one, which may be on the device."""
+    if not is_call(node, aten.add.Tensor, aten.sub.Tensor) or node.kwargs or not is_tensor(node.args[0]):
+        return False
     numbers, by = node.args
-    return is_tensor(numbers) and (is_single(by) or (not is_tensor(by) and expression(by) is not None))
+    return (is_single(by) or expression(by) is not None) and _rank(numbers) == _rank(node)
+
+
+def _rank(node: Node) -> int:
+    return node.meta["val"].dim()
