@@ -98,7 +98,8 @@ def test_a_band_is_attended_as_its_mask_says(device, dtype, shape, kv_heads, row
     assert limits.device.type == "cpu"
     with mock.patch.object(band, "_MOST_ROWS", rows):
         actual = ops.band_attention(query, key, value, columns, limits, 0.3)
-    torch.testing.assert_close(actual, expected)
+    rounding = {} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(actual, expected, **rounding)
 
 
 def test_what_all_see_takes_the_kernel_for_causal_attention():
