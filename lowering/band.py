@@ -66,7 +66,8 @@ def _flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:
     """Keys or values with a head for each query head."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+    group = query.shape[1] // x.shape[1]
+    return x if group == 1 else x.repeat_interleave(group, 1)
 
 
 def _by_blocks(
