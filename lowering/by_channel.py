@@ -18,8 +18,8 @@ from .attention import attended, sum_of_values, weights_of
 from .cache import Cache, of_each_row
 from .format import BLOCK_TOKENS, Format
 from .sizes import blocks_for
+from .strategies.answers import scaled
 from .strategies.by_channel import ByChannel
-from .strategies.scaling import scaled
 
 aten = torch.ops.aten
 

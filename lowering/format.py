@@ -61,7 +61,7 @@ from torch import Tensor
 
 from .buffers import BLOCK_TOKENS, CHUNK, MAX_QUERY_TOKENS, Buffer, packed_buffers
 from .sizes import blocks_for, kept_elements
-from .strategies import STRATEGIES, Strategy
+from .strategies import Strategy, strategy_named
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a cache may have to be compressed."""
@@ -99,7 +99,7 @@ class Format:
     window: latest tokens that stay dense and exact, at least 1.
     code: how kept elements are stored, one of ``CODES``.
     order: how they and the bits stand, one of ``ORDERS``.
-    strategy: by what elements are chosen, one of ``STRATEGIES``. Where all are kept it is "magnitude".
+    strategy: by what elements are chosen, a name of ``strategies.STRATEGIES``. Where all are kept it is "magnitude".
 
     Raises FormatError for other values.
     """
@@ -112,6 +112,10 @@ class Format:
     strategy: str = "magnitude"
 
     def __post_init__(self) -> None:
+        try:
+            strategy_named(self.strategy)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
         sizes_fit = self.head_dim > 0 and self.head_dim % CHUNK == 0 and self.window >= 1
         sizes_fit = sizes_fit and self.kept % CHUNK == 0 and 0 < self.kept <= self.row_size
         if not sizes_fit or self.code not in CODES or self.order not in ORDERS:
@@ -121,10 +125,10 @@ class Format:
                 f"order of {', '.join(ORDERS)}"
             )
         chooses = self.kept < self.row_size or self.strategy == "magnitude"
-        if self.strategy not in STRATEGIES or not chooses or (self.by_channel and self.order != "blocks"):
+        if not chooses or (self.by_channel and self.order != "blocks"):
             raise FormatError(
-                f"{self} cannot be; accepted is a strategy of {', '.join(STRATEGIES)}, where all elements are kept "
-                "magnitude, and of those by channel with the order blocks"
+                f"{self} cannot be; accepted is the strategy magnitude where all elements are kept, and the order "
+                "blocks of strategies by channel"
             )
 
     @classmethod
@@ -143,7 +147,7 @@ class Format:
         strategy: str = "magnitude",
     ) -> Format:
         """The format for a sparsity in [0, 1)."""
-        by_channel = STRATEGIES[strategy].by_channel
+        by_channel = strategy_named(strategy).by_channel
         size = BLOCK_TOKENS if by_channel else head_dim
         kept = kept_elements(size, sparsity)
         if kept == size:
@@ -162,7 +166,7 @@ class Format:
     @property
     def ranking(self) -> Strategy:
         """Its strategy."""
-        return STRATEGIES[self.strategy]
+        return strategy_named(self.strategy)
 
     def encode(self) -> str:
         """Its values as a text, as ops and saved caches hold it: "head_dim=128,kept=64,window=32".
@@ -180,6 +184,8 @@ class Format:
             pairs = dict(pair.split("=") for pair in text.split(","))
             values: dict[str, Any] = {k: v if k in _TEXTS else int(v) for k, v in pairs.items()}
             return cls.interned(**values)
+        except FormatError:
+            raise
         except (TypeError, ValueError) as error:
             raise FormatError(f"{text!r} is not a format; accepted is such as {cls(128, 64, 32).encode()!r}") from error
 
@@ -196,7 +202,7 @@ class Format:
     @property
     def by_channel(self) -> bool:
         """Whether a packed row is a channel of a block, and not a token."""
-        return self.strategy in STRATEGIES and self.ranking.by_channel
+        return self.ranking.by_channel
 
     @property
     def row_size(self) -> int:
@@ -255,6 +261,10 @@ class Format:
         """(shape, dtype) of each buffer of a cache of ``dtype`` with room for ``capacity`` tokens."""
         sizes = _sizes(batch, heads, blocks_for(capacity))
         return [(buffer.shape(sizes), buffer.dtype or dtype) for buffer in self.buffers]
+
+    def state_shapes(self, batch: Any, heads: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
+        """(shape, dtype) of each buffer that belongs to the strategy."""
+        return self.state_of(self.shapes(batch, heads, 1, dtype))
 
     def token_bytes(self, itemsize: Any) -> Any:
         """Bytes of one compressed token of one KV head."""

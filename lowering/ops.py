@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import attention, backends, band, by_channel, native, portable
 from .format import MAX_QUERY_TOKENS, Format
+from .strategies.answers import as_state, as_weights
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
 
@@ -59,6 +60,7 @@ def _compress(
         return by_channel.compress(dense, tokens, form, capacity, attention)
     written, rows = tokens.reshape(-1).to(torch.int64).expand(dense.shape[0]), form.plain
     weights, state = form.ranking.of_prompt(dense, written, form, queries, past)
+    weights, state = as_weights(weights, dense, form, 1), as_state(state, dense, form)
     if backends.for_cache(form, dense.dtype, dense.device) is backends.PORTABLE:
         packed = portable.compress(dense, tokens, rows, capacity, weights)
     else:
@@ -129,26 +131,27 @@ class _Ranking:
     def __init__(
         self, format: Format, buffers: Sequence[Tensor], query: Tensor, position: Tensor | None, by_kernel: bool
     ) -> None:
-        self.strategy, self.state = format.ranking, format.state_of(buffers)
+        self.strategy, self.window = format.ranking, format.window_of(buffers)
         self.kernel = self.strategy.step_kernel if by_kernel else None
-        if self.state:  # which alone needs a place; the counts move on in the step
+        self.asks = format.strategy != "magnitude"
+        if self.asks:  # which needs a place; the counts move on in the step
             tokens = buffers[format.place("counts")][:, 0]
             if position is not None:
                 at = position.reshape(-1).to(torch.int64).expand(tokens.shape[0])
             else:
                 at = tokens if self.kernel else tokens.clone()  # which is read behind the step, too
-            self.given = query, at, format, self.state
+            self.given = query, at, format, format.state_of(buffers)
 
     def weights(self) -> Tensor | None:
-        if not self.state:
+        if not self.asks:
             return None
+        query, at, format, state = self.given
         if self.kernel is not None:
-            query, at, _, state = self.given
             return getattr(torch.ops.mustafar, self.kernel)(query, at, *state)
-        return self.strategy.of_step(*self.given)
+        return as_weights(self.strategy.of_step(*self.given), self.window, format, query.shape[2])
 
     def remember(self) -> None:
-        if self.state and self.kernel is None:
+        if self.asks and self.kernel is None:
             self.strategy.remember(*self.given)
 
 

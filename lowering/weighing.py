@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import render
 from .step import padded, power_of_two
+from .strategies.answers import USABLE
 from .strategies.output_aware import QUERIES, SLOTS
-from .strategies.scaling import USABLE
 
 
 def weigh_queries(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:

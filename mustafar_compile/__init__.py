@@ -2,9 +2,10 @@
 
 The backend is found by name through its entry point. This package adds what to use beside it: ``prepare`` (a Hugging
 Face model in one line), ``compile_loop`` (for one's own generate loops), ``calibrate`` (how far to prune which layer: a
-``Budget``), ``explain`` (what was compressed and why not), ``cache_stats`` (what a cache takes), ``safe_globals`` (for
-loading a saved cache), ``save_sharded`` and ``load_sharded`` (of a cache of which ranks hold parts),
-``release_recordings`` (before ranks take their process group down) and ``Settings``.
+``Budget``), ``register_strategy`` (a rule of your own for what is kept), ``explain`` (what was compressed and why not),
+``cache_stats`` (what a cache takes), ``safe_globals`` (for loading a saved cache), ``save_sharded`` and
+``load_sharded`` (of a cache of which ranks hold parts), ``release_recordings`` (before ranks take their process group
+down) and ``Settings``.
 Importing it changes nothing global and loads no compiler.
 """
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .reporting.explain import explain
     from .reporting.report import Report
     from .settings import Settings
+    from .strategies import register_strategy
 
 _HOMES = {
     "Budget": "calibration.budget",
@@ -60,6 +62,7 @@ _HOMES = {
     "explain": "reporting.explain",
     "load_sharded": "cache.saving",
     "prepare": "hugging_face",
+    "register_strategy": "strategies",
     "release_recordings": "calling.cuda_graphs",
     "safe_globals": "cache.saving",
     "save_sharded": "cache.saving",
@@ -87,6 +90,7 @@ __all__ = [
     "explain",
     "load_sharded",
     "prepare",
+    "register_strategy",
     "release_recordings",
     "safe_globals",
     "save_sharded",

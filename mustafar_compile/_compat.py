@@ -34,6 +34,8 @@ def _probe(module: str, name: str) -> Any:
 
 compile_fx: Callable = _probe("torch._inductor.compile_fx", "compile_fx")
 inductor_config = _probe("torch._inductor", "config")
+functorch_config = _probe("torch._functorch", "config")
+_probe("torch._functorch.config", "enable_autograd_cache")
 list_mode_options: Callable[..., dict] = _probe("torch._inductor", "list_mode_options")
 TracingContext = _probe("torch._guards", "TracingContext")
 FakeTensor = _probe("torch._subclasses", "FakeTensor")
@@ -353,14 +355,17 @@ def fake_results(values: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def inductor_options(options: dict[str, Any], digest: str) -> Iterator[None]:
+def inductor_options(options: dict[str, Any], digest: str, traces_are_cached: bool) -> Iterator[None]:
     """Inductor's config with ``options`` set, and ``digest`` in the keys of its caches on disk.
 
     The key of AOTAutograd's cache names our ops but not their code, so after an upgrade stale code would run. This
-    table is part of the key, and made for such digests.
+    table is part of the key, and made for such digests. traces_are_cached: whether that cache is used. Inductor's own
+    is in any case: its key is the graph of all that the ops became.
     """
     known = "unsafe_marked_cacheable_functions"
-    with inductor_config.patch({**options, known: getattr(inductor_config, known) | {"mustafar_compile": digest}}):
+    changes = {**options, known: getattr(inductor_config, known) | {"mustafar_compile": digest}}
+    traces = {} if traces_are_cached else {"enable_autograd_cache": False}
+    with inductor_config.patch(changes), functorch_config.patch(traces):
         yield
 
 

@@ -24,6 +24,7 @@ from .errors import NothingMatchedError
 from .lowering import ops
 from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS
 from .lowering.sizes import grown_capacity
+from .lowering.strategies import all_packaged
 from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.nodes import drop_meta, may_be_attention
 from .patterns.graph.normalise import Functional, normalise
@@ -71,7 +72,7 @@ def mustafar(
         settings, inductor = read_options(mode, options)
         said.update(of_options(settings, inductor))
         rewritten = _rewritten(gm, example_inputs, settings, said)
-    with _compat.inductor_options(inductor, code_digest()):
+    with _compat.inductor_options(inductor, code_digest(), traces_are_cached=all_packaged()):
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
             return gm  # op by op, which decompresses: Inductor would need plain tensors
         if rewritten is None:

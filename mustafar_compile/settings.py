@@ -10,7 +10,7 @@ from .by_layer import ByLayer
 from .calibration.budget import Budget
 from .errors import UnknownLayerError
 from .lowering.format import CODES
-from .lowering.strategies import STRATEGIES_OF
+from .lowering.strategies import strategies_of
 
 PerLayer = Any
 """One value for all layers; or by layer, a list or a mapping. In a ``Settings`` that is a ``ByLayer``."""
@@ -29,7 +29,8 @@ class Settings:
         the largest magnitude of their row.
     value_code: the same for values.
     key_strategy: by what the elements of keys that are kept are chosen: "magnitude", "output-aware" or "think".
-    value_strategy: the same for values: "magnitude", "think", "channel-magnitude" or "channel-output-aware".
+    value_strategy: the same for values: "magnitude", "think", "channel-magnitude" or "channel-output-aware". Either
+        may be the name of a strategy of yours (``register_strategy``).
     window: latest tokens that stay dense and exact, at least 1.
     skip_layers: numbers of the attention layers that are left dense, counted from 0.
     strict: raise NothingMatchedError for a graph in which no attention could be rewritten. A graph with neither
@@ -57,7 +58,8 @@ class Settings:
             self._check_each(name, lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
         for name in ("key_code", "value_code"):
             self._check_each(name, lambda value: value in CODES, f"one of {', '.join(map(repr, CODES))}")
-        for role, names in STRATEGIES_OF.items():
+        for role in ("key", "value"):
+            names = strategies_of(role)
             self._check_each(f"{role}_strategy", names.__contains__, f"one of {', '.join(map(repr, names))}")
         _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
         for name in ("strict", "release_dense", "raise_errors"):

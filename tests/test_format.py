@@ -198,6 +198,7 @@ def test_strategies_of_formats():
     assert aware.token_bytes(2) == aware.plain.token_bytes(2)
     cache = list(range(5))
     assert aware.joined(aware.plain_of(cache), aware.state_of(cache)) == cache
-    for values in ({"kept": 64, "strategy": "largest"}, {"kept": 128, "strategy": "think"}):
-        with pytest.raises(FormatError, match="accepted is a strategy of magnitude, output-aware, think"):
-            Format(128, window=32, **values)
+    with pytest.raises(FormatError, match="'largest' is unknown; accepted are magnitude, output-aware, think"):
+        Format.decode("head_dim=128,kept=64,window=32,strategy=largest")
+    with pytest.raises(FormatError, match="accepted is the strategy magnitude where all elements are kept"):
+        Format(128, 128, 32, strategy="think")

@@ -25,6 +25,7 @@ class ByChannel(Strategy):
     """
 
     by_channel = True
+    roles = ("value",)
 
     def of_prompt(
         self,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..buffers import MAX_QUERY_TOKENS, Buffer
 from .rings import ring_tokens, rows_at, write
-from .scaling import scaled
 from .strategy import Strategy
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ class OutputAware(Strategy):
     Sums are in float64, in which they are exact but in rare cases, so that w does not depend on the order of sums.
     """
 
+    roles = ("key",)
     wants_queries = True
     step_kernel = "weigh_queries_kernel"
 
@@ -73,7 +73,7 @@ class OutputAware(Strategy):
             sums = sums + torch.nn.functional.pad(sums, (0, 0, span, 0))[:, :, :tokens]
             span *= 2
         last = (torch.arange(tokens, device=x.device) + format.window).clamp(max=tokens - 1)  # when a row leaves
-        return scaled(sums.index_select(2, last).float())
+        return sums.index_select(2, last).float()
 
     def remember(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> None:
         (ring,), count = state, query.shape[2]
@@ -87,6 +87,6 @@ def over_heads(query: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _weights(ring: Tensor, counted: Tensor) -> Tensor:
-    """The sums over slots that count, scaled: a ring [B, H, R, D], boolean [B, L, R] -> [B, H, L, D]."""
+    """The sums over slots that count: a ring [B, H, R, D], boolean [B, L, R] -> [B, H, L, D]."""
     summed = torch.where(counted[:, None, :, :, None], ring.unsqueeze(2), 0).sum(3, dtype=torch.float64)
-    return scaled(summed.float())
+    return summed.float()

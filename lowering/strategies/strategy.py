@@ -18,8 +18,9 @@ class Strategy:
     """One way to choose the ``kept`` elements of each row. This one: by magnitude alone, and it remembers nothing.
 
     A row is one token of one KV head, [D]. Ranking is by ``|x| * weight``, rounded to the dtype of the cache; ties go
-    to the lower channel, and NaN ranks on top. The weights are all that pruning, in kernels as elsewhere, knows of a
-    strategy: float32, a number for each channel, not negative, and at most 1. None stands for ones.
+    to the lower channel, and NaN ranks on top. The weights, a number for each channel, are all that pruning, in kernels
+    as elsewhere, knows of a strategy. They may be on any scale; negative ones count as zero (see ``as_weights``). Rows
+    rank by magnitude where weights are zero throughout or not finite, and where they are None.
 
     State is a list of small tensors beside the rows of a cache, as ``buffers`` names them. They are zero in a cache
     that nothing was written to, and copied, selected, moved and saved with it. A cache may be rewound by
@@ -28,6 +29,9 @@ class Strategy:
     All methods are plain PyTorch that Inductor compiles, and read nothing on the host. Shapes: B batch, H KV heads, Hq
     query heads, a multiple of H. Numbers of tokens are int64 [B].
     """
+
+    roles: tuple[str, ...] = ("key", "value")
+    """What it may be chosen for."""
 
     wants_queries = False
     """Whether queries say more about keys than their magnitudes do."""
@@ -51,7 +55,8 @@ class Strategy:
         """Weights [B, H, 1, D] for all rows that are pruned now, and the state from then on.
 
         dense: [B, H, S, D], of which ``tokens`` are written. queries: [B, Hq, n, D] of the last ``n`` of them, as
-        attention sees them; None where they are unknown. past: the state of the cache that was continued, if any.
+        attention sees them; None where they are unknown, and for values. past: the state of the cache that was
+        continued, if any; it is read only.
         """
         return None, []
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calibration.attending import Attention, attending
 from ..lowering import ops, portable
 from ..lowering.format import BLOCK_TOKENS, Format
+from ..lowering.strategies.answers import as_weights
 from ..policy import policy
 from ..settings import Settings
 
@@ -57,15 +58,16 @@ def as_stored(x: Tensor, format: Format, queries: Tensor | None = None, attentio
     values whose strategy wants it, what ``attention_to_blocks`` gives.
     """
     tokens = x.shape[2]
-    given = x, torch.tensor([tokens], device=x.device)
+    written = x, torch.tensor([tokens], device=x.device)
     if format.by_channel:
         text = replace(format, window=1).encode()
-        return ops.decompress(ops.compress(*given, text, tokens, attention=attention), text, tokens)
+        return ops.decompress(ops.compress(*written, text, tokens, attention=attention), text, tokens)
     plain = replace(format.plain, window=1)
     if format.strategy == "magnitude":
-        return ops.decompress(ops.compress(*given, plain.encode(), tokens), plain.encode(), tokens)
-    weights = format.ranking.of_text(x, format, queries)  # of each row, which no kernel takes
-    return portable.decompress(portable.compress(*given, plain, tokens, weights), plain, tokens)
+        return ops.decompress(ops.compress(*written, plain.encode(), tokens), plain.encode(), tokens)
+    given = format.ranking.of_text(x, format, queries)
+    weights = as_weights(given, x, format, tokens)  # of each row, which no kernel takes
+    return portable.decompress(portable.compress(*written, plain, tokens, weights), plain, tokens)
 
 
 def attention_to_blocks(q: Tensor, k: Tensor, stored: Tensor, scale: float, format: Format) -> Tensor:
