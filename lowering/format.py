@@ -191,9 +191,10 @@ class Format:
 
     @property
     def described(self) -> str:
-        """What it keeps of a row, for people: "40/128" or "40/128 int8"."""
-        code, how = f" {self.code}" if self.code != "none" else "", " by channel" if self.by_channel else ""
-        return f"{self.kept}/{self.row_size}{code}{how}"
+        """What it keeps of a row, for people: "40/128" or "40/128 int8 by output-aware"."""
+        code = f" {self.code}" if self.code != "none" else ""
+        strategy = f" by {self.strategy}" if self.strategy != "magnitude" else ""
+        return f"{self.kept}/{self.row_size}{code}{strategy}"
 
     def __deepcopy__(self, memo: Any) -> Format:
         """Itself, so that Dynamo's guards, which keep a copy, compare one object with itself."""

@@ -92,7 +92,7 @@ def test_each_layer_gets_its_own(way):
     head_dim = past.layers[0].keys.shape[-1]
     low, all_kept = kept_count(head_dim, 0.7), head_dim
     kept = [f"{low}/{head_dim} int8", f"{low}/{head_dim} int4", f"{all_kept}/{head_dim} int8", f"{low}/{head_dim}"]
-    assert [entry.kept for entry in report.matched] == [", ".join(kept[:2]), ", ".join(kept[2:])]
+    assert [entry.kept for entry in report.matched] == [tuple(kept[:2]), tuple(kept[2:])]
     stats = cache_stats(past)
     assert stats.kept == tuple(kept)
     assert f"1 x {kept[0]}, 1 x {kept[1]}, " in str(stats)

@@ -19,7 +19,7 @@ from models import hf_model
 from mustafar_compile.cli import bench
 from mustafar_compile.cli.app import COMMANDS, app
 from mustafar_compile.cli.plan import read_bytes
-from mustafar_compile.cli.settings import _value as option_value
+from mustafar_compile.cli.settings import option_value
 from mustafar_compile.cli.streaming import Stream
 from mustafar_compile.planning.footprint import BATCH, CONTEXT, CacheTensor, Footprint
 from mustafar_compile.settings import read_options, setting_names
@@ -92,11 +92,12 @@ def test_each_command_has_json_and_an_option_for_each_setting(command):
 
 
 def test_explain(two_layers):
-    how = ("--skip-layers", "1", "--context", 320, "--dtype", "float16", "--preset", "small")
+    how = ("--skip-layers", "1", "--context", 320, "--dtype", "float16", "--preset", "small", "--key-strategy", "think")
     found = as_json("explain", two_layers, *how)
     first, second = found["layers"]
     assert (first["layer"], first["name"], first["reason"]) == (0, "model.layers.0.self_attn", "")
     assert first["phases"] == ["prefill", "decode"]
+    assert first["kept"] == ["8/16 int4 by think", "8/16 int4"]
     assert first["dense_bytes"] == 2 * 321 * 2 * 16 * 2
     assert first["stored_bytes"] < first["dense_bytes"]
     assert "skip_layers" in second["reason"]

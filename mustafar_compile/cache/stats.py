@@ -22,8 +22,8 @@ from .tensor import CompressedKV, storage_bytes
 class CacheStats:
     """tokens: written tokens of the longest layer. stored_bytes: what is really allocated. dense_bytes: what the same
     cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed.
-    kept: of a row of each tensor, K and V of each layer in turn, rank after rank: "64/128", "40/128 int8", or
-    "dense"."""
+    kept: of a row of each tensor, K and V of each layer in turn, rank after rank: "64/128", "40/128 int8",
+    "40/128 by output-aware", or "dense"."""
 
     tokens: int
     stored_bytes: int

@@ -48,7 +48,7 @@ def explain(
     compressed = [e for e in entries if not e.reason]
     dense, stored = sum(e.dense_bytes for e in entries), sum(e.stored_bytes for e in entries)
     title = f"{model}: {len(compressed)} of {len(entries)} attention layers compressed"
-    columns = ("layers", "module", "cache", "compressed", "by", ">dense", ">stored")
+    columns = ("layers", "module", "cache", "compressed", "by", "keys kept", "values kept", ">dense", ">stored")
     out = console()
     out.print(table(title, columns, [_row(list(alike)) for _, alike in groupby(entries, _looks)]))
     sizes = f"{batch} x {context} tokens in {str(element).removeprefix('torch.')}"
@@ -60,12 +60,13 @@ def explain(
 def _looks(entry: Any) -> tuple[Any, ...]:
     """What is shown of a layer, but its number."""
     name = entry.name.replace(f".{entry.layer}.", ".*.", 1)
-    return name, entry.form, entry.phases, entry.reason, entry.kernels, entry.dense_bytes, entry.stored_bytes
+    how = entry.phases, entry.reason, entry.kernels, entry.kept
+    return name, entry.form, *how, entry.dense_bytes, entry.stored_bytes
 
 
 def _row(alike: Sequence[Any]) -> tuple[str, ...]:
     """Layers that stand side by side and look alike, as one row."""
-    from ..reporting.report import verdict
+    from ..reporting.report import kept_of_each, verdict
     from ..reporting.text import bytes_text
 
     first, last = alike[0], alike[-1]
@@ -73,4 +74,4 @@ def _row(alike: Sequence[Any]) -> tuple[str, ...]:
     name = first.name if first is last else _looks(first)[0]
     each = "" if first is last else f"{len(alike)} x "
     sizes = (f"{each}{bytes_text(size)}" for size in (first.dense_bytes, first.stored_bytes))
-    return numbers, name, first.form, verdict(first), first.kernels, *sizes
+    return numbers, name, first.form, verdict(first), first.kernels, *kept_of_each(first), *sizes

@@ -34,7 +34,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
         texts = {option.name: given.pop(option.name) for option in options}
-        settings = {name: _value(name, text) for name, text in texts.items() if text is not None}
+        settings = {name: option_value(name, text) for name, text in texts.items() if text is not None}
         try:
             read_options(None, settings)
         except (ValueError, OSError) as error:
@@ -60,7 +60,7 @@ def _texts() -> dict[str, str]:
     return {name: f"{text[0].upper()}{' '.join(text[1:].split())}" for name, text in found}
 
 
-def _value(name: str, given: Any) -> Any:
+def option_value(name: str, given: Any) -> Any:
     """A value as it was given, of a setting that is no scalar as JSON: ``[0, 1]``, or without brackets ``0,1``.
 
     One that may differ by layer is that of all where it is alone.

@@ -118,7 +118,7 @@ def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:
         sizes = [_cache_bytes(update, _own_format(update, context), context) for update in known]
         return Entry(**place, reason=m.reason, waits=m.waits, **_summed(sizes))
     sizes = [_cache_bytes(x, format, context) for x, format in m.updates if _is_new(x, counted)]
-    kept = ", ".join(format.described for format in m.formats)
+    kept = tuple(format.described for format in m.formats)
     return Entry(**place, phases=(m.phase,), kernels=_kernels(m), kept=kept, **_summed(sizes))
 
 

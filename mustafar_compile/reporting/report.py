@@ -19,8 +19,9 @@ class Entry:
 
     layer: its number, None where unknown. name: its module path. form: how its cache is kept. phases: "prefill",
     "decode" where matched. reason: why not in some graph, "" where matched in all. waits: whether that is of a prompt
-    that its next step compresses. kernels: what carries out its decode steps, "" without any. kept: of a row of K and
-    of one of V, such as "64/128, 40/128 int8", "" where dense. dense_bytes, stored_bytes: of K and V together, when the
+    that its next step compresses. kernels: what carries out its decode steps, "" without any. kept: elements of a row
+    of K and of one of V, in which code and by which strategy, such as ("64/128", "40/128 int8 by think"); () where
+    dense. dense_bytes, stored_bytes: of K and V together, when the
     graph was compiled; 0 where there is no cache or an earlier layer shares it. function: the one that Dynamo compiled,
     as it names it.
     """
@@ -32,7 +33,7 @@ class Entry:
     reason: str = ""
     waits: bool = False
     kernels: str = ""
-    kept: str = ""
+    kept: tuple[str, ...] = ()
     dense_bytes: int = 0
     stored_bytes: int = 0
     function: str = ""
@@ -122,14 +123,15 @@ class Report:
                 e.form,
                 verdict(e),
                 e.kernels,
-                e.kept,
+                *kept_of_each(e),
                 bytes_text(e.dense_bytes),
                 bytes_text(e.stored_bytes),
             )
             for e in self._layers()
         ]
         title = f"mustafar: {len(self.matched)} of {len(rows)} attention layers compressed, {self.graphs} graph(s)"
-        return table(title, ("layer", "module", "cache", "compressed", "by", "kept of K, V", "dense", "stored"), rows)
+        columns = ("layer", "module", "cache", "compressed", "by", "keys kept", "values kept", "dense", "stored")
+        return table(title, columns, rows)
 
 
 def _differences(reports: Sequence[str]) -> list[str]:
@@ -156,6 +158,11 @@ def _merged(a: Entry, b: Entry) -> Entry:
     misses = [entry for entry in (b, a) if entry.reason and not (entry.waits and phases)]
     reason, waits = misses[0].reason if misses else "", all(entry.waits for entry in misses)
     return replace(seen, phases=phases, reason=reason, waits=waits, kernels=b.kernels or a.kernels)
+
+
+def kept_of_each(entry: Entry) -> tuple[str, ...]:
+    """What is kept of a row of K and of one of V, for two columns."""
+    return entry.kept or ("", "")
 
 
 def verdict(entry: Entry) -> str:
