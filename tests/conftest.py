@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from mustafar_compile.lowering import native
+from mustafar_compile.lowering.strategies import STRATEGIES
 
 # The only fixture that property tests take is `device`, a constant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -52,6 +53,15 @@ def sharded(examples: int) -> int:
 def device(request) -> str:
     """Every device that this machine has."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _strategies():
+    """What a test registers is not known to the next."""
+    known = dict(STRATEGIES)
+    yield
+    STRATEGIES.clear()
+    STRATEGIES.update(known)
 
 
 @pytest.fixture(autouse=True)

@@ -234,3 +234,17 @@ def test_a_module_that_runs():
         [sys.executable, "-m", "mustafar_compile", "--help"], capture_output=True, text=True, check=True
     )
     assert all(command in made.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("exp", ["explain"]),
+        ("bench M --key-s", ["--key-sparsity", "--key-strategy"]),
+        ("chat M --preset s", ["safe", "small"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(words, found):
+    asked = {"_MUSTAFAR_COMPLETE": "complete_bash", "COMP_WORDS": f"mustafar {words}"}
+    asked["COMP_CWORD"] = str(len(words.split()))
+    assert CliRunner().invoke(app, env=asked, prog_name="mustafar").stdout.split() == found

@@ -29,15 +29,14 @@ class Ramp(Strategy):
         self.scale = scale
 
     def ramp(self, like):
-        channel = torch.arange(like.shape[-1], device=like.device, dtype=torch.float64)
-        weights = self.scale * torch.where(channel == 3, -channel, channel)
-        return weights.to(torch.float32).expand(*like.shape[:2], 1, -1)
+        channel = torch.arange(like.shape[-1], device=like.device, dtype=torch.float64).view(1, 1, 1, -1)
+        return (self.scale * torch.where(channel == 3, -channel, channel)).float()
 
     def of_prompt(self, dense, tokens, format, queries, past):
         return self.ramp(dense), []
 
     def of_step(self, query, position, format, state):
-        return self.ramp(query[:, : query.shape[1] // 2])
+        return self.ramp(query)
 
 
 class Latest(Strategy):
@@ -60,15 +59,6 @@ class Latest(Strategy):
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _forgotten():
-    """Names of these tests are not known to others."""
-    known = dict(STRATEGIES)
-    yield
-    STRATEGIES.clear()
-    STRATEGIES.update(known)
 
 
 @pytest.fixture
@@ -221,6 +211,7 @@ def test_a_name_stands_for_one_object():
     ("answer", "words"),
     [
         ({"weights": torch.ones(1, 1, 1, 8)}, r"weights of \[1, 1, 1, 8\]; accepted are \[1, 1, 1, 16\]"),
+        ({"weights": torch.ones(1, 2, 1, 16)}, r"weights of \[1, 2, 1, 16\]"),
         ({"weights": torch.ones(16)}, r"weights of \[16\]"),
         ({"weights": torch.ones(1, 1, 40, 16)}, r"weights of \[1, 1, 40, 16\]"),
         ({"state": torch.ones(1, 1, 5)}, r"the state .*\(1, 1, 5\).*; by its buffers it is .*\(1, 1, 4\)"),

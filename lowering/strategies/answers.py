@@ -16,21 +16,20 @@ USABLE = 2.0**-97, 2.0**97
 
 
 def as_weights(given: Tensor | None, rows: Tensor, format: Format, tokens: int) -> Tensor | None:
-    """Weights of rows [B, H, .., D] by the strategy of ``format``, for one or for each of ``tokens``; None: ones.
+    """Weights [B, H, 1 or tokens, D] of rows [B, H, .., D] by the strategy of ``format``; None: ones.
 
-    Raises ValueError unless they are [B, H, 1 or tokens, D]: kernels read so much of them.
+    Raises ValueError for other sizes, but for 1 in place of B and H: kernels read as much as these sizes say.
     """
     if given is None:
         return None
     batch, heads, _, channels = rows.shape
-    fits = given.dim() == 4 and given.shape[2] in (1, tokens)
-    if not fits or [given.shape[i] for i in (0, 1, 3)] != [batch, heads, channels]:
-        count = "1" if tokens == 1 else f"1 or {tokens}"
+    fits = given.dim() == 4 and given.shape[3] == channels
+    if not fits or any(given.shape[i] not in (1, size) for i, size in enumerate((batch, heads, tokens))):
+        sizes = ", ".join(str(size) if size == 1 else f"{size} or 1" for size in (batch, heads, tokens))
         raise ValueError(
-            f"the strategy {format.strategy} gave weights of {list(given.shape)}; accepted are [{batch}, {heads}, "
-            f"{count}, {channels}]"
+            f"the strategy {format.strategy} gave weights of {list(given.shape)}; accepted are [{sizes}, {channels}]"
         )
-    return scaled(given.float())
+    return scaled(given.float()).expand(batch, heads, -1, -1)
 
 
 def as_state(given: Sequence[Tensor], rows: Tensor, format: Format) -> list[Tensor]:

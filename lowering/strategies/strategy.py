@@ -52,7 +52,7 @@ class Strategy:
     def of_prompt(
         self, dense: Tensor, tokens: Tensor, format: Format, queries: Tensor | None, past: Sequence[Tensor] | None
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Weights [B, H, 1, D] for all rows that are pruned now, and the state from then on.
+        """Weights [B, H, 1, D] for all rows that are pruned now, and the state from then on. B and H may be 1.
 
         dense: [B, H, S, D], of which ``tokens`` are written. queries: [B, Hq, n, D] of the last ``n`` of them, as
         attention sees them; None where they are unknown, and for values. past: the state of the cache that was
@@ -61,7 +61,7 @@ class Strategy:
         return None, []
 
     def of_step(self, query: Tensor, position: Tensor, format: Format, state: Sequence[Tensor]) -> Tensor | None:
-        """Weights [B, H, L or 1, D]: by the i-th, the row is ranked that leaves the window for token ``position + i``.
+        """Weights [B, H, L or 1, D], as above: by the i-th, the row ranks that leaves for token ``position + i``.
 
         query: [B, Hq, L, D], of the tokens from ``position`` on. Leaves the state as it is.
         """

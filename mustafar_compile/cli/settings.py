@@ -12,10 +12,19 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..lowering.format import CODES
+from ..lowering.strategies import strategies_of
 from ..settings import PRESETS, Settings, read_options, setting_names
 
 _SCALARS = (bool, int, float, str)
 _HINTS = get_type_hints(Settings)
+_NAMES: dict[str, list[str]] = {
+    "preset": list(PRESETS),
+    **{f"{role}_code": list(CODES) for role in ("key", "value")},
+    **{f"{role}_strategy": strategies_of(role) for role in ("key", "value")},
+}
+"""What a shell suggests for a setting."""
+
 _TOGETHER = {
     "preset": f"Settings that go well together: {', '.join(PRESETS)}. What is given beside it goes before it.",
     "budget": "A file that `mustafar calibrate` wrote: settings by layer. What is given beside it goes before it.",
@@ -50,7 +59,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def _option(name: str, text: str) -> inspect.Parameter:
     hint = _HINTS.get(name, str)
     kind: Any = (hint if hint in _SCALARS else str) | None
-    annotation = Annotated[kind, typer.Option(help=text, rich_help_panel="Settings", show_default=False)]
+    names = _NAMES.get(name)
+    shown: dict[str, Any] = {"help": text, "rich_help_panel": "Settings", "show_default": False}
+    shown |= {"autocompletion": lambda: names} if names else {}
+    annotation = Annotated[kind, typer.Option(**shown)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
