@@ -12,6 +12,7 @@ from torch import Tensor
 
 from channels import TOKENS, Blocks
 from mustafar_compile import CompressedKV, StaleCacheError
+from ramp import ramp_weights
 from ranked import Packed
 from reference import kept_count, prune, quantized
 
@@ -55,15 +56,21 @@ class Shape:
         return packed
 
     def stored(self, rows: list[Tensor], pruned: int) -> list[Tensor]:
-        """K and V [B, H, n, D] of which the first ``pruned`` tokens are what the cache has of them."""
-        kinds = (self.key_sparsity, self.key_code), (self.value_sparsity, self.value_code)
+        """K and V [B, H, n, D] of which the first ``pruned`` tokens are what the cache has of them.
+
+        By strategies that rank each row by itself.
+        """
+        kinds = (
+            (self.key_sparsity, self.key_code, self.key_strategy),
+            (self.value_sparsity, self.value_code, self.value_strategy),
+        )
         past = [_stored(x[:, :, :pruned], *kind) for x, kind in zip(rows, kinds, strict=True)]
         return [torch.cat([old, x[:, :, pruned:]], dim=2) for old, x in zip(past, rows, strict=True)]
 
 
-def _stored(x: Tensor, sparsity: float, code: str) -> Tensor:
-    kept = kept_count(x.shape[3], sparsity)
-    return prune(x, kept) if code == "none" else quantized(x, kept, code).to(x.dtype)
+def _stored(x: Tensor, sparsity: float, code: str, strategy: str) -> Tensor:
+    kept, weights = kept_count(x.shape[3], sparsity), ramp_weights(x) if strategy == "ramp" else None
+    return prune(x, kept, weights) if code == "none" else quantized(x, kept, code, weights).to(x.dtype)
 
 
 @dataclass(eq=False)

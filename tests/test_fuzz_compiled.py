@@ -21,12 +21,13 @@ from compilers import without_compiler
 from live_caches import Shape
 from live_models import OwnModel
 from live_transformers import CACHES, TransformersModel
-from mustafar_compile import CompressedKV, explain
+from mustafar_compile import CompressedKV, explain, register_strategy
 from mustafar_compile.cache.attached import States, find_state
 from mustafar_compile.cache.memory import place_of
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import CODES
 from nightly import mostly_at_night
+from ramp import RAMP
 from test_fuzz_cache import TOLERANCE, saved_and_loaded
 
 ARCHITECTURES = max(3, settings().max_examples // 20)
@@ -37,6 +38,7 @@ FORMS = (
     "StaticCache of the caller",
 )  # fmt: skip
 MOST_TOKENS = 150
+STRATEGIES = ("magnitude", "ramp")  # that rank each row by itself; test_fuzz_cache.py has those that remember
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Architecture:
             window=choose.choice([1, 2, 5, 12, 20, 200]),
             key_code=choose.choice(CODES),
             value_code=choose.choice(CODES),
+            key_strategy=choose.choice(STRATEGIES),
+            value_strategy=choose.choice(STRATEGIES),
         )
         model = (TransformersModel if form in CACHES else OwnModel)(choose, shape, form)
         grows = model.room is None
@@ -73,7 +77,11 @@ class Architecture:
 
     def compile(self) -> None:
         shape = self.model.shape
-        names = ("key_sparsity", "value_sparsity", "window", "key_code", "value_code")
+        register_strategy("ramp", RAMP)
+        names = [
+            "window",
+            *(f"{role}_{what}" for role in ("key", "value") for what in ("sparsity", "code", "strategy")),
+        ]
         self.model.compile(options={name: getattr(shape, name) for name in names}, dynamic=self.dynamic)
 
 

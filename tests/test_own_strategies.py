@@ -16,27 +16,11 @@ from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.strategies import STRATEGIES
 from mustafar_compile.strategies import Buffer, ByChannel, Strategy
 from nightly import at_night
+from ramp import Ramp, ramp_weights
 from reference import prune, pruned_cache
 from test_fuzz_cache import saved_and_loaded
 
 WINDOW, SPARSITY = 2, 0.5
-
-
-class Ramp(Strategy):
-    """Later channels count for more, on a wild scale; one of them for less than nothing. Remembers nothing."""
-
-    def __init__(self, scale=1e20):
-        self.scale = scale
-
-    def ramp(self, like):
-        channel = torch.arange(like.shape[-1], device=like.device, dtype=torch.float64).view(1, 1, 1, -1)
-        return (self.scale * torch.where(channel == 3, -channel, channel)).float()
-
-    def of_prompt(self, dense, tokens, format, queries, past):
-        return self.ramp(dense), []
-
-    def of_step(self, query, position, format, state):
-        return self.ramp(query)
 
 
 class Latest(Strategy):
@@ -89,9 +73,7 @@ def keys_of_steps(**options):
 
 
 def check_ramp(kept, exact):
-    weights = torch.arange(exact.shape[3]).float() / 64
-    weights[3] = 0
-    expected = pruned_cache(exact, SPARSITY, WINDOW, weights=weights.expand_as(exact))
+    expected = pruned_cache(exact, SPARSITY, WINDOW, weights=ramp_weights(exact))
     assert torch.equal(kept.dense(), expected)
 
 
