@@ -10,7 +10,7 @@ import torch
 from . import _compat
 from .device_map import is_spread, move_in_graphs
 from .lowering.strategies import STRATEGIES
-from .settings import merged_options, read_options
+from .settings import merged_options
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -41,10 +41,9 @@ def prepare(
             f"mustafar: prepare takes a model of transformers that generates; given is {type(model).__name__}. For "
             "others use torch.compile(model, backend='mustafar') or mustafar_compile.compile_loop"
         )
-    options = merged_options("prepare", mode, options, settings)
+    options, chosen = merged_options("prepare", mode, options, settings)
     if is_spread(generating):
         move_in_graphs(generating)
-    chosen, _ = read_options(None, options)
     by_queries = any(STRATEGIES[name].wants_queries for name in chosen.strategies("key"))
     by_queries = by_queries or any(STRATEGIES[name].wants_attention for name in chosen.strategies("value"))
     if generating.device.type == "cuda" and _compat.takes_static_cache(generating) and not by_queries:

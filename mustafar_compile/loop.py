@@ -39,7 +39,7 @@ def compile_loop(
     """
     if function is None:
         return functools.partial(compile_loop, mode=mode, options=options, **settings)
-    merged = merged_options("compile_loop", mode, options, settings)
+    merged, _ = merged_options("compile_loop", mode, options, settings)
 
     @functools.wraps(function)
     def loop(*args: Any, **kwargs: Any) -> Any:

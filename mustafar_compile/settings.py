@@ -192,8 +192,8 @@ def _settings_by_name(options: dict[str, Any]) -> dict[str, Any]:
 
 def merged_options(
     function: str, mode: str | None, options: Mapping[str, Any] | None, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What ``function`` was given, as options of the backend. settings: its keywords.
+) -> tuple[dict[str, Any], Settings]:
+    """What ``function`` was given, as options of the backend, and as they are read. settings: its keywords.
 
     Raises ValueError as ``read_options`` does, and for a keyword that is no setting.
     """
@@ -211,4 +211,4 @@ def merged_options(
         value = getattr(read, name.replace("-", "_"), None)
         if isinstance(value, ByLayer):
             merged[name] = value.plain()  # transformers writes a CompileConfig as JSON
-    return merged if mode is None else merged | {"mode": mode}
+    return (merged if mode is None else merged | {"mode": mode}), read

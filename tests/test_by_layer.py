@@ -67,7 +67,7 @@ def test_a_value_out_of_range_names_its_layer(setting, words):
 
 def test_a_config_of_transformers_takes_what_prepare_makes_of_it():
     """It is written as JSON with sorted keys wherever it is printed."""
-    options = merged_options("prepare", None, None, {"key_sparsity": MAPPING, "window": 8})
+    options, _ = merged_options("prepare", None, None, {"key_sparsity": MAPPING, "window": 8})
     assert read_options(None, options) == (Settings(key_sparsity=MAPPING, window=8), {})
     config = GenerationConfig(compile_config=CompileConfig(backend="mustafar", mode=None, options=options))
     assert '"default": 0.5' in repr(config)

@@ -120,9 +120,8 @@ def test_a_budget_is_settings():
     assert (settings.sparsity("key", 0), settings.code("key", 0)) == (0.5, "int8")
     assert (settings.sparsity("value", 0), settings.code("value", 0)) == (0.75, "int4")
     assert settings.window == 8
-    assert (
-        read_options(None, merged_options("prepare", None, {"budget": BUDGET}, {"value_code": "int4"}))[0] == settings
-    )
+    options, read = merged_options("prepare", None, {"budget": BUDGET}, {"value_code": "int4"})
+    assert read == read_options(None, options)[0] == settings
     with pytest.raises(ValueError, match="a preset and a budget are given; accepted is one of them"):
         read_options(None, {"budget": BUDGET, "preset": "safe"})
     with pytest.raises(ValueError, match="budget=3 is not accepted; it must be a Budget or the path of a saved one"):

@@ -69,7 +69,7 @@ def test_a_preset_is_what_its_settings_are_and_gives_way(preset):
     assert inductor == {}
     settings, _ = read_options(None, {"value_code": "none", "preset": preset, "window": 8})
     assert settings == Settings(**PRESETS[preset] | {"value_code": "none", "window": 8})
-    assert merged_options("prepare", None, None, {"preset": preset}) == {"preset": preset}
+    assert merged_options("prepare", None, None, {"preset": preset})[0] == {"preset": preset}
 
 
 def test_a_preset_that_there_is_not():
