@@ -20,7 +20,7 @@ from torch import Tensor
 from accuracy import teacher_forced
 from accuracy.codes import CODES, Code, kept_mask
 from accuracy.models import SUBJECTS
-from mustafar_compile.lowering.sizes import kept_elements
+from mustafar_compile.lowering.format import kept_elements
 
 WINDOW = 32
 QUERIES = 64  # the last of a text

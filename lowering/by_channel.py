@@ -16,8 +16,7 @@ from . import portable
 from . import rows as packing
 from .attention import attended, sum_of_values, weights_of
 from .cache import Cache, of_each_row
-from .format import BLOCK_TOKENS, Format
-from .sizes import blocks_for
+from .format import BLOCK_TOKENS, Format, blocks_for
 from .strategies.answers import scaled
 from .strategies.by_channel import ByChannel
 

@@ -54,13 +54,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .buffers import BLOCK_TOKENS, CHUNK, MAX_QUERY_TOKENS, Buffer, packed_buffers
-from .sizes import blocks_for, kept_elements
 from .strategies import Strategy, strategy_named
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,9 +80,38 @@ ORDERS = ("blocks", "rows")
 
 _TEXTS = ("code", "order", "strategy")  # the fields that are no numbers
 
+_CAPACITY_STEP = 64
+
 
 class FormatError(ValueError):
     """Buffers that are not those of a cache of a format, or a text that names no format."""
+
+
+def blocks_for(capacity: Any) -> Any:
+    """Blocks that hold ``capacity`` tokens, at least one.
+
+    ``capacity`` is an int, a SymInt or a sympy expression, which stands for a positive number.
+    """
+    return -(-(capacity or 1) // BLOCK_TOKENS)
+
+
+def grown_capacity(tokens: Any) -> Any:
+    """Tokens that a growing cache has room for when it holds ``tokens`` (an int or a SymInt).
+
+    An eighth more than needed, in steps of 64: growing copies each token about eight times in all, and at most an
+    eighth of the memory is slack.
+    """
+    return ((tokens + tokens // 8) // _CAPACITY_STEP + 1) * _CAPACITY_STEP
+
+
+def kept_elements(head_dim: int, sparsity: float) -> int:
+    """Elements kept of a row of ``head_dim``: ``ceil((1 - sparsity) * head_dim)``, rounded up to a multiple of 8.
+
+    ``sparsity`` is taken at its decimal value, so that ``0.7`` of 80 channels keeps 24 and not 32.
+    """
+    exact = (1 - Fraction(repr(float(sparsity)))) * head_dim
+    rounded_up = -(-exact // CHUNK) * CHUNK
+    return min(int(rounded_up), head_dim)
 
 
 def order_for(device: torch.device) -> str:

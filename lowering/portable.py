@@ -19,9 +19,8 @@ from . import rows as packing
 from .attention import attend
 from .cache import Cache, of_each_row
 from .checks import OUT_OF_PLACE, UNWRITTEN
-from .format import BLOCK_TOKENS, Buffer, Format
+from .format import BLOCK_TOKENS, Buffer, Format, blocks_for
 from .masks import admitted, with_four_dims
-from .sizes import blocks_for
 from .strategies.rings import ring_tokens, rows_at
 
 aten = torch.ops.aten

@@ -22,8 +22,7 @@ from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
 from .lowering import ops
-from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS
-from .lowering.sizes import grown_capacity
+from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
 from .lowering.strategies import all_packaged
 from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.nodes import drop_meta, may_be_attention

@@ -19,8 +19,7 @@ from mustafar_compile import (
     cache_stats,
 )
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import MAX_QUERY_TOKENS, Format
-from mustafar_compile.lowering.sizes import grown_capacity
+from mustafar_compile.lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
 from mustafar_compile.reporting import notices
 from reference import pruned_cache
 

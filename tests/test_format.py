@@ -9,8 +9,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import BLOCK_TOKENS, CACHE_DTYPES, MAX_QUERY_TOKENS, Format, FormatError
-from mustafar_compile.lowering.sizes import blocks_for, grown_capacity, kept_elements
+from mustafar_compile.lowering.format import (
+    BLOCK_TOKENS,
+    CACHE_DTYPES,
+    MAX_QUERY_TOKENS,
+    Format,
+    FormatError,
+    blocks_for,
+    grown_capacity,
+    kept_elements,
+)
 from reference import kept_count
 
 head_dims = st.integers(1, 64).map(lambda eights: 8 * eights)

@@ -21,8 +21,7 @@ from mustafar_compile import CompressedKV, ReleaseError, cache_stats, explain, p
 from mustafar_compile.cache.release import is_released, release
 from mustafar_compile.lowering import kernels
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
-from mustafar_compile.lowering.format import Format
-from mustafar_compile.lowering.sizes import grown_capacity
+from mustafar_compile.lowering.format import Format, grown_capacity
 from ranked import ranked_generation
 from reference import pruned_generation
 

@@ -14,7 +14,7 @@ from accuracy.eviction import HeavyHitters
 from accuracy.strategies import KEYS, QUERIES, VALUES, Choice
 from accuracy.window import Window
 from models import hf_model
-from mustafar_compile.lowering.sizes import kept_elements
+from mustafar_compile.lowering.format import kept_elements
 from reference import kept_count
 
 HEADS, GROUP, TOKENS, HEAD_DIM, PROMPT = 2, 3, 75, 16, 41

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import StaleCacheError
-from ..lowering.format import Format
-from ..lowering.sizes import blocks_for, grown_capacity
+from ..lowering.format import Format, blocks_for, grown_capacity
 from .lineage import Branch
 from .without_memory import WithoutMemory
 

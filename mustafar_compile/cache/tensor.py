@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import _compat
 from ..errors import ForeignCompilerError
 from ..lowering import ops, portable
-from ..lowering.format import CACHE_DTYPES, CHUNK, Format, order_for
-from ..lowering.sizes import blocks_for, grown_capacity
+from ..lowering.format import CACHE_DTYPES, CHUNK, Format, blocks_for, grown_capacity, order_for
 from .growth import Form, Handle, extent_of
 from .lineage import Branch
 from .untrusted import check_saved

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..errors import SavedCacheError
 from ..lowering.codes import TOP
-from ..lowering.format import BLOCK_TOKENS, Format, FormatError
+from ..lowering.format import BLOCK_TOKENS, Format, FormatError, blocks_for
 from ..lowering.rows import channel_bits
-from ..lowering.sizes import blocks_for
 
 
 def check_saved(format: Any, buffers: Any, tokens: Any, grows: Any, tokens_dim: Any) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..lowering.format import Format
-from ..lowering.sizes import grown_capacity
+from ..lowering.format import Format, grown_capacity
 from ..policy import FormatOf, policy
 from ..settings import read_options
 from .footprint import BATCH, CONTEXT, CacheTensor, Footprint

@@ -12,8 +12,7 @@ from torch.fx import GraphModule, Node
 
 from .. import _compat
 from ..lowering import backends
-from ..lowering.format import MAX_QUERY_TOKENS, Format
-from ..lowering.sizes import grown_capacity
+from ..lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
 from ..patterns.attention.find import places
 from ..patterns.cache.conditions import Context
 from ..patterns.match import CacheUpdate, Match, NoMatch
