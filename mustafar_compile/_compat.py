@@ -355,7 +355,7 @@ def fake_results(values: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def inductor_options(options: dict[str, Any], digest: str, traces_are_cached: bool) -> Iterator[None]:
+def inductor_options(options: dict[str, Any], digest: str, traces_are_cached: bool = True) -> Iterator[None]:
     """Inductor's config with ``options`` set, and ``digest`` in the keys of its caches on disk.
 
     The key of AOTAutograd's cache names our ops but not their code, so after an upgrade stale code would run. This
@@ -538,7 +538,8 @@ def _is_at_limit(code: CodeType) -> bool:
 def recompile_limit_hits() -> int:
     """How often Dynamo gave up on a function since it has too many compiled versions."""
     graph_breaks = _dynamo_counters["unimplemented"]
-    return sum(count for reason, count in graph_breaks.items() if reason.startswith("Dynamo recompile limit exceeded"))
+    known = list(graph_breaks.items())  # Dynamo may be counting meanwhile: it sees the frames that are called here
+    return sum(count for reason, count in known if reason.startswith("Dynamo recompile limit exceeded"))
 
 
 def function_at_recompile_limit() -> str | None:

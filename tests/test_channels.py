@@ -188,7 +188,7 @@ def test_formats_by_channel():
     assert Format.decode(format.encode()) is format
     assert [buffer.name for buffer in format.buffers] == ["values", "bitmap", "window", "attention", "counts"]
     assert format.token_bytes(2) == 144, "as by token"
-    assert format.described == "16/32 by channel-magnitude"
+    assert format.described == "16/32 by channel-output-aware"
     assert format.ordered("rows") is format
     assert Format.of(128, 0.2, 32, "rows", strategy="channel-magnitude") is Format.of(128, 0.0, 32, "rows")
     assert [format.left(n) for n in (0, 32, 63, 64, 95, 96)] == [-32, 0, 0, 32, 32, 64]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from compilers import without_compiler
 from models import TupleModel, run_steps
-from mustafar_compile import CompressedKV, explain
+from mustafar_compile import CompressedKV, _compat, explain
 from mustafar_compile.reporting import notices
 from mustafar_compile.reporting.explain import record_call
 from mustafar_compile.reporting.report import Report, verdict
@@ -324,3 +324,16 @@ def test_a_graph_with_attention_spelled_out_that_cannot_be_traced():
         run(model, torch.compile(model.step, backend="mustafar", options=options(0.5)), inputs)
     noticed(report, caught, "a graph runs as it is: the graph could not be traced")
     assert len(report.missed) == 1
+
+
+def test_dynamo_may_count_while_its_counts_are_read(monkeypatch):
+    """It compiles what is called from a graph break, ours too."""
+
+    class Reason(str):
+        def startswith(self, *given):
+            counts[f"a break in {len(counts)}"] = 1
+            return super().startswith(*given)
+
+    counts = {Reason("Dynamo recompile limit exceeded in f"): 2, Reason("another"): 1}
+    monkeypatch.setitem(_compat._dynamo_counters, "unimplemented", counts)
+    assert _compat.recompile_limit_hits() == 2
