@@ -17,7 +17,7 @@ from rich.text import Text
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
 
-_WIDTH = 140  # where the output is no terminal
+_WIDTH = 160  # where the output is no terminal
 
 
 def console(err: bool = False) -> Console:

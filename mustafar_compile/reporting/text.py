@@ -29,5 +29,5 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     out = io.StringIO()
-    Console(file=out, width=140, color_system=None).print(grid)
+    Console(file=out, width=160, color_system=None).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
