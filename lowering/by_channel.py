@@ -16,7 +16,8 @@ from . import portable
 from . import rows as packing
 from .attention import attended, sum_of_values, weights_of
 from .cache import Cache, of_each_row
-from .format import BLOCK_TOKENS, Format, blocks_for
+from .buffers import BLOCK_TOKENS, blocks_for
+from .format import Format
 from .strategies.by_channel import ByChannel
 from .strategies.scaling import scaled
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ReleaseError,
         SavedCacheError,
         StaleCacheError,
+        UnknownHeadError,
         UnknownLayerError,
     )
     from .hugging_face import prepare
@@ -53,6 +54,7 @@ _HOMES = {
     "SavedCacheError": "errors",
     "Settings": "settings",
     "StaleCacheError": "errors",
+    "UnknownHeadError": "errors",
     "UnknownLayerError": "errors",
     "cache_stats": "cache.stats",
     "calibrate": "calibration.calibrate",
@@ -80,6 +82,7 @@ __all__ = [
     "SavedCacheError",
     "Settings",
     "StaleCacheError",
+    "UnknownHeadError",
     "UnknownLayerError",
     "cache_stats",
     "calibrate",

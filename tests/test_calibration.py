@@ -117,8 +117,8 @@ BUDGET = Budget({0: LayerBudget(Stored(0.5, "int8"), Stored(0.75))}, 8, 0.4, 0.0
 
 def test_a_budget_is_settings():
     settings, _ = read_options(None, {"budget": BUDGET, "value_code": "int4"})
-    assert (settings.sparsity("key", 0), settings.code("key", 0)) == (0.5, "int8")
-    assert (settings.sparsity("value", 0), settings.code("value", 0)) == (0.75, "int4")
+    assert (settings.at("key_sparsity", 0), settings.at("key_code", 0)) == (0.5, "int8")
+    assert (settings.at("value_sparsity", 0), settings.at("value_code", 0)) == (0.75, "int4")
     assert settings.window == 8
     assert (
         read_options(None, merged_options("prepare", None, {"budget": BUDGET}, {"value_code": "int4"}))[0] == settings
