@@ -262,11 +262,11 @@ class Format(Layout):
         return tuple(buffer for buffer in self.buffers if buffer.grows)
 
     @property
-    def parts(self) -> tuple[Format, ...]:
+    def parts(self) -> tuple[Format, ...]:  # type: ignore[override]
         return (self,)
 
     @property
-    def groups(self) -> None:
+    def groups(self) -> None:  # type: ignore[override]
         return None
 
     def place(self, name: str) -> int:

@@ -106,10 +106,13 @@ def decode(text: str) -> Format | HeadGroups:
     if ":" not in text:
         return Format.decode(text)
     try:
-        pairs = [part.split(":") for part in text.split(";")]
-        return HeadGroups.of([[int(head) for head in heads.split(".")] for heads, _ in pairs], [Format.decode(x) for _, x in pairs])
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{text!r} are no groups of formats, such as {EXAMPLE!r}") from error
+        groups, parts = zip(*(part.split(":") for part in text.split(";")), strict=True)
+        return HeadGroups.of([list(map(int, group.split("."))) for group in groups], list(map(Format.decode, parts)))
+    except ValueError as error:
+        raise FormatError(
+            f"{text!r} names no groups of KV heads with a format each; accepted is such as "
+            "'0.2:head_dim=128,kept=64,window=32;1:head_dim=128,kept=40,window=32'"
+        ) from error
 
 
 def taken(x: Tensor, group: Sequence[int], dim: int = 1, size: int = 1) -> Tensor:

@@ -7,37 +7,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .buffers import BLOCK_TOKENS, Buffer, blocks_for
 
+if TYPE_CHECKING:
+    from .format import Format
+
 
 class Layout(ABC):
     """The buffers of one cache tensor, K or V of one layer, in the order in which the ops take them; counts are last.
 
-    parts: the formats of its groups of KV heads, one where all heads have the same.
+    head_dim, window: as in ``Format``. parts: the formats of its groups of KV heads, one where all heads have the same.
+    groups: the KV heads of each part, None where all heads have the same.
     """
 
     head_dim: int
     window: int
+    parts: tuple[Format, ...]
+    groups: tuple[tuple[int, ...], ...] | None
 
     @property
     @abstractmethod
     def buffers(self) -> tuple[Buffer, ...]:
         """What a cache consists of."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> tuple[Any, ...]:
-        """Formats, each of a group of KV heads."""
-
-    @property
-    @abstractmethod
-    def groups(self) -> tuple[tuple[int, ...], ...] | None:
-        """The KV heads of each part, None where all have one format."""
 
     @property
     @abstractmethod
