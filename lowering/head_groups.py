@@ -8,6 +8,7 @@ are views and one copy; an index would be a tensor more on the device.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -68,9 +69,13 @@ class HeadGroups(Layout):
 
     @property
     def described(self) -> str:
-        """Such as "2 x 64/128 int8 + 6 x 40/128"."""
-        pairs = zip(self.groups, self.parts, strict=True)
-        return " + ".join(f"{len(group)} x {part.described}" for group, part in pairs)
+        """Such as "64/128 int8 (2 heads) + 40/128 (6 heads)"; what all heads have alike as a format has it."""
+        heads = Counter[str]()
+        for group, part in zip(self.groups, self.parts, strict=True):
+            heads[part.described] += len(group)
+        if len(heads) == 1:
+            return self.parts[0].described
+        return " + ".join(f"{kept} ({count} head{'s' * (count > 1)})" for kept, count in heads.items())
 
     def encode(self) -> str:
         """Such as "0.2:head_dim=16,kept=8,window=4;1:head_dim=16,kept=16,window=4"."""

@@ -11,7 +11,7 @@ import mustafar_compile
 from cases import randn
 from compilers import without_compiler
 from models import BufferModel, SliceModel, TokensFirstModel, TupleModel, hf_model, prompt, pruned_steps, run_steps
-from mustafar_compile import Settings, UnknownHeadError, UnknownLayerError, cache_stats, explain
+from mustafar_compile import CompressedKV, Settings, UnknownHeadError, cache_stats, explain
 from mustafar_compile.cache.tensor import restored
 from mustafar_compile.errors import SavedCacheError
 from mustafar_compile.integrations.teacher_forced import teacher_forced
@@ -76,56 +76,21 @@ def test_what_is_no_setting_by_head(given, words):
         ({2: 0.7, "default": 0.5}, '2 and "default"'),
     ],
 )
-@pytest.mark.parametrize("whole", [True, False])
-def test_other_heads_than_the_layer_has(given, named, whole):
-    """Said at the prompt, before there is a cache."""
-    words = (
-        f"value_sparsity of layer 0 has values for the KV heads {named}, but the layer has 2 KV heads. Accepted is a value "
+def test_other_heads_than_the_layer_has(given, named):
+    with pytest.raises(UnknownHeadError) as error:
+        Settings(value_sparsity={"default": given}).ways(3, 2)
+    assert str(error.value) == (
+        f"value_sparsity of layer 3 has values for the KV heads {named}, but the layer has 2 KV heads. Accepted is a value "
         'for each of 0 to 1, by its number or by "default", and for no other'
     )
-    options = {"value_sparsity": {"default": given}}
-    with without_compiler(), pytest.raises(Exception, match="UnknownHeadError|KV heads") as error:
-        if whole:
-            model = hf_model(num_hidden_layers=1)
-            model.compile(backend="mustafar", options=options)
-            model(**prompt())
-        else:
-            compressed_plan(measure(hf_model(num_hidden_layers=1).config, torch.float32), options, 4)
-    assert words in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ({"key_sparsity": {0: 0.5, 7: 0.5, "default": 0.7}}, "key_sparsity names layer 7, which the model does not have"),
-        ({"value_code": ["int8", "int4", "none"]}, "value_code names layer 2, which the model does not have"),
-        ({"skip_layers": [1, 2, 3]}, "skip_layers names layer 2, 3, which the model does not have"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["transformers", "by layer", "own"])
-def test_a_layer_that_the_model_does_not_have(setting, words, kind):
-    with without_compiler(), pytest.raises(Exception, match=f"{words}; accepted are layers from 0 to 1"):
-        if kind == "own":
-            model = torch.nn.Module()
-            model.layers = torch.nn.ModuleList([TupleModel(), TupleModel()])
-            for layer in model.layers:
-                layer.forward = layer.step
-            model.forward = lambda x: [layer(x, None) for layer in model.layers]
-            torch.compile(model, backend="mustafar", options=setting)(torch.randn(2, 8, 32))
-        else:
-            model = hf_model(num_hidden_layers=2)
-            for part in [model] if kind == "transformers" else model.model.layers[:1]:
-                part.compile(backend="mustafar", options=setting)
-            model(**prompt())
-
-
-def test_all_layers_of_the_model_may_be_named():
-    model = hf_model(num_hidden_layers=2)
-    with without_compiler(), explain() as report:
-        for layer in model.model.layers:  # each graph is of one of them
-            layer.compile(backend="mustafar", options={"key_sparsity": [0.5, 0.7], "skip_layers": [1]})
+def test_heads_that_are_not_there_end_the_prompt():
+    """Before there is a cache."""
+    model = hf_model(num_hidden_layers=1)
+    with without_compiler(), pytest.raises(Exception, match="key_code of layer 0 has values for the KV heads 0, 1, 2, but"):
+        model.compile(backend="mustafar", options={"key_code": {0: ["int8", "int8", "none"]}})
         model(**prompt())
-    assert [entry.layer for entry in report.matched] == [0]
 
 
 # Formats
@@ -160,7 +125,7 @@ def test_a_text_names_groups():
     groups = groups_of([0.5, 0.0, 0.5])
     assert head_groups.decode(groups.encode()) is groups
     assert copy.deepcopy(groups) is groups
-    assert groups.described == "2 x 8/16 + 1 x 16/16"
+    assert groups.described == "8/16 (2 heads) + 16/16 (1 head)"
     assert groups.ordered("blocks").parts[0].order == "blocks"
 
 
@@ -250,7 +215,7 @@ def test_caches_of_ones_own(kind):
     for result, output in zip(results, pruned_steps(model, inputs, by_heads), strict=True):
         torch.testing.assert_close(result, output, rtol=1e-5, atol=1e-5)
     if kind is BufferModel:
-        assert cache_stats(model).kept == 2 * ("2 x 16/16 + 1 x 8/16",)
+        assert cache_stats(model).kept == 2 * ("16/16 (2 heads) + 8/16 (1 head)",)
 
 
 class Numbered(torch.nn.Module):
@@ -296,16 +261,16 @@ def test_a_text_at_once_is_what_steps_make_of_it():
 
 
 def test_reports_and_plans_count_the_groups():
-    model, options = hf_model(**FOUR_HEADS), settings_of(CASES["two groups"]())
+    model, options = hf_model(**FOUR_HEADS), settings_of(CASES["two groups"]()) | {"value_sparsity": 0.5}
     plan = compressed_plan(measure(model.config, torch.float32), options, 1)
     with without_compiler(), explain() as report:
         mustafar_compile.prepare(model, **options)
         past = model(**prompt(length=30)).past_key_values
     (entry,) = report.matched
-    assert entry.kept == "2 x 16/16 + 2 x 8/16, 2 x 16/16 + 2 x 8/16"
+    assert entry.kept == "16/16 (2 heads) + 8/16 (2 heads), 8/16"
     assert entry.kernels == "PyTorch"
     stats = cache_stats(past)
-    assert stats.kept == 2 * ("2 x 16/16 + 2 x 8/16",)
+    assert stats.kept == ("16/16 (2 heads) + 8/16 (2 heads)", "8/16")
     assert stats.stored_bytes == entry.stored_bytes == plan.parts(2, 30)["prompt"]["cache"]
     assert "16 of 16 kept, 8 of 16 kept" in repr(past.layers[0].keys)
 
@@ -318,7 +283,7 @@ def grouped(rows, sparsities, tokens=None):
     form, length = groups_of(sparsities, rows.shape[3]), rows.shape[2]
     written = torch.tensor([length if tokens is None else tokens])
     buffers = ops.compress(rows, written, form.encode(), length)
-    return mustafar_compile.CompressedKV.from_buffers(form, buffers, length, tokens is None)
+    return CompressedKV.from_buffers(form, buffers, length, tokens is None)
 
 
 def test_a_cache_holds_what_its_heads_would():

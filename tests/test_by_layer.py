@@ -117,3 +117,39 @@ def test_a_single_layer_of_unknown_number_refuses_them():
             Exception, match="value_sparsity by layer is given, but a graph holds a single layer of unkn"
         ):
             step(torch.randn(2, 8, 32), None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"key_sparsity": {0: 0.5, 7: 0.5, "default": 0.7}}, "key_sparsity names layer 7, which the model does not have"),
+        ({"value_code": ["int8", "int4", "none"]}, "value_code names layer 2, which the model does not have"),
+        ({"skip_layers": [1, 2, 3]}, "skip_layers names layer 2, 3, which the model does not have"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["own", "transformers", *at_night(["by layer"])])
+@torch.no_grad()
+def test_a_layer_that_the_model_does_not_have(setting, words, kind):
+    with without_compiler(), pytest.raises(Exception, match=f"{words}; accepted are layers from 0 to 1"):
+        if kind == "own":
+            model = torch.nn.Module()
+            model.layers = torch.nn.ModuleList([TupleModel(), TupleModel()])
+            for layer in model.layers:
+                layer.forward = layer.step
+            model.forward = lambda x: [layer(x, None) for layer in model.layers]
+            torch.compile(model, backend="mustafar", options=setting)(torch.randn(2, 8, 32))
+        else:
+            model = hf_model(num_hidden_layers=2)
+            for part in [model] if kind == "transformers" else model.model.layers[:1]:
+                part.compile(backend="mustafar", options=setting)
+            model(**prompt())
+
+
+@torch.no_grad()
+def test_all_layers_of_the_model_may_be_named():
+    model = hf_model(num_hidden_layers=2)
+    with without_compiler(), explain() as report:
+        for layer in model.model.layers:  # each graph is of one of them
+            layer.compile(backend="mustafar", options={"key_sparsity": [0.5, 0.7], "skip_layers": [1]})
+        model(**prompt())
+    assert [entry.layer for entry in report.matched] == [0]

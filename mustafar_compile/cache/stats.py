@@ -23,7 +23,7 @@ class CacheStats:
     """tokens: written tokens of the longest layer. stored_bytes: what is really allocated. dense_bytes: what the same
     cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed.
     kept: of a row of each tensor, K and V of each layer in turn, rank after rank: "64/128", "40/128 int8",
-    "2 x 64/128 + 6 x 40/128" where KV heads differ, or "dense"."""
+    "64/128 (2 heads) + 40/128 (6 heads)" where KV heads differ, or "dense"."""
 
     tokens: int
     stored_bytes: int
