@@ -42,8 +42,8 @@ class HeadGroups(Layout):
         alike = len({(part.head_dim, part.window) for part in self.parts}) == 1
         if len(self.parts) != len(self.groups) or not ascending or sorted(heads) != [*range(len(heads))] or not alike:
             raise FormatError(
-                f"groups {self.groups} of formats {self.parts} cannot be; accepted are as many formats, of one head_dim "
-                "and one window, and groups in which each KV head from 0 on is once"
+                f"groups {self.groups} of formats {self.parts} cannot be; accepted are as many formats, of one "
+                "head_dim and one window, and groups in which each KV head from 0 on is once"
             )
 
     @classmethod
@@ -87,11 +87,16 @@ class HeadGroups(Layout):
 
     def check(self, buffers: Sequence[Tensor]) -> None:
         if len(buffers) != len(self.buffers):
-            raise FormatError(f"a compressed cache of {self.described} has {len(self.buffers)} tensors, not {len(buffers)}")
+            raise FormatError(
+                f"a compressed cache of {self.described} has {len(self.buffers)} tensors, not {len(buffers)}"
+            )
         own = self.split(buffers)
         for part, given in zip(self.parts, own, strict=True):
             part.check(given)
-        alike = {(x[0].shape[0], x[0].shape[2], x[-1].device, part.window_of(x).dtype) for part, x in zip(self.parts, own, strict=True)}
+        alike = {
+            (x[0].shape[0], x[0].shape[2], x[-1].device, part.window_of(x).dtype)
+            for part, x in zip(self.parts, own, strict=True)
+        }
         heads = [part.heads_of(given) for part, given in zip(self.parts, own, strict=True)]
         if len(alike) != 1 or heads != [len(group) for group in self.groups]:
             raise FormatError(
@@ -201,7 +206,9 @@ def decode_attention(
     size, results = query.shape[1] // key.shape[1], []
     if mask is not None:
         mask = with_four_dims(mask)
-    of_groups = zip(key_form.groups, key_form.parts, value_form.parts, key_form.split(keys), value_form.split(values), strict=True)
+    of_groups = zip(
+        key_form.groups, key_form.parts, value_form.parts, key_form.split(keys), value_form.split(values), strict=True
+    )
     for group, key_part, value_part, own_keys, own_values in of_groups:
         by_head = mask is not None and mask.shape[1] != 1
         results.append(

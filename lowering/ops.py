@@ -5,8 +5,8 @@
 runs them, on a GPU ``kernels`` and on a CPU ``native``; elsewhere they become the plain PyTorch of ``portable``, which
 Inductor compiles. Both follow from device, dtypes and shapes alone, so tracing decides as eager does.
 
-A cache tensor is given as the list of its buffers and the text of its ``Format``, or of its ``HeadGroups``, of which the
-composites take one group after the other.
+A cache tensor is given as the list of its buffers and the text of its ``Format``, or of its ``HeadGroups``, whose
+groups the composites take one after the other.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class ByHead(ByNumber):
         if values or None in found:
             others = "" if self.default is None else f' and "{DEFAULT}"'
             raise UnknownHeadError(
-                f"{name} has values for the KV heads {self.named}{others}, but the layer has {heads} KV heads. Accepted "
-                f'is a value for each of 0 to {heads - 1}, by its number or by "{DEFAULT}", and for no other'
+                f"{name} has values for the KV heads {self.named}{others}, but the layer has {heads} KV heads. "
+                f'Accepted is a value for each of 0 to {heads - 1}, by its number or by "{DEFAULT}", and for no other'
             )
         return found
 

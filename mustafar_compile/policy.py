@@ -14,8 +14,8 @@ from .patterns.match import Match, NoMatch
 from .settings import ROLES, Settings, Way
 
 FormatOf = Callable[[int | None, str, int, int, torch.dtype, torch.device], Layout | None]
-"""layer (None: unknown), role ("key" or "value"), KV heads, head_dim, dtype, device -> the format of a cache, or those of
-groups of its KV heads; None: dense."""
+"""layer (None: unknown), role ("key" or "value"), KV heads, head_dim, dtype, device -> the format of a cache, or those
+of groups of its KV heads; None: dense."""
 
 
 def policy(settings: Settings) -> FormatOf:
@@ -53,7 +53,7 @@ def check_layers(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
     seen = [m.attention.layer + 1 for m in found if m.attention.layer is not None]
     for name, layers in settings.named_layers().items() if known else ():
         if max(layers) >= (count := max(known + seen)):
+            others = ", ".join(str(layer) for layer in sorted(layers) if layer >= count)
             raise UnknownLayerError(
-                f"{name} names layer {', '.join(str(x) for x in sorted(layers) if x >= count)}, which the model does not "
-                f"have; accepted are layers from 0 to {count - 1}"
+                f"{name} names layer {others}, which the model does not have; accepted are layers from 0 to {count - 1}"
             )

@@ -89,8 +89,8 @@ def check_heads(settings: Settings, gm: GraphModule, inputs: Sequence[Any]) -> N
     named = settings.by_head()
     if named and (groups := groups_of(gm, inputs)):
         raise UnknownHeadError(
-            f"{' and '.join(named)} by KV head is given for a graph of which {groups[0].size()} ranks have a part each. A "
-            "rank does not know which of the model's heads its own are; accepted are settings that all heads of a layer share"
+            f"{' and '.join(named)} by KV head is given for a graph of which {groups[0].size()} ranks have a part "
+            "each. A rank does not know which of the heads are its own; accepted is what all heads of a layer share"
         )
 
 

@@ -13,8 +13,8 @@ from .lowering.format import CODES
 from .lowering.strategies import STRATEGIES_OF
 
 PerLayer = Any
-"""One value for all; or by layer, a list or a mapping, in which that of a layer may be by KV head, one of the same kind.
-In a ``Settings`` these are ``ByLayer`` and ``ByHead``."""
+"""One value for all; or by layer, a list or a mapping, in which that of a layer may be one by KV head. In a
+``Settings`` these are ``ByLayer`` and ``ByHead``."""
 
 ROLES = ("key", "value")
 
@@ -120,7 +120,8 @@ class Settings:
             name: value.of_each(heads, f"{name} of layer {layer}") if isinstance(value, ByHead) else [value] * heads
             for name, value in values.items()
         }
-        key, value = ([Way(*x) for x in zip(*(each[f"{role}_{what}"] for what in Way._fields))] for role in ROLES)
+        of_role = ([each[f"{role}_{what}"] for what in Way._fields] for role in ROLES)
+        key, value = ([Way(*way) for way in zip(*fields, strict=True)] for fields in of_role)
         return list(zip(key, value, strict=True))
 
     def strategies(self, role: str) -> set[str]:

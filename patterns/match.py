@@ -216,7 +216,9 @@ def _judge(
             prompt = key.in_part and value.in_part and not same_size(attention.query_length, 1)
             require(prompt, "some rows of the batch take a step by themselves")
             return Match(attention, key, value, "prefill", (formats[0], formats[1]))
-        require(formats[0].groups == formats[1].groups, "keys and values are compressed by different groups of KV heads")
+        require(
+            formats[0].groups == formats[1].groups, "keys and values are compressed by different groups of KV heads"
+        )
         require(reads[1].factor == 1, "values are scaled between their cache and the attention")
         if _is_prefilled(key, value, earlier):
             phase = "prefill"

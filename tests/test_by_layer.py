@@ -119,10 +119,26 @@ def test_a_single_layer_of_unknown_number_refuses_them():
             step(torch.randn(2, 8, 32), None)
 
 
+class OwnLayers(torch.nn.Module):
+    """A model without a configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([TupleModel(), TupleModel()])
+        for layer in self.layers:
+            layer.forward = layer.step
+
+    def forward(self, x):
+        return [layer(x, None) for layer in self.layers]
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"key_sparsity": {0: 0.5, 7: 0.5, "default": 0.7}}, "key_sparsity names layer 7, which the model does not have"),
+        (
+            {"key_sparsity": {0: 0.5, 7: 0.5, "default": 0.7}},
+            "key_sparsity names layer 7, which the model does not have",
+        ),
         ({"value_code": ["int8", "int4", "none"]}, "value_code names layer 2, which the model does not have"),
         ({"skip_layers": [1, 2, 3]}, "skip_layers names layer 2, 3, which the model does not have"),
     ],
@@ -130,19 +146,14 @@ def test_a_single_layer_of_unknown_number_refuses_them():
 @pytest.mark.parametrize("kind", ["own", "transformers", *at_night(["by layer"])])
 @torch.no_grad()
 def test_a_layer_that_the_model_does_not_have(setting, words, kind):
+    if kind == "own":
+        model, inputs = OwnLayers(), {"x": torch.randn(2, 8, 32)}
+    else:
+        model, inputs = hf_model(num_hidden_layers=2), prompt()
+    for part in model.model.layers[:1] if kind == "by layer" else [model]:
+        part.compile(backend="mustafar", options=setting)
     with without_compiler(), pytest.raises(Exception, match=f"{words}; accepted are layers from 0 to 1"):
-        if kind == "own":
-            model = torch.nn.Module()
-            model.layers = torch.nn.ModuleList([TupleModel(), TupleModel()])
-            for layer in model.layers:
-                layer.forward = layer.step
-            model.forward = lambda x: [layer(x, None) for layer in model.layers]
-            torch.compile(model, backend="mustafar", options=setting)(torch.randn(2, 8, 32))
-        else:
-            model = hf_model(num_hidden_layers=2)
-            for part in [model] if kind == "transformers" else model.model.layers[:1]:
-                part.compile(backend="mustafar", options=setting)
-            model(**prompt())
+        model(**inputs)
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """Settings by layer, or by layer and KV head. Made by ``calibrate``; pass it, or the path of a saved one, as the setting ``budget``.
+    """Settings by layer, or by layer and KV head. Made by ``calibrate``; pass it, or the path of a saved one, as the
+    setting ``budget``.
 
     layers: by number. window: of ``Settings``. bytes: stored over dense bytes of a pruned token, over all these layers;
     the window comes on top. loss: what was predicted for the texts, in nats a token of divergence (KL) from the dense

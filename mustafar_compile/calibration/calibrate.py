@@ -40,8 +40,8 @@ def calibrate(
     2000 tokens will do, if they are such as the model will read. tokenizer: for texts.
     bytes: stored over dense bytes of a pruned token, in (0, 1]; the window comes on top. codes: those that may be used,
     of "none", "int8" and "int4". window: as in ``Settings``. by_head: spread it over the KV heads of each layer, too,
-    in two groups at most: each takes the launches of a step once more. dtype: of the cache, by default that of the model.
-    progress: whether to show it, on stderr.
+    in two groups at most, as a decode step launches the kernels of each group. dtype: of the cache, by default that of
+    the model. progress: whether to show it, on stderr.
 
     Raises TypeError for other prompts or a text without a tokenizer, ValueError for a value out of range, prompts that
     are too short, a budget that is too small for the least that can be stored, and a model without attention that can

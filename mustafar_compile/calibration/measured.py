@@ -100,9 +100,7 @@ class Measured:
     def _groups(self, choices: Mapping[Place, Sequence[Stored]], limit: int) -> dict[int, list[Heads]]:
         """The heads of each layer in one group or two."""
         losses = {place: np.stack([self.losses[place][x] for x in of_place], 1) for place, of_place in choices.items()}
-        costs = {
-            place: np.array([self._head_bytes(place, x) for x in of_place]) for place, of_place in choices.items()
-        }
+        costs = {place: np.array([self._head_bytes(place, x) for x in of_place]) for place, of_place in choices.items()}
         price = price_of_bytes([*losses.values()], [*costs.values()], limit)
         priced = {place: loss + price * costs[place] for place, loss in losses.items()}
         return {layer: grouped([priced[layer, role] for role in ROLES]) for layer in {layer for layer, _ in choices}}

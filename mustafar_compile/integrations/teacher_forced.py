@@ -36,7 +36,8 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
 
     def attend(of: Attention) -> Tensor:
         key, value = (
-            format_of(of.layer, role, *x.shape[1::2], x.dtype, x.device) for role, x in (("key", of.key), ("value", of.value))
+            format_of(of.layer, role, *x.shape[1::2], x.dtype, x.device)
+            for role, x in (("key", of.key), ("value", of.value))
         )
         if of.window is not None or key is None or value is None:
             return attention(of.query, of.key, of.value, None, of.scale, of.window or of.key.shape[2])

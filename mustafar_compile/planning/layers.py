@@ -46,11 +46,7 @@ def explain_config(
     torch._dynamo.reset()
     with without_memory(), explain() as report:
         model = fake_model(config, dtype, device)
-        alike = (
-            []
-            if every_layer
-            else leave_out_alike(model, lambda: forward(model, 1, 2), settings.of_layer)
-        )
+        alike = [] if every_layer else leave_out_alike(model, lambda: forward(model, 1, 2), settings.of_layer)
         compiled = torch.compile(model, backend=backend)
         past = getattr(forward(model, batch, context, of=compiled), "past_key_values", None)
         if past is not None:

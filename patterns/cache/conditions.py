@@ -33,8 +33,8 @@ class Context:
     """What matching must know beyond the graph.
 
     caches: the placeholders that hold a compressed cache. format_of: layer (or None), role ("key" or "value"), KV
-    heads, head_dim and dtype -> the format that a cache is to have, None where it stays dense. parameters: placeholders that
-    hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed.
+    heads, head_dim and dtype -> the format that a cache is to have, None where it stays dense. parameters: placeholders
+    that hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed.
     dtypes: what a cache may hold. max_query_tokens: how many query tokens a decode step may have. release_dense:
     whether buffers of the caller are kept as compressed state alone.
     """

@@ -31,7 +31,9 @@ class Inputs:
     def add_buffers(self, cache: Node, format: Layout, kind: type[Buffer] | type[AttachedBuffer]) -> list[Node]:
         """The compressed buffers of the cache that the placeholder ``cache`` holds."""
         index = self.index[cache]
-        return [self._add(f"{cache.name}_{place}_{x.name}", kind(index, place)) for place, x in enumerate(format.buffers)]
+        return [
+            self._add(f"{cache.name}_{place}_{x.name}", kind(index, place)) for place, x in enumerate(format.buffers)
+        ]
 
     def size_of(self, cache: Node, dim: int) -> Any:
         """The size of a compressed cache as a model sees it: an int, or an input."""
