@@ -1,25 +1,22 @@
 """Cache tensors whose KV heads have different formats: groups of heads, each of which is a cache by itself.
 
 Kernels, codes and strategies know one format each. So what differs by head is a few caches side by side, whose heads
-are those of the group, and an op takes one after the other. Heads are taken and put back as runs of neighbours, which
-are views and one copy; an index would be a tensor more on the device.
+are those of a group; ``by_group`` has the ops over them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from .buffers import Buffer
 from .format import Format, FormatError
 from .layout import Layout
-from .masks import with_four_dims
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -123,107 +120,3 @@ def decode(text: str) -> Format | HeadGroups:
             f"{text!r} names no groups of KV heads with a format each; accepted is such as "
             "'0.2:head_dim=128,kept=64,window=32;1:head_dim=128,kept=40,window=32'"
         ) from error
-
-
-def taken(x: Tensor, group: Sequence[int], dim: int = 1, size: int = 1) -> Tensor:
-    """The heads of a group, of which each is ``size`` places side by side along ``dim``."""
-    runs = [x.narrow(dim, size * first, size * count) for first, count in _runs(group)]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
-
-
-def put_back(parts: Sequence[Tensor], groups: Groups, dim: int = 1) -> Tensor:
-    """All heads in order again. parts: what ``taken`` gave of each group, or as many places for each head."""
-    size = parts[0].shape[dim] // len(groups[0])
-    runs = {}
-    for part, group in zip(parts, groups, strict=True):
-        done = 0
-        for first, count in _runs(group):
-            runs[first] = part.narrow(dim, size * done, size * count)
-            done += count
-    return torch.cat([runs[first] for first in sorted(runs)], dim)
-
-
-def _runs(group: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of heads that are neighbours."""
-    start = 0
-    for end in range(1, len(group) + 1):
-        if end == len(group) or group[end] != group[end - 1] + 1:
-            yield group[start], end - start
-            start = end
-
-
-# The ops, group by group. Arguments as in ``ops``.
-
-
-def compress(
-    dense: Tensor,
-    tokens: Tensor,
-    form: HeadGroups,
-    capacity: int,
-    queries: Tensor | None,
-    past: Sequence[Tensor] | None,
-    attention: Tensor | None,
-) -> list[Tensor]:
-    size = 1 if queries is None else queries.shape[1] // dense.shape[1]
-    rest, buffers = iter(past or ()), []
-    for group, part in zip(form.groups, form.parts, strict=True):
-        state = None if past is None else [next(rest) for _ in part.ranking.buffers(part)]
-        buffers += torch.ops.mustafar.compress(
-            taken(dense, group),
-            tokens,
-            part.encode(),
-            capacity,
-            None if queries is None else taken(queries, group, size=size),
-            state or None,
-            None if attention is None else taken(attention, group),
-        )
-    return buffers
-
-
-def decompress(buffers: Sequence[Tensor], form: HeadGroups, length: int) -> Tensor:
-    parts = zip(form.parts, form.split(buffers), strict=True)
-    return put_back([torch.ops.mustafar.decompress(own, part.encode(), length) for part, own in parts], form.groups)
-
-
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_form: HeadGroups,
-    value_form: HeadGroups,
-    position: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    *rest: object,
-) -> Tensor:
-    if key_form.groups != value_form.groups:
-        raise ValueError(
-            f"decode_attention was given keys in the groups of KV heads {key_form.groups} and values in "
-            f"{value_form.groups}; accepted are the same"
-        )
-    size, results = query.shape[1] // key.shape[1], []
-    if mask is not None:
-        mask = with_four_dims(mask)
-    of_groups = zip(
-        key_form.groups, key_form.parts, value_form.parts, key_form.split(keys), value_form.split(values), strict=True
-    )
-    for group, key_part, value_part, own_keys, own_values in of_groups:
-        by_head = mask is not None and mask.shape[1] != 1
-        results.append(
-            torch.ops.mustafar.decode_attention(
-                taken(query, group, size=size),
-                taken(key, group),
-                taken(value, group),
-                own_keys,
-                own_values,
-                key_part.encode(),
-                value_part.encode(),
-                position,
-                taken(mask, group, size=size) if by_head else mask,
-                None if sinks is None else taken(sinks, group, 0, size),
-                *rest,
-            )
-        )
-    return put_back(results, key_form.groups)

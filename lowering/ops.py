@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, backends, band, by_channel, head_groups, native, portable
+from . import attention, backends, band, by_channel, by_group, head_groups, native, portable
 from .format import MAX_QUERY_TOKENS, Format
 from .head_groups import HeadGroups
 
@@ -58,7 +58,7 @@ def _compress(
 ) -> list[Tensor]:
     form = head_groups.decode(format)
     if isinstance(form, HeadGroups):
-        return head_groups.compress(dense, tokens, form, capacity, queries, past, attention)
+        return by_group.compress(dense, tokens, form, capacity, queries, past, attention)
     if form.by_channel:
         return by_channel.compress(dense, tokens, form, capacity, attention)
     written, rows = tokens.reshape(-1).to(torch.int64).expand(dense.shape[0]), form.plain
@@ -73,7 +73,7 @@ def _compress(
 def _decompress(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
     form = head_groups.decode(format)
     if isinstance(form, HeadGroups):
-        return head_groups.decompress(buffers, form, length)
+        return by_group.decompress(buffers, form, length)
     if form.by_channel:
         return by_channel.decompress(buffers, form, length)
     window = form.window_of(buffers)
@@ -106,7 +106,7 @@ def _decode_attention(
     key_form, value_form = head_groups.decode(key_format), head_groups.decode(value_format)
     if isinstance(key_form, HeadGroups) and isinstance(value_form, HeadGroups):
         grouped = key_form, value_form, position, mask, sinks, scale, softcap, length
-        return head_groups.decode_attention(query, key, value, keys, values, *grouped)
+        return by_group.decode_attention(query, key, value, keys, values, *grouped)
     if isinstance(key_form, HeadGroups) or isinstance(value_form, HeadGroups):
         raise ValueError(
             f"decode_attention was given keys of {key_format!r} and values of {value_format!r}; accepted are both in "

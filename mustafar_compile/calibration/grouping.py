@@ -59,4 +59,4 @@ def _grown(priced: Sequence[np.ndarray], pair: tuple[int, int]) -> tuple[list[np
 
 def _of_each(priced: Sequence[np.ndarray], group: np.ndarray) -> np.ndarray:
     """What each head would cost, stored as is best for ``group``: [H]."""
-    return sum(x[:, x[group].sum(0).argmin()] for x in priced)
+    return np.sum([x[:, x[group].sum(0).argmin()] for x in priced], axis=0)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..calibration.attending import Attention, attending
 from ..lowering import ops, portable
+from ..lowering.by_group import put_back, taken
 from ..lowering.format import BLOCK_TOKENS, Format
-from ..lowering.head_groups import put_back, taken
 from ..policy import policy
 from ..settings import Settings
 
@@ -36,7 +36,7 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
 
     def attend(of: Attention) -> Tensor:
         key, value = (
-            format_of(of.layer, role, *x.shape[1::2], x.dtype, x.device)
+            format_of(of.layer, role, x.shape[1], x.shape[3], x.dtype, x.device)
             for role, x in (("key", of.key), ("value", of.value))
         )
         if of.window is not None or key is None or value is None:
@@ -52,7 +52,7 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
 def _of_heads(of: Attention, group: Sequence[int]) -> Attention:
     """An attention as far as it is of these KV heads."""
     size = of.query.shape[1] // of.key.shape[1]
-    query, key, value = taken(of.query, group, size=size), taken(of.key, group), taken(of.value, group)
+    query, key, value = taken(of.query, group, size), taken(of.key, group), taken(of.value, group)
     return replace(of, query=query, key=key, value=value)
 
 

@@ -160,6 +160,6 @@ def _kernels(m: Match) -> str:
     heads = _compat.hint(key.shape[3 - m.key.tokens_dim])
     queries = _compat.hint(query.shape[2]) if m.phase == "decode" else 1
     group = _compat.hint(query.shape[1]) // heads
-    of_heads = zip(*(format.parts for format in m.formats), strict=True)
-    works = (backends.Work(*formats, key.dtype, key.device, group, queries) for formats in of_heads)
+    of_heads = zip(m.formats[0].parts, m.formats[1].parts, strict=True)
+    works = (backends.Work(k, v, key.dtype, key.device, group, queries) for k, v in of_heads)
     return " + ".join(dict.fromkeys(backends.for_step(work).name for work in works))
