@@ -142,6 +142,42 @@ def test_keys_and_values_come_in_the_same_groups():
             ops.decode_attention(q, k, k, *pair, None, None, None, 0.25)
 
 
+AWARE = [Format.of(16, sparsity, WINDOW, "rows", strategy="output-aware") for sparsity in (0.25, 0.5)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_op_does_what_it_does_for_each_head(count):
+    """With all that it may be given, and over the state of a cache that was continued."""
+    groups, each = ((0, 2), (1,)), [AWARE[0], AWARE[1], AWARE[0]]
+    form = HeadGroups.of(groups, AWARE)
+    x, more, q = randn(2, 3, 30, 16, seed=0), randn(2, 3, count, 16, seed=1), randn(2, 6, 30, 16, seed=2)
+    first, all_tokens = torch.tensor([20]), torch.tensor([30, 28])
+    state = form.state_of(ops.compress(x[:, :, :20], first, form.encode(), 40, q[:, :, :20]))
+    whole = [ops.compress(x, all_tokens, form.encode(), 40, q[:, :, 20:], state) for _ in range(2)]
+    rest = {
+        "position": torch.tensor([30, 27]),
+        "mask": torch.rand(2, 6, count, 40, generator=torch.Generator().manual_seed(3)) < 0.8,
+        "sinks": randn(6, seed=4),
+    }
+    rest["mask"][..., 27:] = False  # not every row has these
+    new = randn(2, 6, count, 16, seed=5)
+    result = ops.decode_attention(
+        new, more, more, *whole, form.encode(), form.encode(), **rest, scale=0.25, softcap=5.0
+    )
+    for head, own in enumerate(each):
+        at, of_head = slice(2 * head, 2 * head + 2), slice(head, head + 1)
+        before = own.state_of(ops.compress(x[:, of_head, :20], first, own.encode(), 40, q[:, at, :20]))
+        alone = [ops.compress(x[:, of_head], all_tokens, own.encode(), 40, q[:, at, 20:], before) for _ in range(2)]
+        given = rest | {"mask": rest["mask"][:, at], "sinks": rest["sinks"][at]}
+        tokens = new[:, at], more[:, of_head], more[:, of_head]
+        expected = ops.decode_attention(*tokens, *alone, own.encode(), own.encode(), **given, scale=0.25, softcap=5.0)
+        torch.testing.assert_close(result[:, at], expected)
+        group = next(i for i, heads in enumerate(groups) if head in heads)
+        place = groups[group].index(head)
+        for mine, other in zip(form.split(whole[0])[group], alone[0], strict=True):
+            assert torch.equal(mine if mine.dim() == 2 else mine[:, place : place + 1], other)
+
+
 # What heads get
 
 
@@ -208,7 +244,8 @@ def by_heads(q, k, v, window=WINDOW):
 def test_caches_of_ones_own(kind):
     """Growing ones, of both orders of dimensions, and dense ones of the caller with state beside them."""
     model = kind(heads=6, kv_heads=3)
-    inputs = [randn(2, count, 32, seed=count + i) for i, count in enumerate([11, *[1] * 20])]
+    steps = 20 if kind in (BufferModel, SliceModel) else 70  # of a growing cache so many that it needs more room
+    inputs = [randn(2, count, 32, seed=count + i) for i, count in enumerate([11, *[1] * steps])]
     options = {"key_sparsity": {"default": SPARSITIES}, "value_sparsity": {0: SPARSITIES}, "window": WINDOW}
     with without_compiler(), explain() as report:
         model.forward = model.step

@@ -63,7 +63,9 @@ def test_calibrate_writes_a_budget_that_other_commands_take(folder, tmp_path):
     assert 0 < found["bytes"] <= 0.5
     given = read_options(None, {"budget": str(out)})[0]
     assert given.at("key_code", 0) == found["layers"]["0"]["key"]["code"]
-    by_head = as_json("calibrate", folder, "--prompts", text, "--bytes", 0.5, "--out", out, "--tokens", 100, "--by-head")
+    by_head = as_json(
+        "calibrate", folder, "--prompts", text, "--bytes", 0.5, "--out", out, "--tokens", 100, "--by-head"
+    )
     assert by_head["loss"] < found["loss"]
     assert read_options(None, {"budget": str(out)})[0].by_head()
     assert as_json("explain", folder, "--budget", out)["layers"][0]["reason"] == ""
