@@ -79,6 +79,7 @@ def test_calibrate_writes_a_budget_that_other_commands_take(folder, tmp_path):
         ("key_sparsity", "0.7", 0.7),
         ("key_sparsity", "0.3,0.7", [0.3, 0.7]),
         ("key_sparsity", '{"0": 0.3, "default": 0.7}', {"0": 0.3, "default": 0.7}),
+        ("key_sparsity", '{"0": [0.3, 0.7], "default": 0.7}', {"0": [0.3, 0.7], "default": 0.7}),
         ("key_code", "int8", "int8"),
         ("skip_layers", "0", [0]),
         ("skip_layers", "[0, 1]", [0, 1]),
