@@ -28,7 +28,7 @@ from accuracy.dialects import Code
 from accuracy.models import TEXTS, Subject, subject
 from mustafar_compile import Budget
 from mustafar_compile.calibration.attending import Attention, attending
-from mustafar_compile.calibration.budget import LayerBudget, Stored
+from mustafar_compile.calibration.budget import LayerBudget, OfHeads, Stored
 from mustafar_compile.calibration.calibrate import measured
 from mustafar_compile.calibration.candidates import format_of, read_back
 from mustafar_compile.lowering.format import CODES
@@ -61,7 +61,9 @@ def uniform(stored: Stored, layers: list[int], head_dim: int) -> Budget:
 def hidden_states(model: Any, ids: Tensor, budget: Budget) -> Tensor:
     """What the model makes of the tokens with such a cache."""
 
-    def read(x: Tensor, stored: Stored) -> Tensor:
+    def read(x: Tensor, stored: OfHeads) -> Tensor:
+        if isinstance(stored, tuple):
+            return torch.cat([read(head, own) for head, own in zip(x.split(1, 1), stored, strict=True)], 1)
         return read_back(x, format_of(stored, x.shape[-1], WINDOW), DTYPE)
 
     def attend(of: Attention) -> Tensor:
@@ -109,9 +111,10 @@ def ways(read: Subject, texts: list[Tensor]) -> Iterator[tuple[str, Budget]]:
     for stored in UNIFORM:
         alike = uniform(stored, layers, head_dim)
         yield f"uniform {stored}", alike
-        if stored.code == "none":
-            yield f"budget of {stored}, no codes", found.budget(alike.bytes, ["none"])
-        yield f"budget of {stored}, codes", found.budget(alike.bytes, CODES)
+        for name, codes in {"no codes": ["none"], "codes": CODES}.items():
+            if stored.code in codes:
+                yield f"budget of {stored}, {name}", found.budget(alike.bytes, codes)
+                yield f"budget of {stored}, {name}, by head", found.budget(alike.bytes, codes, by_head=True)
 
 
 @torch.no_grad()

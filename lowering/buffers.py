@@ -21,6 +21,14 @@ MAX_QUERY_TOKENS = 16
 """The most tokens that one decode step takes, and that a cache can be rewound by without a loss."""
 
 
+def blocks_for(capacity: Any) -> Any:
+    """Blocks that hold ``capacity`` tokens, at least one.
+
+    ``capacity`` is an int, a SymInt or a sympy expression, which stands for a positive number.
+    """
+    return -(-(capacity or 1) // BLOCK_TOKENS)
+
+
 @dataclass(frozen=True)
 class Buffer:
     """One buffer of a compressed cache tensor.

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import portable
 from . import rows as packing
 from .attention import attended, sum_of_values, weights_of
+from .buffers import BLOCK_TOKENS, blocks_for
 from .cache import Cache, of_each_row
-from .format import BLOCK_TOKENS, Format, blocks_for
+from .format import Format
 from .strategies.answers import scaled
 from .strategies.by_channel import ByChannel
 

@@ -61,6 +61,7 @@ import torch
 from torch import Tensor
 
 from .buffers import BLOCK_TOKENS, CHUNK, MAX_QUERY_TOKENS, Buffer, packed_buffers
+from .layout import Layout, sizes_of
 from .strategies import Strategy, strategy_named
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,14 +86,6 @@ _CAPACITY_STEP = 64
 
 class FormatError(ValueError):
     """Buffers that are not those of a cache of a format, or a text that names no format."""
-
-
-def blocks_for(capacity: Any) -> Any:
-    """Blocks that hold ``capacity`` tokens, at least one.
-
-    ``capacity`` is an int, a SymInt or a sympy expression, which stands for a positive number.
-    """
-    return -(-(capacity or 1) // BLOCK_TOKENS)
 
 
 def grown_capacity(tokens: Any) -> Any:
@@ -120,7 +113,7 @@ def order_for(device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(Layout):
     """How one cache tensor is compressed. Make one with ``of``, ``decode`` or ``interned``, which give one object each.
 
     head_dim: channels of a row, a multiple of 8.
@@ -225,10 +218,6 @@ class Format:
         strategy = f" by {self.strategy}" if self.strategy != "magnitude" else ""
         return f"{self.kept}/{self.row_size}{code}{strategy}"
 
-    def __deepcopy__(self, memo: Any) -> Format:
-        """Itself, so that Dynamo's guards, which keep a copy, compare one object with itself."""
-        return self
-
     @property
     def by_channel(self) -> bool:
         """Whether a packed row is a channel of a block, and not a token."""
@@ -279,6 +268,14 @@ class Format:
         """The buffers that hold packed rows; they come first."""
         return tuple(buffer for buffer in self.buffers if buffer.grows)
 
+    @property
+    def parts(self) -> tuple[Format, ...]:  # type: ignore[override]
+        return (self,)
+
+    @property
+    def groups(self) -> None:  # type: ignore[override]
+        return None
+
     def place(self, name: str) -> int:
         """Where the buffer of this name stands among ``buffers``."""
         return self._places[name]
@@ -287,31 +284,17 @@ class Format:
     def _places(self) -> dict[str, int]:
         return {buffer.name: i for i, buffer in enumerate(self.buffers)}
 
-    def shapes(self, batch: Any, heads: Any, capacity: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
-        """(shape, dtype) of each buffer of a cache of ``dtype`` with room for ``capacity`` tokens."""
-        sizes = _sizes(batch, heads, blocks_for(capacity))
-        return [(buffer.shape(sizes), buffer.dtype or dtype) for buffer in self.buffers]
-
     def state_shapes(self, batch: Any, heads: Any, dtype: torch.dtype) -> list[tuple[tuple, torch.dtype]]:
         """(shape, dtype) of each buffer that belongs to the strategy."""
         return self.state_of(self.shapes(batch, heads, 1, dtype))
 
     def token_bytes(self, itemsize: Any) -> Any:
         """Bytes of one compressed token of one KV head."""
-        return sum(b.stored_bytes(_sizes(1, 1, 1), itemsize) for b in self.buffers if b.grows) // BLOCK_TOKENS
-
-    def stored_bytes(self, batch: Any, heads: Any, capacity: Any, itemsize: Any) -> Any:
-        """Bytes of all buffers of one cache tensor. The arguments may be numbers or sympy symbols."""
-        sizes = _sizes(batch, heads, blocks_for(capacity))
-        return sum(buffer.stored_bytes(sizes, itemsize) for buffer in self.buffers)
+        return sum(b.stored_bytes(sizes_of(1, 1, 1), itemsize) for b in self.buffers if b.grows) // BLOCK_TOKENS
 
     def named(self, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
         """The buffers of a cache by their names."""
         return {buffer.name: x for buffer, x in zip(self.buffers, buffers, strict=True)}
-
-    def state_of(self, buffers: Sequence[Any]) -> list[Any]:
-        """Those of the buffers that belong to the strategy."""
-        return list(buffers[self.place("window") + 1 : -1])
 
     def plain_of(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """The buffers without those of the strategy: of the format ``plain``."""
@@ -321,14 +304,6 @@ class Format:
         """The buffers of a cache, from those of the format ``plain`` and those of the strategy."""
         return [*plain[:-1], *state, plain[-1]]
 
-    def window_of(self, buffers: Sequence[Tensor]) -> Tensor:
-        """The ring of a cache, which has its dtype."""
-        return buffers[self.place("window")]
-
-    def capacity_of(self, buffers: Sequence[Tensor]) -> int:
-        """Tokens that the packed part of a cache has room for."""
-        return BLOCK_TOKENS * buffers[0].shape[2]
-
     def check(self, buffers: Sequence[Tensor]) -> None:
         """Raise FormatError unless these tensors are the buffers of one cache: names, shapes, dtypes, one device."""
         if len(buffers) != len(self.buffers) or not all(isinstance(b, Tensor) and b.dim() for b in buffers):
@@ -337,7 +312,7 @@ class Format:
         values, window = buffers[0], self.window_of(buffers)
         if values.dim() != len(self.buffers[0].dims) or not values.shape[2] or window.dtype not in CACHE_DTYPES:
             raise FormatError(f"{_described(values)} and {_described(window)} are no values and window of {self}")
-        sizes = _sizes(*values.shape[:3])
+        sizes = sizes_of(*values.shape[:3])
         for buffer, given in zip(self.buffers, buffers, strict=True):
             wanted = buffer.shape(sizes), buffer.dtype or window.dtype, values.device
             if (tuple(given.shape), given.dtype, given.device) != wanted:
@@ -350,10 +325,6 @@ class Format:
 @functools.cache
 def _interned(format: Format) -> Format:
     return format
-
-
-def _sizes(batch: Any, heads: Any, blocks: Any) -> dict[str, Any]:
-    return {"batch": batch, "heads": heads, "blocks": blocks, "tokens": BLOCK_TOKENS}
 
 
 def _described(x: Tensor) -> str:

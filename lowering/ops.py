@@ -5,7 +5,8 @@
 runs them, on a GPU ``kernels`` and on a CPU ``native``; elsewhere they become the plain PyTorch of ``portable``, which
 Inductor compiles. Both follow from device, dtypes and shapes alone, so tracing decides as eager does.
 
-A cache tensor is given as the list of its buffers and the text of its ``Format``.
+A cache tensor is given as the list of its buffers and the text of its ``Format``, or of its ``HeadGroups``, whose
+groups the composites take one after the other.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, backends, band, by_channel, native, portable
+from . import attention, backends, band, by_channel, by_group, head_groups, native, portable
 from .format import MAX_QUERY_TOKENS, Format
+from .head_groups import HeadGroups
 from .strategies.answers import as_state, as_weights
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
@@ -55,7 +57,9 @@ def _compress(
     past: Sequence[Tensor] | None = None,
     attention: Tensor | None = None,
 ) -> list[Tensor]:
-    form = Format.decode(format)
+    form = head_groups.decode(format)
+    if isinstance(form, HeadGroups):
+        return by_group.compress(dense, tokens, form, capacity, queries, past, attention)
     if form.by_channel:
         return by_channel.compress(dense, tokens, form, capacity, attention)
     written, rows = tokens.reshape(-1).to(torch.int64).expand(dense.shape[0]), form.plain
@@ -69,7 +73,9 @@ def _compress(
 
 
 def _decompress(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
-    form = Format.decode(format)
+    form = head_groups.decode(format)
+    if isinstance(form, HeadGroups):
+        return by_group.decompress(buffers, form, length)
     if form.by_channel:
         return by_channel.decompress(buffers, form, length)
     window = form.window_of(buffers)
@@ -99,7 +105,16 @@ def _decode_attention(
             f"decode_attention was given a query, key and value of {counts} tokens; accepted are as many of each, 1 to "
             f"{MAX_QUERY_TOKENS}"
         )
-    forms, caches = (Format.decode(key_format), Format.decode(value_format)), (keys, values)
+    key_form, value_form = head_groups.decode(key_format), head_groups.decode(value_format)
+    if isinstance(key_form, HeadGroups) and isinstance(value_form, HeadGroups):
+        grouped = key_form, value_form, position, mask, sinks, scale, softcap, length
+        return by_group.decode_attention(query, key, value, keys, values, *grouped)
+    if isinstance(key_form, HeadGroups) or isinstance(value_form, HeadGroups):
+        raise ValueError(
+            f"decode_attention was given keys of {key_format!r} and values of {value_format!r}; accepted are both in "
+            "the same groups of KV heads"
+        )
+    forms, caches = (key_form, value_form), (keys, values)
     if forms[0].by_channel or (forms[1].by_channel and forms[0].window != forms[1].window):
         raise ValueError(
             f"decode_attention was given keys of {forms[0]} and values of {forms[1]}; accepted are keys that are "

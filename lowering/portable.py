@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import rows as packing
 from .attention import attend
+from .buffers import BLOCK_TOKENS, Buffer, blocks_for
 from .cache import Cache, of_each_row
 from .checks import OUT_OF_PLACE, UNWRITTEN
-from .format import BLOCK_TOKENS, Buffer, Format, blocks_for
+from .format import Format
 from .masks import admitted, with_four_dims
 from .strategies.rings import ring_tokens, rows_at
 

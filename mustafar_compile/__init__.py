@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ReleaseError,
         SavedCacheError,
         StaleCacheError,
+        UnknownHeadError,
         UnknownLayerError,
     )
     from .hugging_face import prepare
@@ -55,6 +56,7 @@ _HOMES = {
     "SavedCacheError": "errors",
     "Settings": "settings",
     "StaleCacheError": "errors",
+    "UnknownHeadError": "errors",
     "UnknownLayerError": "errors",
     "cache_stats": "cache.stats",
     "calibrate": "calibration.calibrate",
@@ -83,6 +85,7 @@ __all__ = [
     "SavedCacheError",
     "Settings",
     "StaleCacheError",
+    "UnknownHeadError",
     "UnknownLayerError",
     "cache_stats",
     "calibrate",

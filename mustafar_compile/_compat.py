@@ -407,6 +407,13 @@ def guarded_owners(name: str) -> dict[str, Any]:
     return found
 
 
+def object_at(path: str) -> Any:
+    """What an expression such as "L['self'].layers" leads to in the compilation in progress, None where it does not."""
+    with suppress(*_CANNOT_BE_READ):
+        return eval(path, dict(_scope()))
+    return None
+
+
 _CANNOT_BE_READ = (AttributeError, KeyError, IndexError, NameError, SyntaxError, TypeError)
 
 

@@ -32,8 +32,8 @@ from .patterns.rewriting.free_of_lengths import LengthError
 from .patterns.rewriting.lengths import free_of_lengths, lengths_of
 from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
-from .policy import policy
-from .ranks import Statement, agreeing, of_attention, of_options
+from .policy import check_layers, policy
+from .ranks import Statement, agreeing, check_heads, of_attention, of_options
 from .reporting.record import (
     record_decompression,
     record_failure,
@@ -62,7 +62,8 @@ def mustafar(
     mode: a mode of Inductor. options: fields of ``Settings`` and keys of Inductor's config. inner: what compiles graphs
     once they are rewritten, Inductor's ``compile_fx`` by default. What does not match is compiled by it as it is;
     ``mustafar_compile.explain()`` tells why. So is, with a warning, a graph on which a stage fails. Raises ValueError
-    for an unknown mode or option or a value out of range, NothingMatchedError under ``strict``, what a stage fails with
+    for an unknown mode or option or a value out of range, UnknownLayerError and UnknownHeadError for settings of layers
+    and KV heads that are not there, NothingMatchedError under ``strict``, what a stage fails with
     under ``raise_errors``, RanksDisagreeError where ranks that wait for each other compile different graphs.
     """
     compile_fx = _compat.compile_fx if inner is None else inner
@@ -70,6 +71,7 @@ def mustafar(
     with agreeing(gm, example_inputs) as said:
         settings, inductor = read_options(mode, options)
         said.update(of_options(settings, inductor))
+        check_heads(settings, gm, example_inputs)
         rewritten = _rewritten(gm, example_inputs, settings, said)
     with _compat.inductor_options(inductor, code_digest(), traces_are_cached=all_packaged()):
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
@@ -143,6 +145,7 @@ def _through_stages(
     context = _context(functional, given, compressed, settings)
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
+        check_layers(settings, found)
     count_for_each_layer(found)
     heed_hooks()
     let_models_share_a_function()

@@ -35,6 +35,10 @@ class UnknownLayerError(MustafarError):
     """A setting goes by the number of a layer, and a layer has no number or no value."""
 
 
+class UnknownHeadError(MustafarError):
+    """A setting goes by KV head, and a layer has other heads, or ranks have some of them each."""
+
+
 class NothingMatchedError(MustafarError):
     """``strict`` is on and a graph holds no attention that could be rewritten."""
 

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .errors import UnknownLayerError
 from .lowering.format import Format, order_for
-from .settings import Settings
+from .lowering.head_groups import HeadGroups
+from .lowering.layout import Layout
+from .patterns.match import Match, NoMatch
+from .settings import ROLES, Settings, Way
 
-FormatOf = Callable[[int | None, str, int, torch.dtype, torch.device], Format | None]
-"""layer (None: unknown), role ("key" or "value"), head_dim, dtype, device -> format of a cache; None: dense."""
+FormatOf = Callable[[int | None, str, int, int, torch.dtype, torch.device], Layout | None]
+"""layer (None: unknown), role ("key" or "value"), KV heads, head_dim, dtype, device -> the format of a cache, or those
+of groups of its KV heads; None: dense."""
 
 
 def policy(settings: Settings) -> FormatOf:
-    """What ``settings`` ask for."""
+    """What ``settings`` ask for. Keys and values of a layer come in the same groups of KV heads."""
     by_layer = settings.by_layer()
 
     def format_of(
-        layer: int | None, role: str, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> Format | None:
+        layer: int | None, role: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Layout | None:
         if layer is None and by_layer:
             raise UnknownLayerError(
                 f"{' and '.join(by_layer)} is given, but a graph holds a single layer of unknown number: neither its "
                 "module path nor a layer_idx that it reads tells it. Compile the whole model, or leave dense what is "
                 "to be dense by not compiling it"
             )
-        if layer in settings.skip_layers:
+        ways = settings.ways(layer, heads)
+        if ways is None:
             return None
-        sparsity, code = settings.sparsity(role, layer), settings.code(role, layer)
-        strategy = settings.strategy(role, layer)
-        return Format.of(head_dim, sparsity, settings.window, order_for(device), code, strategy)
+        groups: dict[tuple[Way, Way], list[int]] = {}
+        for head, way in enumerate(ways):
+            groups.setdefault(way, []).append(head)
+        own, order = [way[ROLES.index(role)] for way in groups], order_for(device)
+        parts = [Format.of(head_dim, x.sparsity, settings.window, order, x.code, x.strategy) for x in own]
+        return parts[0] if len(parts) == 1 else HeadGroups.of(list(groups.values()), parts)
 
     return format_of
+
+
+def check_layers(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
+    """Raise UnknownLayerError where settings name a layer that the model does not have, as far as that is known.
+
+    found: the attention layers of a graph, which may be some of the model.
+    """
+    known = [m.attention.layers for m in found if m.attention.layers is not None]
+    seen = [m.attention.layer + 1 for m in found if m.attention.layer is not None]
+    for name, layers in settings.named_layers().items() if known else ():
+        if max(layers) >= (count := max(known + seen)):
+            others = ", ".join(str(layer) for layer in sorted(layers) if layer >= count)
+            raise UnknownLayerError(
+                f"{name} names layer {others}, which the model does not have; accepted are layers from 0 to {count - 1}"
+            )

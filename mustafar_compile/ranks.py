@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from . import _compat
 from .digest import code_digest
-from .errors import RanksDisagreeError
+from .errors import RanksDisagreeError, UnknownHeadError
 from .patterns.graph.nodes import is_collective
 from .patterns.match import Match, NoMatch
 from .settings import Settings
@@ -79,6 +79,19 @@ def groups_of(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
     groups += [group for name in sorted(named) if (group := _compat.group_named(name)) is not None]
     waiting = {g.group_name: g for g in groups if g.size() > 1 and torch.distributed.get_backend(g) != "fake"}
     return [waiting[name] for name in sorted(waiting)]
+
+
+def check_heads(settings: Settings, gm: GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise UnknownHeadError where settings go by KV head and ranks have some of the heads each.
+
+    A rank knows its heads by their numbers among its own, and not which of the model's they are.
+    """
+    named = settings.by_head()
+    if named and (groups := groups_of(gm, inputs)):
+        raise UnknownHeadError(
+            f"{' and '.join(named)} by KV head is given for a graph of which {groups[0].size()} ranks have a part "
+            "each. A rank does not know which of the heads are its own; accepted is what all heads of a layer share"
+        )
 
 
 def _collectives(gm: GraphModule) -> str:

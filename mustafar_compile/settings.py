@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from .by_layer import ByLayer
+from .by_number import ByHead, ByLayer, ByNumber, leaves, read
 from .calibration.budget import Budget
 from .errors import UnknownLayerError
 from .lowering.format import CODES
 from .lowering.strategies import strategies_of
 
 PerLayer = Any
-"""One value for all layers; or by layer, a list or a mapping. In a ``Settings`` that is a ``ByLayer``."""
+"""One value for all; or by layer, a list or a mapping, in which that of a layer may be one by KV head. In a
+``Settings`` these are ``ByLayer`` and ``ByHead``."""
+
+ROLES = ("key", "value")
+
+
+class Way(NamedTuple):
+    """How keys or values are stored."""
+
+    sparsity: float
+    code: str
+    strategy: str
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,10 @@ class Settings:
     """Settings of the backend. Pass them to torch.compile as ``options={"key_sparsity": 0.7}``.
 
     Those of keys and of values may differ by layer: ``[0.3, 0.7, 0.7]``, an entry for each layer from 0 on, or
-    ``{0: 0.3, "default": 0.7}``. UnknownLayerError where a layer that is to be compressed has no value or no number.
+    ``{0: 0.3, "default": 0.7}``. UnknownLayerError where a layer that is to be compressed has no value or no number,
+    and where a layer is named that the model does not have. In a layer they may differ by KV head likewise:
+    ``{0: {0: 0.3, "default": 0.7}, "default": 0.7}``. UnknownHeadError where a head has no value or is not there, and
+    where ranks have some of the heads each. Each set of heads that differs costs a decode step kernels of its own.
 
     key_sparsity: fraction of each pruned key that is dropped, in [0, 1). 0 keeps everything.
     value_sparsity: the same for values.
@@ -73,34 +87,16 @@ class Settings:
 
     def _check_each(self, name: str, accepts: Callable[[Any], bool], wanted: str) -> None:
         """Check the value of a setting, or that of each layer."""
-        value = getattr(self, name)
-        if isinstance(value, Mapping | list | tuple):
-            try:
-                value = ByLayer.of(value)
-            except ValueError as error:
-                raise ValueError(f"mustafar: {name}={error}") from None
-            object.__setattr__(self, name, value)
-        for key, each in value.items() if isinstance(value, ByLayer) else [(None, value)]:
-            _check(name if key is None else f"{name}[{key!r}]", each, accepts(each), wanted)
+        value = read(name, getattr(self, name), ByLayer, ByHead)
+        object.__setattr__(self, name, value)
+        for place, each in leaves(name, value):
+            _check(place, each, accepts(each), wanted)
 
-    def sparsity(self, role: str, layer: int | None = None) -> float:
-        """The sparsity of "key" or "value". layer: may be left out where all have the same."""
-        return self._at(f"{role}_sparsity", layer)
+    def at(self, name: str, layer: int | None = None) -> Any:
+        """The value of a setting for a layer, a ``ByHead`` where its heads differ.
 
-    def code(self, role: str, layer: int | None = None) -> str:
-        """The code of "key" or "value". layer: may be left out where all have the same."""
-        return self._at(f"{role}_code", layer)
-
-    def strategy(self, role: str, layer: int | None = None) -> str:
-        """The strategy of "key" or "value". layer: may be left out where all have the same."""
-        return self._at(f"{role}_strategy", layer)
-
-    def strategies(self, role: str) -> set[str]:
-        """Those of "key" or "value" that any layer has."""
-        value = getattr(self, f"{role}_strategy")
-        return {name for _, name in value.items()} if isinstance(value, ByLayer) else {value}
-
-    def _at(self, name: str, layer: int | None) -> Any:
+        layer: may be left out where all have the same.
+        """
         value = getattr(self, name)
         if not isinstance(value, ByLayer):
             return value
@@ -108,10 +104,50 @@ class Settings:
             raise UnknownLayerError(f"{name} differs by layer, and no layer is named")
         return value.at(layer, name)
 
+    def of_layer(self, layer: int | None) -> dict[str, Any] | None:
+        """All that may differ by layer, None where the layer stays dense."""
+        if layer in self.skip_layers:
+            return None
+        return {name: self.at(name, layer) for name in (f"{role}_{what}" for role in ROLES for what in Way._fields)}
+
+    def ways(self, layer: int | None, heads: int) -> list[tuple[Way, Way]] | None:
+        """How keys and values of each KV head of a layer are stored, None where it stays dense.
+
+        Raises UnknownHeadError where settings are for other heads than the ``heads`` that there are.
+        """
+        values = self.of_layer(layer)
+        if values is None:
+            return None
+        each = {
+            name: value.of_each(heads, f"{name} of layer {layer}") if isinstance(value, ByHead) else [value] * heads
+            for name, value in values.items()
+        }
+        of_role = ([each[f"{role}_{what}"] for what in Way._fields] for role in ROLES)
+        key, value = ([Way(*way) for way in zip(*fields, strict=True)] for fields in of_role)
+        return list(zip(key, value, strict=True))
+
+    def strategies(self, role: str) -> set[str]:
+        """Those of "key" or "value" that any layer or head has."""
+        return {value for _, value in leaves("", getattr(self, f"{role}_strategy"))}
+
     def by_layer(self) -> list[str]:
         """What of the settings goes by the number of a layer, as text."""
         skipped = [f"skip_layers={sorted(self.skip_layers)}"] if self.skip_layers else []
-        return skipped + [f"{f.name} by layer" for f in fields(self) if isinstance(getattr(self, f.name), ByLayer)]
+        return skipped + [f"{name} by layer" for name in self._numbered()]
+
+    def by_head(self) -> list[str]:
+        """What of the settings goes by the number of a KV head, by name."""
+        numbered = self._numbered().items()
+        return [name for name, value in numbered if any(isinstance(x, ByHead) for _, x in value.items())]
+
+    def named_layers(self) -> dict[str, set[int]]:
+        """The layers that each setting names, if it names any."""
+        named = {name: {layer for layer, _ in value.numbered} for name, value in self._numbered().items()}
+        return {name: layers for name, layers in (named | {"skip_layers": set(self.skip_layers)}).items() if layers}
+
+    def _numbered(self) -> dict[str, ByLayer]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, ByLayer)}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -209,6 +245,6 @@ def merged_options(
         merged = Budget.of(merged.pop("budget")).settings() | merged
     for name in merged:
         value = getattr(read, name.replace("-", "_"), None)
-        if isinstance(value, ByLayer):
+        if isinstance(value, ByNumber):
             merged[name] = value.plain()  # transformers writes a CompileConfig as JSON
     return (merged if mode is None else merged | {"mode": mode}), read

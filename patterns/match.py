@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..lowering.format import Format
+from ..lowering.layout import Layout
 from .attention.attention import Attention
 from .attention.find import find_attention
 from .cache.conditions import (
@@ -51,20 +51,20 @@ class Match:
     key: CacheUpdate
     value: CacheUpdate
     phase: str
-    formats: tuple[Format, Format]
+    formats: tuple[Layout, Layout]
     prefix: Any | None = None
 
     @property
-    def updates(self) -> Iterator[tuple[CacheUpdate, Format]]:
+    def updates(self) -> Iterator[tuple[CacheUpdate, Layout]]:
         """K, then V, each with its format."""
         return zip((self.key, self.value), self.formats, strict=True)
 
     def wanted(self, update: CacheUpdate) -> str:
         """What of the attention K or V ranks by, too: "queries", "attention" (its weights) or, nothing, ""."""
-        key, value = (format.ranking for format in self.formats)
+        key, value = self.formats
         if update is self.key:
-            return "queries" if key.wants_queries else ""
-        return "attention" if value.wants_attention else ""
+            return "queries" if key.wants("queries") else ""
+        return "attention" if value.wants("attention") else ""
 
     def is_blind(self, update: CacheUpdate) -> bool:
         """Whether it does in a step over a cache of the caller, of whose earlier queries nothing is known."""
@@ -216,6 +216,9 @@ def _judge(
             prompt = key.in_part and value.in_part and not same_size(attention.query_length, 1)
             require(prompt, "some rows of the batch take a step by themselves")
             return Match(attention, key, value, "prefill", (formats[0], formats[1]))
+        require(
+            formats[0].groups == formats[1].groups, "keys and values are compressed by different groups of KV heads"
+        )
         require(reads[1].factor == 1, "values are scaled between their cache and the attention")
         if _is_prefilled(key, value, earlier):
             phase = "prefill"

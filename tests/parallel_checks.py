@@ -114,6 +114,11 @@ def other_settings() -> None:
         _step(key_sparsity=0.5 + 0.2 * dist.get_rank())(x(), None)
 
 
+def heads_of_ranks() -> None:
+    with without_compiler():
+        _step(key_sparsity={"default": {0: 0.5, "default": 0.7}})(x(), None)
+
+
 def a_refused_setting() -> None:
     with without_compiler():
         _step(window=4 - 4 * dist.get_rank())(x(), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,18 +177,41 @@ class Layer:
         return caches
 
 
+@dataclass
+class Heads:
+    """One layer whose KV heads are pruned in ways of their own. each: one head by itself."""
+
+    each: list[Layer]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        heads = zip(self.each, q.chunk(len(self.each), 1), k.split(1, 1), v.split(1, 1), strict=True)
+        return torch.cat([head.attend(*x, mask, scale) for head, *x in heads], dim=1)
+
+    def stored(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """As that of a layer."""
+        rows = [head.stored(*x) for head, *x in zip(self.each, k.split(1, 1), v.split(1, 1), strict=True)]
+        return [torch.cat(x, 1) for x in zip(*rows, strict=True)]
+
+
 @contextmanager
 def ranked_generation(
     strategies: tuple[str, str], sparsity: float, window: int, codes: tuple[str, str] = ("none", "none")
 ) -> Iterator[list[Layer]]:
     """Within it, eager HF models with SDPA generate as the model with caches pruned by strategies should."""
+    with generation_by(lambda: Layer(strategies, sparsity, window, codes)) as layers:
+        yield layers
+
+
+@contextmanager
+def generation_by(make: Callable[[], Layer | Heads]) -> Iterator[list[Any]]:
+    """Within it, eager HF models with SDPA attend by what ``make`` makes for each layer."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    layers: list[Layer] = []
+    layers: list[Any] = []
 
     def attend(module, query, key, value, attention_mask, scaling, **how):
         if module.layer_idx == len(layers):
-            layers.append(Layer(strategies, sparsity, window, codes))
+            layers.append(make())
         if attention_mask is None and query.shape[2] > 1:
             attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         layer = layers[module.layer_idx]

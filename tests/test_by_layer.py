@@ -12,7 +12,7 @@ import mustafar_compile
 from compilers import without_compiler
 from models import TupleModel, hf_model, prompt
 from mustafar_compile import Settings, UnknownLayerError, cache_stats, explain
-from mustafar_compile.by_layer import ByLayer
+from mustafar_compile.by_number import ByLayer
 from mustafar_compile.settings import merged_options, read_options
 from nightly import at_night
 from reference import kept_count
@@ -23,10 +23,10 @@ MAPPING = {0: 0.25, "default": 0.5}
 @pytest.mark.parametrize("given", [MAPPING, {"0": 0.25, "default": 0.5}, ByLayer(((0, 0.25),), 0.5)])
 def test_a_mapping_has_a_value_for_each_layer(given):
     settings = Settings(key_sparsity=given)
-    assert [settings.sparsity("key", layer) for layer in (0, 1, 99)] == [0.25, 0.5, 0.5]
-    assert settings.sparsity("value", 0) == settings.sparsity("value") == 0.5
+    assert [settings.at("key_sparsity", layer) for layer in (0, 1, 99)] == [0.25, 0.5, 0.5]
+    assert settings.at("value_sparsity", 0) == settings.at("value_sparsity") == 0.5
     with pytest.raises(UnknownLayerError, match="key_sparsity differs by layer, and no layer is named"):
-        settings.sparsity("key")
+        settings.at("key_sparsity")
     assert settings == Settings(key_sparsity=MAPPING)
     assert hash(settings) == hash(Settings(key_sparsity=MAPPING))
     assert settings != Settings(key_sparsity={**MAPPING, 1: 0.25})
@@ -35,10 +35,10 @@ def test_a_mapping_has_a_value_for_each_layer(given):
 @given(st.lists(st.sampled_from(["none", "int8", "int4"]), min_size=1))
 def test_a_list_is_a_mapping_without_default(codes):
     settings = Settings(value_code=codes)
-    assert [settings.code("value", layer) for layer in range(len(codes))] == codes
+    assert [settings.at("value_code", layer) for layer in range(len(codes))] == codes
     assert settings == Settings(value_code=dict(enumerate(codes))) == Settings(value_code=tuple(codes))
     with pytest.raises(UnknownLayerError, match=f'value_code has values .* no "default".* a layer {len(codes)} '):
-        settings.code("value", len(codes))
+        settings.at("value_code", len(codes))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_is_no_setting_by_layer(given):
     [
         ({"key_sparsity": {3: 1.5, "default": 0.5}}, r"key_sparsity\[3\]=1.5 is not accepted; it must be a number in"),
         ({"value_sparsity": {0: 0.5, "default": "a"}}, r"value_sparsity\['default'\]='a' is not accepted"),
-        ({"key_sparsity": [0.5, [0.5]]}, r"key_sparsity\[1\]=\[0.5\] is not accepted"),
+        ({"key_sparsity": [0.5, [[0.5]]]}, r"key_sparsity\[1\]\[0\]=\[0.5\] is not accepted"),
         ({"value_code": ["int8", "int2"]}, r"value_code\[1\]='int2' is not accepted; it must be one of 'none', 'int8'"),
     ],
 )
@@ -117,3 +117,50 @@ def test_a_single_layer_of_unknown_number_refuses_them():
             Exception, match="value_sparsity by layer is given, but a graph holds a single layer of unkn"
         ):
             step(torch.randn(2, 8, 32), None)
+
+
+class OwnLayers(torch.nn.Module):
+    """A model without a configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([TupleModel(), TupleModel()])
+        for layer in self.layers:
+            layer.forward = layer.step
+
+    def forward(self, x):
+        return [layer(x, None) for layer in self.layers]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            {"key_sparsity": {0: 0.5, 7: 0.5, "default": 0.7}},
+            "key_sparsity names layer 7, which the model does not have",
+        ),
+        ({"value_code": ["int8", "int4", "none"]}, "value_code names layer 2, which the model does not have"),
+        ({"skip_layers": [1, 2, 3]}, "skip_layers names layer 2, 3, which the model does not have"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["own", "transformers", *at_night(["by layer"])])
+@torch.no_grad()
+def test_a_layer_that_the_model_does_not_have(setting, words, kind):
+    if kind == "own":
+        model, inputs = OwnLayers(), {"x": torch.randn(2, 8, 32)}
+    else:
+        model, inputs = hf_model(num_hidden_layers=2), prompt()
+    for part in model.model.layers[:1] if kind == "by layer" else [model]:
+        part.compile(backend="mustafar", options=setting)
+    with without_compiler(), pytest.raises(Exception, match=f"{words}; accepted are layers from 0 to 1"):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_all_layers_of_the_model_may_be_named():
+    model = hf_model(num_hidden_layers=2)
+    with without_compiler(), explain() as report:
+        for layer in model.model.layers:  # each graph is of one of them
+            layer.compile(backend="mustafar", options={"key_sparsity": [0.5, 0.7], "skip_layers": [1]})
+        model(**prompt())
+    assert [entry.layer for entry in report.matched] == [0]

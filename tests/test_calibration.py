@@ -48,8 +48,8 @@ def test_a_loss_is_half_the_square_of_the_error_along_the_gradient(role):
     reader = Reader(Attention(0, q, k, v, HEAD_DIM**-0.5, None), gradient, WINDOW)
     loss = {"key": reader.key_loss, "value": reader.value_loss}[role]
     dense = {"key": k, "value": v}[role]
-    assert loss(prune(dense, kept_count(HEAD_DIM, 0.5))) == pytest.approx(expected, rel=1e-4)
-    assert loss(dense) == pytest.approx(0, abs=1e-9)
+    assert loss(prune(dense, kept_count(HEAD_DIM, 0.5))).sum().item() == pytest.approx(expected, rel=1e-4)
+    assert loss(dense).sum().item() == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
@@ -72,7 +72,7 @@ def test_what_is_predicted_of_a_layer_happens(role):
         with torch.no_grad(), teacher_forced.attending(model, attend):
             now = model(ids[None], use_cache=False).logits[0].log_softmax(-1)
         happened = (said.exp() * (said - now)).sum(-1).mean().item()
-        assert 0.5 < found.losses[layer, role][Stored(0.5)] / happened < 1.3
+        assert 0.5 < found.losses[layer, role][Stored(0.5)].sum() / happened < 1.3
 
 
 def test_a_budget_is_kept_and_used_well():
@@ -112,13 +112,38 @@ def test_a_compiled_model_stores_by_a_saved_budget(tmp_path):
     assert sum(f.token_bytes(2) for f in formats) / (2 * 2 * HEAD_DIM) == budget.bytes
 
 
+@torch.no_grad()
+def test_a_budget_by_head_in_two_groups(tmp_path):
+    """Of the same bytes it loses less, and a compiled model takes them."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
+    model = hf_model(num_hidden_layers=2, initializer_range=0.1, **heads)
+    by_layer, budget = (budget_of(model, codes=["none"], bytes=0.75, by_head=by_head) for by_head in (False, True))
+    assert budget.bytes <= 0.75
+    assert budget.loss < by_layer.loss < by_layer.uniform_loss == budget.uniform_loss
+    budget.save(tmp_path / "budget.json")
+    assert Budget.load(tmp_path / "budget.json") == budget
+    with without_compiler():
+        model.compile(backend="mustafar", options={"budget": str(tmp_path / "budget.json"), "strict": True})
+        past = model(**prompt()).past_key_values
+    layouts = [x.format for layer in past.layers for x in (layer.keys, layer.values)]
+    assert max(len(layout.parts) for layout in layouts) == 2
+    parts = [[*zip(layout.groups or [range(4)], layout.parts, strict=True)] for layout in layouts]
+    stored = sum(len(group) * part.token_bytes(2) for own in parts for group, part in own)
+    assert stored / (2 * 2 * 4 * 2 * HEAD_DIM) == budget.bytes
+    for number, layer in budget.layers.items():
+        for wanted, own in zip((layer.key, layer.value), parts[2 * number : 2 * number + 2], strict=True):
+            kept = {head: part.kept for group, part in own for head in group}
+            each = wanted if isinstance(wanted, tuple) else (wanted,) * 4
+            assert [kept[head] for head in range(4)] == [kept_count(HEAD_DIM, x.sparsity) for x in each]
+
+
 BUDGET = Budget({0: LayerBudget(Stored(0.5, "int8"), Stored(0.75))}, 8, 0.4, 0.01, 0.02)
 
 
 def test_a_budget_is_settings():
     settings, _ = read_options(None, {"budget": BUDGET, "value_code": "int4"})
-    assert (settings.sparsity("key", 0), settings.code("key", 0)) == (0.5, "int8")
-    assert (settings.sparsity("value", 0), settings.code("value", 0)) == (0.75, "int4")
+    assert (settings.at("key_sparsity", 0), settings.at("key_code", 0)) == (0.5, "int8")
+    assert (settings.at("value_sparsity", 0), settings.at("value_code", 0)) == (0.75, "int4")
     assert settings.window == 8
     options, read = merged_options("prepare", None, {"budget": BUDGET}, {"value_code": "int4"})
     assert read == read_options(None, options)[0] == settings
@@ -134,6 +159,8 @@ def test_a_budget_is_a_table():
         "predicted loss 0.0100 nats a token, 0.0200 with all layers alike"
     )
     assert "0.5 int8   0.75" in str(BUDGET)
+    key = Stored(0.5, "int8"), Stored(0.25), Stored(0.5, "int8")
+    assert "0, 2: 0.5 int8; 1: 0.25   0.75" in str(Budget({0: LayerBudget(key, Stored(0.75))}, 8, 0.4, 0.01, 0.02))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +172,7 @@ def test_a_budget_is_a_table():
         lambda saved: json.dumps(saved | {"more": 1}),
         lambda saved: json.dumps(saved | {"layers": {"first": saved["layers"]["0"]}}),
         lambda saved: json.dumps(saved | {"layers": {"0": {"key": {"sparsity": 0.5}}}}),
+        lambda saved: json.dumps(saved | {"layers": {"0": {"key": [0.5], "value": {"sparsity": 0.5}}}}),
     ],
 )
 def test_a_file_that_is_no_budget(tmp_path, change):
@@ -163,6 +191,7 @@ REFUSED = {
     "bytes": (ValueError, r"bytes=0 is not accepted; it must be a number in \(0, 1\]", {"bytes": 0}),
     "codes": (ValueError, "codes=.'int2'. is not accepted; it must be some of 'none', 'int8'", {"codes": ["int2"]}),
     "window": (ValueError, "window=0 is not accepted", {"window": 0}),
+    "by head": (ValueError, "by_head=1 is not accepted; it must be True or False", {"by_head": 1}),
     "dtype": (ValueError, "dtype=torch.int8 is not accepted", {"dtype": torch.int8}),
     "too little": (ValueError, "0.01 of 128 bytes a token is too little: the budget is 1, and", {"bytes": 0.01}),
 }  # fmt: skip

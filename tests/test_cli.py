@@ -62,7 +62,12 @@ def test_calibrate_writes_a_budget_that_other_commands_take(folder, tmp_path):
     found = as_json("calibrate", folder, "--prompts", text, "--bytes", 0.5, "--out", out, "--tokens", 100)
     assert 0 < found["bytes"] <= 0.5
     given = read_options(None, {"budget": str(out)})[0]
-    assert given.code("key", 0) == found["layers"]["0"]["key"]["code"]
+    assert given.at("key_code", 0) == found["layers"]["0"]["key"]["code"]
+    by_head = as_json(
+        "calibrate", folder, "--prompts", text, "--bytes", 0.5, "--out", out, "--tokens", 100, "--by-head"
+    )
+    assert by_head["loss"] < found["loss"]
+    assert read_options(None, {"budget": str(out)})[0].by_head()
     assert as_json("explain", folder, "--budget", out)["layers"][0]["reason"] == ""
     run("explain", folder, "--budget", text, code=2)
     run("calibrate", folder, "--prompts", text, "--codes", "int5", code=1)
@@ -74,6 +79,7 @@ def test_calibrate_writes_a_budget_that_other_commands_take(folder, tmp_path):
         ("key_sparsity", "0.7", 0.7),
         ("key_sparsity", "0.3,0.7", [0.3, 0.7]),
         ("key_sparsity", '{"0": 0.3, "default": 0.7}', {"0": 0.3, "default": 0.7}),
+        ("key_sparsity", '{"0": [0.3, 0.7], "default": 0.7}', {"0": [0.3, 0.7], "default": 0.7}),
         ("key_code", "int8", "int8"),
         ("skip_layers", "0", [0]),
         ("skip_layers", "[0, 1]", [0, 1]),

@@ -42,7 +42,7 @@ def test_tokens_are_those_of_the_oracle(way, cache):
     model, inputs = hf_model("llama", num_hidden_layers=1), prompt(padded=True)
     settings = Settings(**WAYS[way], window=WINDOW)
     how = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    sparsities, codes = ([f(role) for role in ("key", "value")] for f in (settings.sparsity, settings.code))
+    sparsities, codes = ([settings.at(f"{role}_{what}") for role in ("key", "value")] for what in ("sparsity", "code"))
     with pruned_generation(*sparsities, WINDOW, codes=tuple(codes)):
         expected = model.generate(**inputs, **how)
     with without_compiler(), explain() as report:

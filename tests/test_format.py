@@ -9,13 +9,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
+from mustafar_compile.lowering.buffers import blocks_for
 from mustafar_compile.lowering.format import (
     BLOCK_TOKENS,
     CACHE_DTYPES,
     MAX_QUERY_TOKENS,
     Format,
     FormatError,
-    blocks_for,
     grown_capacity,
     kept_elements,
 )

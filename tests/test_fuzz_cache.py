@@ -26,7 +26,8 @@ from conftest import SHARDS, sharded
 from live_caches import Live, Shape
 from mustafar_compile import CompressedKV, CompressedWriteError, StaleCacheError
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import CODES
+from mustafar_compile.lowering.format import CODES, Format, grown_capacity
+from mustafar_compile.lowering.head_groups import HeadGroups
 from reference import reference_attention, reference_weights
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -94,6 +95,16 @@ def random_mask(kind, batch, heads, queries, tokens, seed):
     return torch.where(mask, 0.25, float("-inf")) if kind == "additive" else mask
 
 
+def by_groups(dense, sparsity, window, tokens, code, strategy, queries):
+    """A cache in two groups of KV heads. They are alike, so it is what one without groups is."""
+    heads, length = dense.shape[1], dense.shape[2]
+    form = Format.of(dense.shape[3], sparsity, window, "rows", code, strategy)
+    groups = HeadGroups.of([range(0, heads, 2), range(1, heads, 2)], [form, form])
+    written, capacity = (length, grown_capacity(length)) if tokens is None else (tokens, length)
+    buffers = ops.compress(dense, torch.tensor([written]), groups.encode(), capacity, queries)
+    return CompressedKV.from_buffers(groups, buffers, length, tokens is None)
+
+
 class Caches(RuleBasedStateMachine):
     """Growing and static caches under the custom ops, without a compiler."""
 
@@ -107,8 +118,9 @@ class Caches(RuleBasedStateMachine):
         """K and V of a prompt, compressed."""
         shape, tokens = self.shape, None if room is None else key.shape[2]
         key, value = (x if room is None else F.pad(x, (0, 0, 0, room - tokens)) for x in (key, value))
+        make = by_groups if self.grouped else CompressedKV.from_dense
         return [
-            CompressedKV.from_dense(x, sparsity, shape.window, tokens, code, strategy, queries)
+            make(x, sparsity, shape.window, tokens, code, strategy, queries)
             for x, sparsity, code, strategy, queries in (
                 (key, shape.key_sparsity, shape.key_code, shape.key_strategy, query),
                 (value, shape.value_sparsity, shape.value_code, shape.value_strategy, None),
@@ -158,9 +170,9 @@ class Caches(RuleBasedStateMachine):
         self.live.append(live)
         return live
 
-    @initialize(shape=shapes)
-    def choose(self, shape):
-        self.shape = shape
+    @initialize(shape=shapes, grouped=st.booleans())
+    def choose(self, shape, grouped):
+        self.shape, self.grouped = shape, grouped and shape.heads > 1
 
     @rule(target=caches, batch=st.integers(1, 3), tokens=lengths, spare=st.none() | st.integers(0, 40), seed=seeds)
     def prefill(self, batch, tokens, spare, seed):

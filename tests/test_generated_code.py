@@ -8,7 +8,8 @@ from torch._inductor.utils import run_and_get_code
 
 from compilers import allocations
 from models import BufferModel, TupleModel, run_steps
-from mustafar_compile.lowering.format import blocks_for, grown_capacity
+from mustafar_compile.lowering.buffers import blocks_for
+from mustafar_compile.lowering.format import grown_capacity
 from test_own_loops import assert_close, embeddings, options, oracle
 
 SLOTS, HEADS, HEAD_DIM, KEPT = 1000, 2, 32, 16

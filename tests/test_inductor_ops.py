@@ -12,7 +12,8 @@ from torch._inductor.utils import run_and_get_code
 
 from compilers import allocations
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import BLOCK_TOKENS, Format, blocks_for
+from mustafar_compile.lowering.buffers import blocks_for
+from mustafar_compile.lowering.format import BLOCK_TOKENS, Format
 from nightly import at_night
 
 BATCH, HEADS, WINDOW, CAPACITY, STEPS = 1, 2, 8, 520, 3  # a block leaves the window

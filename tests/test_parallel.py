@@ -33,6 +33,7 @@ DAILY = {
     "recorded": (checks.recorded,),
     "not recorded": (checks.not_recorded,),
     "other settings": (checks.other_settings,),
+    "heads of ranks": (checks.heads_of_ranks,),
     "a refused setting": (checks.a_refused_setting,),
     "another reason": (checks.another_reason,),
     "another graph": (checks.another_graph,),
@@ -86,6 +87,11 @@ def test_other_settings_end_all_ranks_with_one_error():
     for error in of_both("other settings"):
         assert "RanksDisagreeError" in error
         assert "They differ in key_sparsity. Rank 0: 0.5. Rank 1: 0.7." in error
+
+
+def test_heads_that_ranks_have_are_not_known_by_their_numbers():
+    for error in of_both("heads of ranks"):
+        assert "key_sparsity by KV head is given for a graph of which 2 ranks have a part each" in error
 
 
 def test_an_error_of_one_rank_is_told_to_the_others():

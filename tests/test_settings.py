@@ -56,7 +56,7 @@ VALUES = "'magnitude', 'think', 'channel-magnitude', 'channel-output-aware'"
 @pytest.mark.parametrize(("name", "accepted"), [("key_strategy", KEYS), ("value_strategy", VALUES)])
 def test_strategies_of_each_side(name, accepted):
     for strategy in accepted.replace("'", "").split(", "):
-        assert Settings(**{name: strategy}).strategy(name.removesuffix("_strategy")) == strategy
+        assert Settings(**{name: strategy}).at(name) == strategy
     for value in ["output-aware" if name == "value_strategy" else "channel-magnitude", "THINK", None, 1]:
         with pytest.raises(ValueError, match=f"mustafar: {name}=.* is not accepted; it must be one of {accepted}$"):
             Settings(**{name: value})
@@ -104,8 +104,8 @@ def test_skipping_no_layer(layers):
 @given(st.floats(0, 1, exclude_max=True) | st.just(0), st.floats(0, 1, exclude_max=True), st.integers(1, 2**20))
 def test_all_that_is_in_range_is_accepted(key, value, window):
     settings = Settings(key_sparsity=key, value_sparsity=value, window=window)
-    assert settings.sparsity("key") == key
-    assert settings.sparsity("value") == value
+    assert settings.at("key_sparsity") == key
+    assert settings.at("value_sparsity") == value
     assert settings.window == window
 
 

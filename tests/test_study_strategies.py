@@ -187,6 +187,10 @@ def test_a_budget_is_a_case_for_each_layer(tmp_path):
     assert Case(budget=str(path)).label == "budget mine"
     with pytest.raises(ValueError, match=r"layers \[0, 1\]; the model has 3"):
         Case(budget=str(path)).by_layer(3)
+    path.write_text(json.dumps({"version": 1, "layers": layers | {"1": {"key": [pruned, int8], "value": int8}}}))
+    with pytest.raises(ValueError, match="a budget by KV head, which the study has no cases for"):
+        Case(budget=str(path)).by_layer(2)
+    path.write_text(json.dumps({"version": 1, "layers": layers}))
     model = hf_model(head_dim=32)
     ids = torch.randint(1, 100, (60,), generator=torch.Generator().manual_seed(0))
     hidden = Case(budget=str(path), window=8).hidden_states(model, ids)

@@ -11,11 +11,13 @@ CODES = {"none": "none", "int8": "int8", "int4 growing": "int4"}
 
 
 def by_layer(path: str, layers: int | None = None) -> list[dict[str, Any]]:
-    """Fields of a case for each layer. Raises OSError, and ValueError where the file is for other layers."""
+    """Fields of a case for each layer. Raises OSError, and ValueError where the file is for other layers or by head."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
     numbers = sorted(map(int, found))
     if layers is not None and numbers != list(range(layers)):
         raise ValueError(f"{path} has a budget for the layers {numbers}; the model has {layers}")
+    if any(isinstance(stored, list) for layer in found.values() for stored in layer.values()):
+        raise ValueError(f"{path} has a budget by KV head, which the study has no cases for; accepted is one by layer")
     names = {ours: name for name, ours in CODES.items()}
     return [
         {

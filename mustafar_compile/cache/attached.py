@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import _compat
 from ..errors import ReleaseError
 from ..lowering import ops
-from ..lowering.format import Format
+from ..lowering.layout import Layout
 from ..patterns.rewriting.plan import Attached
 from ..reporting.notices import notify, notify_blind
 from .memory import Place, overlap, place_of
@@ -37,7 +37,7 @@ _NAME = "_mustafar_states"  # of an attribute of a storage
 class AttachedState:
     """Buffers of a format, compressed from a dense cache. valid: whether they hold what the cache holds."""
 
-    format: Format
+    format: Layout
     buffers: list[Tensor]
     valid: bool = True
 

@@ -153,9 +153,8 @@ def _zero(cache: CompressedKV) -> CompressedKV:
     """All zeros: of as many tokens where the cache grows, of none where it is static (HF resets its cache so)."""
     if cache.grows and not (cache.writable and cache.is_latest()):
         return NotImplemented
-    for buffer in cache.buffers[:-1]:
-        buffer.zero_()
-    (cache.counts[:, 2:] if cache.grows else cache.counts).zero_()
+    for buffer, x in zip(cache.format.buffers, cache.buffers, strict=True):
+        (x[:, 2:] if cache.grows and buffer.name == "counts" else x).zero_()
     return cache
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import StaleCacheError
-from ..lowering.format import Format, blocks_for, grown_capacity
+from ..lowering.buffers import blocks_for
+from ..lowering.format import grown_capacity
+from ..lowering.layout import Layout
 from .lineage import Branch
 from .without_memory import WithoutMemory
 
@@ -20,7 +22,7 @@ _extents: WeakValueDictionary[tuple[int, bool], Tensor] = WeakValueDictionary()
 class Form(NamedTuple):
     """What, beside its shape, decides on the code for a cache. Dynamo guards on it."""
 
-    format: Format
+    format: Layout
     grows: bool
     tokens_dim: int
     dtype: torch.dtype
@@ -53,7 +55,7 @@ class Handle(WithoutMemory):
     """K or V of one layer as far as some token. All handles of a growing cache share its buffers and its branch."""
 
     form: Form
-    format: Format
+    format: Layout
     grows: bool
     tokens_dim: int
     buffers: tuple[Tensor, ...]
@@ -69,7 +71,7 @@ class Handle(WithoutMemory):
 
     @property
     def counts(self) -> Tensor:
-        """The buffer of this name, [B, 3]."""
+        """The buffer of this name, [B, 3]; of groups of KV heads that of the last."""
         return self.buffers[-1]
 
     @property
@@ -78,22 +80,23 @@ class Handle(WithoutMemory):
         return self.format.capacity_of(self.buffers)
 
     def own_buffers(self) -> tuple[Tensor, ...]:
-        """The buffers as this handle sees them, see ``own_counts``."""
-        if not self.grows or self.is_latest():
-            return self.buffers
-        return *self.buffers[:-1], self.own_counts()
-
-    def own_counts(self) -> Tensor:
-        """``counts`` as this handle sees them: a copy with fewer tokens where a longer handle was made.
+        """The buffers as this handle sees them: with copies of counts, of fewer tokens, where a longer handle was made.
 
         Raises StaleCacheError where tokens of this handle were given up.
         """
         if not self.grows or self.is_latest():
-            return self.counts
+            return self.buffers
         self._check_standing()
-        counts = self.counts.clone()
+        return tuple(self.format.with_counts(self.buffers, lambda counts: self._counting(counts.clone())))
+
+    def _counting(self, counts: Tensor) -> Tensor:
+        """``counts``, which now say how many tokens this handle has."""
         counts[:, 0].fill_(self.tokens)
         return counts
+
+    def _count(self) -> None:
+        """Set the tokens of the buffers to those of this handle."""
+        self.format.with_counts(self.buffers, self._counting)
 
     def is_latest(self) -> bool:
         """Whether no other handle of this growing cache has gone further."""
@@ -125,7 +128,7 @@ class Handle(WithoutMemory):
                     "moved on. To continue one past in several ways, copy.deepcopy it first"
                 )
             self.__dict__ = vars(self) | {"branch": self.branch.cut(tokens)}
-            self.counts[:, 0].fill_(tokens)
+            self._count()
         self.cropped = False
         needed = tokens + count - self.format.window
         if needed > self.capacity:
@@ -159,10 +162,11 @@ class Handle(WithoutMemory):
         if blocks == blocks_for(self.capacity):
             return
         with torch.inference_mode():  # where alone a cache that was made in it may be changed
-            for buffer in self.buffers[: len(self.format.packed)]:
-                torch.ops.aten.set_.source_Tensor(buffer, _with_blocks(buffer, blocks))
+            for buffer, x in zip(self.format.buffers, self.buffers, strict=True):
+                if buffer.grows:
+                    torch.ops.aten.set_.source_Tensor(x, _with_blocks(x, blocks))
         self.extent = extent_of(blocks, self.grows)
 
     def undo(self) -> None:
         """Take back what a step that failed has counted, so that it may be tried again with this handle."""
-        self.counts[:, 0].fill_(self.tokens)
+        self._count()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gathering import gathered
-from ..lowering.format import Format
+from ..lowering.layout import Layout
 from ..reporting.text import bytes_text
 from .attached import find_state
 from .release import is_released
@@ -23,7 +23,7 @@ class CacheStats:
     """tokens: written tokens of the longest layer. stored_bytes: what is really allocated. dense_bytes: what the same
     cache takes uncompressed. compressed_tensors: how many of its ``tensors`` (K and V count apart) are compressed.
     kept: of a row of each tensor, K and V of each layer in turn, rank after rank: "64/128", "40/128 int8",
-    "40/128 by output-aware", or "dense"."""
+    "40/128 by output-aware", "64/128 (2 heads) + 40/128 (6 heads)" where KV heads differ, or "dense"."""
 
     tokens: int
     stored_bytes: int
@@ -110,7 +110,7 @@ def _cache_tensors(cache: Any) -> Iterator[Tensor]:
             yield from _cache_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
-def _holding(tensor: Tensor, tokens_dim: int) -> tuple[int, Sequence[Tensor], Format | None]:
+def _holding(tensor: Tensor, tokens_dim: int) -> tuple[int, Sequence[Tensor], Layout | None]:
     """(tokens, the plain tensors that hold them, the format, None where dense) of one K or V."""
     if isinstance(tensor, CompressedKV):
         tokens = tensor.tokens if tensor.grows else _written(tensor.counts)

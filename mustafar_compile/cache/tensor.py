@@ -12,7 +12,10 @@ from torch import Tensor
 from .. import _compat
 from ..errors import ForeignCompilerError
 from ..lowering import ops, portable
-from ..lowering.format import CACHE_DTYPES, CHUNK, Format, blocks_for, grown_capacity, order_for
+from ..lowering.buffers import blocks_for
+from ..lowering.format import CACHE_DTYPES, CHUNK, Format, grown_capacity, order_for
+from ..lowering.head_groups import decode
+from ..lowering.layout import Layout
 from .growth import Form, Handle, extent_of
 from .lineage import Branch
 from .untrusted import check_saved
@@ -66,12 +69,12 @@ class CompressedKV(Handle):
 
     @classmethod
     def from_buffers(
-        cls, format: Format, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2
+        cls, format: Layout, buffers: Iterable[Tensor], tokens: int, grows: bool, tokens_dim: int = 2
     ) -> CompressedKV:
         """A new cache over ``buffers`` with ``tokens`` tokens (a growing cache) or room for them (a static one)."""
         buffers = tuple(buffers)
-        window = format.window_of(buffers)
-        batch, heads, _, head_dim = window.shape
+        window, heads = format.window_of(buffers), format.heads_of(buffers)
+        batch, _, _, head_dim = window.shape
         size = (batch, heads, tokens, head_dim) if tokens_dim == 2 else (batch, tokens, heads, head_dim)
         form = Form(format, grows, tokens_dim, window.dtype, window.device)
         cache = cls(buffers, form, extent_of(blocks_for(format.capacity_of(buffers)), grows), size)
@@ -142,7 +145,8 @@ class CompressedKV(Handle):
         """This cache with its elements in the order that the kernels of a device want (see ``Format``)."""
         if self.format.ordered(order) is self.format:
             return self
-        buffers = portable.reordered(self.own_buffers(), self.format, order)
+        parts = zip(self.format.parts, self.format.split(self.own_buffers()), strict=True)
+        buffers = [x for part, own in parts for x in portable.reordered(own, part, order)]
         return CompressedKV.from_buffers(self.format.ordered(order), buffers, self.tokens, self.grows, self.tokens_dim)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -186,14 +190,18 @@ class CompressedKV(Handle):
         )
 
     def __repr__(self) -> str:
-        kept = f"{self.format.kept} of {self.format.row_size} kept"
-        kept += f" in {self.format.code}" if self.format.code != "none" else ""
-        kept += f" by {self.format.strategy}" if self.format.strategy != "magnitude" else ""
+        kept = ", ".join(map(_kept, self.format.parts))
         return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return cls.dispatch(func, args, kwargs or {})
+
+
+def _kept(format: Format) -> str:
+    kept = f"{format.kept} of {format.row_size} kept"
+    kept += f" in {format.code}" if format.code != "none" else ""
+    return kept + (f" by {format.strategy}" if format.strategy != "magnitude" else "")
 
 
 def _check_dense(dense: Tensor, tokens: int | None) -> None:
@@ -220,5 +228,5 @@ def _check_queries(dense: Tensor, queries: Tensor | None) -> None:
 def restored(format: str, buffers: Sequence[Tensor], tokens: int, grows: bool, tokens_dim: int) -> CompressedKV:
     """What pickle calls to make a saved cache again. Raises SavedCacheError where that cannot be one."""
     check_saved(format, buffers, tokens, grows, tokens_dim)
-    cache = CompressedKV.from_buffers(Format.decode(format), buffers, tokens, grows, tokens_dim)
+    cache = CompressedKV.from_buffers(decode(format), buffers, tokens, grows, tokens_dim)
     return cache.ordered(order_for(cache.device))

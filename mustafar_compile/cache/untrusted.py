@@ -9,28 +9,40 @@ import torch
 from torch import Tensor
 
 from ..errors import SavedCacheError
+from ..lowering.buffers import blocks_for
 from ..lowering.codes import TOP
-from ..lowering.format import BLOCK_TOKENS, Format, FormatError, blocks_for
+from ..lowering.format import BLOCK_TOKENS, Format, FormatError
+from ..lowering.head_groups import decode
 from ..lowering.rows import channel_bits
 
 
 def check_saved(format: Any, buffers: Any, tokens: Any, grows: Any, tokens_dim: Any) -> None:
     """Raise SavedCacheError unless a cache can be made of these, and be read and continued within its buffers."""
     try:
-        known = Format.decode(format)
+        known = decode(format)
         known.check(buffers)
     except (FormatError, TypeError, AttributeError) as error:
         raise SavedCacheError(f"this is no saved KV cache: {error}") from error
     _require(type(tokens) is int and tokens >= 0, f"it has {tokens!r} tokens; accepted is an integer from 0 on")
     _require(type(grows) is bool, f"whether it grows is {grows!r}; accepted are True and False")
     _require(type(tokens_dim) is int and tokens_dim in (1, 2), f"its tokens are dimension {tokens_dim!r}, not 1 or 2")
-    if known.window_of(buffers).device.type != "meta":  # where there is nothing to look at
-        _check_counts(known, buffers, tokens, grows)
-        if known.has_bitmap:
-            _check_bitmap(known, buffers)
-        if known.code == "int4":
-            floors = buffers[known.place("floors")]
-            _require(bool((floors <= TOP).all()), f"a floor of some row is above {TOP}")
+    if known.window_of(buffers).device.type == "meta":  # where there is nothing to look at
+        return
+    own = known.split(buffers)
+    for part, given in zip(known.parts, own, strict=True):
+        _check_part(part, given, tokens, grows)
+    alike = all(torch.equal(given[-1][:, 0], own[0][-1][:, 0]) for given in own)
+    _require(alike, "its groups of KV heads have different numbers of tokens")
+
+
+def _check_part(format: Format, buffers: Sequence[Tensor], tokens: int, grows: bool) -> None:
+    """What the KV heads of one format hold."""
+    _check_counts(format, buffers, tokens, grows)
+    if format.has_bitmap:
+        _check_bitmap(format, buffers)
+    if format.code == "int4":
+        floors = buffers[format.place("floors")]
+        _require(bool((floors <= TOP).all()), f"a floor of some row is above {TOP}")
 
 
 def _require(holds: bool, problem: str) -> None:

@@ -2,6 +2,6 @@
 
 One forward and one backward of a text say how much an error of each attention's output weighs (``sensitivity.py``).
 What each way of storing (``candidates.py``) puts that output off is computed from the same forward (``errors.py``). So
-the loss of every candidate of every layer is known (``measured.py``). Losses and bytes add up: an allocation
-(``allocation.py``) chooses.
+the loss of every candidate of every KV head is known (``measured.py``). Losses and bytes add up: an allocation
+(``allocation.py``) chooses, for whole layers or for two groups of the heads of each (``grouping.py``).
 """

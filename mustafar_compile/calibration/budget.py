@@ -23,17 +23,22 @@ class Stored:
         return f"{self.sparsity:g}" + (f" {self.code}" if self.code != "none" else "")
 
 
+OfHeads = Stored | tuple[Stored, ...]
+"""How all KV heads of a layer are stored, or each of them."""
+
+
 @dataclass(frozen=True)
 class LayerBudget:
     """How keys and values of a layer are stored."""
 
-    key: Stored
-    value: Stored
+    key: OfHeads
+    value: OfHeads
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Settings by layer. Made by ``calibrate``; pass it, or the path of a saved one, as the setting ``budget``.
+    """Settings by layer, or by layer and KV head. Made by ``calibrate``; pass it, or the path of a saved one, as the
+    setting ``budget``.
 
     layers: by number. window: of ``Settings``. bytes: stored over dense bytes of a pruned token, over all these layers;
     the window comes on top. loss: what was predicted for the texts, in nats a token of divergence (KL) from the dense
@@ -60,7 +65,7 @@ class Budget:
     def settings(self) -> dict[str, Any]:
         """The fields of ``Settings`` that it stands for."""
         by_layer = {
-            f"{role}_{name}": {number: getattr(getattr(layer, role), name) for number, layer in self.layers.items()}
+            f"{role}_{name}": {number: _field(getattr(layer, role), name) for number, layer in self.layers.items()}
             for role in ("key", "value")
             for name in ("sparsity", "code")
         }
@@ -79,7 +84,7 @@ class Budget:
             if content.pop("version") != _VERSION:
                 raise ValueError(f"it is of another version than {_VERSION}")
             layers = {
-                int(number): LayerBudget(**{role: Stored(**stored) for role, stored in layer.items()})
+                int(number): LayerBudget(**{role: _read(stored) for role, stored in layer.items()})
                 for number, layer in content.pop("layers").items()
             }
             return cls(layers, **content)
@@ -93,5 +98,21 @@ class Budget:
             f"mustafar: a budget of {self.bytes:.1%} of the dense bytes; predicted loss {self.loss:.4f} nats a token, "
             f"{self.uniform_loss:.4f} with all layers alike"
         )
-        rows = [(str(number), str(layer.key), str(layer.value)) for number, layer in self.layers.items()]
+        rows = [(str(number), _shown(layer.key), _shown(layer.value)) for number, layer in self.layers.items()]
         return f"{title}\n{table('', ('layer', 'keys', 'values'), rows).lstrip()}"
+
+
+def _field(stored: OfHeads, name: str) -> Any:
+    """What a setting has for a layer."""
+    return getattr(stored, name) if isinstance(stored, Stored) else [getattr(head, name) for head in stored]
+
+
+def _read(saved: Any) -> OfHeads:
+    return tuple(Stored(**head) for head in saved) if isinstance(saved, list) else Stored(**saved)
+
+
+def _shown(stored: OfHeads) -> str:
+    if isinstance(stored, Stored):
+        return str(stored)
+    ways = {way: [str(head) for head, own in enumerate(stored) if own == way] for way in stored}
+    return "; ".join(f"{', '.join(heads)}: {way}" for way, heads in ways.items())

@@ -24,6 +24,7 @@ def calibrate(
     tokenizer: Any = None,
     codes: Sequence[str] = CODES,
     window: int = 32,
+    by_head: bool = False,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Budget:
@@ -38,8 +39,9 @@ def calibrate(
     prompts: texts, or ids of tokens, int64 [T] or [1, T], of more than ``window`` tokens each. One or two of 1000 to
     2000 tokens will do, if they are such as the model will read. tokenizer: for texts.
     bytes: stored over dense bytes of a pruned token, in (0, 1]; the window comes on top. codes: those that may be used,
-    of "none", "int8" and "int4". window: as in ``Settings``. dtype: of the cache, by default that of the model.
-    progress: whether to show it, on stderr.
+    of "none", "int8" and "int4". window: as in ``Settings``. by_head: spread it over the KV heads of each layer, too,
+    in two groups at most, as a decode step launches the kernels of each group. dtype: of the cache, by default that of
+    the model. progress: whether to show it, on stderr.
 
     Raises TypeError for other prompts or a text without a tokenizer, ValueError for a value out of range, prompts that
     are too short, a budget that is too small for the least that can be stored, and a model without attention that can
@@ -47,7 +49,8 @@ def calibrate(
     cache.
     """
     _check("bytes", bytes, isinstance(bytes, int | float) and 0 < bytes <= 1, "a number in (0, 1]")
-    return measured(model, prompts, tokenizer, codes, window, dtype, progress).budget(bytes, codes)
+    _check("by_head", by_head, isinstance(by_head, bool), "True or False")
+    return measured(model, prompts, tokenizer, codes, window, dtype, progress).budget(bytes, codes, by_head)
 
 
 def measured(

@@ -35,13 +35,13 @@ class Reader:
         self.weights = self.scores.softmax(-1)
         self.result = self._read(self.weights, self.value)
 
-    def key_loss(self, stored: Tensor) -> float:
-        """Nats a token where old keys are read as ``stored``, [1, H, T, D]."""
+    def key_loss(self, stored: Tensor) -> Tensor:
+        """Nats a token of each KV head, [H], where its old keys are read as ``stored``, [1, H, T, D]."""
         scores = torch.where(self.is_old, self._scores(stored), self.scores)
         return self._loss(self._read(scores.softmax(-1), self.value) - self.result)
 
-    def value_loss(self, stored: Tensor) -> float:
-        """Nats a token where old values are read as ``stored``, [1, H, T, D]."""
+    def value_loss(self, stored: Tensor) -> Tensor:
+        """Nats a token of each KV head, [H], where its old values are read as ``stored``, [1, H, T, D]."""
         return self._loss(self._read(self.weights * self.is_old, stored - self.value))
 
     def _scores(self, key: Tensor) -> Tensor:
@@ -52,6 +52,6 @@ class Reader:
     def _read(weights: Tensor, value: Tensor) -> Tensor:
         return weights @ value.unsqueeze(2)
 
-    def _loss(self, error: Tensor) -> float:
+    def _loss(self, error: Tensor) -> Tensor:
         projected = (self.gradient * error).sum(-1)
-        return 0.5 * projected.square().sum((0, 1, 2)).mean().item()
+        return 0.5 * projected.square().sum((0, 2)).mean(-1)

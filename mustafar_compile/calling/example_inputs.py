@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule
 
 from .. import _compat
-from ..lowering.format import BLOCK_TOKENS, Format
+from ..lowering.format import BLOCK_TOKENS
+from ..lowering.layout import Layout
 from ..patterns.rewriting.plan import Argument, Plan, Size
 from .plain_inputs import PlainInputs
 
@@ -97,7 +98,7 @@ class _Examples:
             self.growing_capacity = capacity
         return self.growing_capacity
 
-    def _buffers(self, index: int, format: Format, batch: Any, heads: Any, capacity: Any) -> list[torch.Tensor]:
+    def _buffers(self, index: int, format: Layout, batch: Any, heads: Any, capacity: Any) -> list[torch.Tensor]:
         like = self.logical[index]
         with self.mode:
             return [

@@ -30,6 +30,9 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("budget.json"),
     codes: Annotated[str, typer.Option(help="Codes that may be used.")] = ",".join(CODES),
     window: Annotated[int, typer.Option(min=1, help="Latest tokens that stay dense and exact.")] = 32,
+    by_head: Annotated[
+        bool, typer.Option("--by-head", help="Also over the KV heads of a layer, in two groups.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=64, help="Of each text so many are read, from its start.")] = 1024,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -49,7 +52,7 @@ def calibrate(
         loaded = load_model(model, place, running_dtype(dtype, place))
         read = [encode(text, tokenizer, loaded, 0, most=tokens)[0] for text in texts]
     try:
-        budget = spread(loaded, read, bytes=share, codes=codes.split(","), window=window)
+        budget = spread(loaded, read, bytes=share, codes=codes.split(","), window=window, by_head=by_head)
     except (ValueError, NotImplementedError) as error:
         fail(first_line(error))
     budget.save(out)

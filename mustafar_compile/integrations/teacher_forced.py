@@ -6,7 +6,7 @@ query does so at once, as the text is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..calibration.attending import Attention, attending
 from ..lowering import ops, portable
+from ..lowering.by_group import put_back, taken
 from ..lowering.format import BLOCK_TOKENS, Format
 from ..lowering.strategies.answers import as_weights
 from ..policy import policy
@@ -35,20 +36,34 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
     format_of = policy(settings)
 
     def attend(of: Attention) -> Tensor:
-        k, v = of.key, of.value
-        key_format, value_format = (
-            format_of(of.layer, role, x.shape[3], x.dtype, x.device) for role, x in (("key", k), ("value", v))
+        key, value = (
+            format_of(of.layer, role, x.shape[1], x.shape[3], x.dtype, x.device)
+            for role, x in (("key", of.key), ("value", of.value))
         )
-        window, stored = of.window or k.shape[2], None
-        if of.window is None and key_format is not None and value_format is not None:
-            keys, window, seen = as_stored(k, key_format, of.query), settings.window, None
-            if value_format.ranking.wants_attention:
-                seen = attention_to_blocks(of.query, k, keys, of.scale, value_format)
-            stored = keys, as_stored(v, value_format, attention=seen)
-        return attention(of.query, k, v, stored, of.scale, window, value_format)
+        if of.window is not None or key is None or value is None:
+            return attention(of.query, of.key, of.value, None, of.scale, of.window or of.key.shape[2])
+        groups = key.groups or (tuple(range(of.key.shape[1])),)
+        parts = zip(groups, key.parts, value.parts, strict=True)
+        return put_back([_pruned(_of_heads(of, group), *formats) for group, *formats in parts], groups)
 
     with attending(model, attend), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _of_heads(of: Attention, group: Sequence[int]) -> Attention:
+    """An attention as far as it is of these KV heads."""
+    size = of.query.shape[1] // of.key.shape[1]
+    query, key, value = taken(of.query, group, size), taken(of.key, group), taken(of.value, group)
+    return replace(of, query=query, key=key, value=value)
+
+
+def _pruned(of: Attention, key_format: Format, value_format: Format) -> Tensor:
+    """What an attention gives over keys and values of these formats."""
+    keys, seen = as_stored(of.key, key_format, of.query), None
+    if value_format.ranking.wants_attention:
+        seen = attention_to_blocks(of.query, of.key, keys, of.scale, value_format)
+    stored = keys, as_stored(of.value, value_format, attention=seen)
+    return attention(of.query, of.key, of.value, stored, of.scale, key_format.window, value_format)
 
 
 def as_stored(x: Tensor, format: Format, queries: Tensor | None = None, attention: Tensor | None = None) -> Tensor:

@@ -47,11 +47,11 @@ class _PassingThrough(nn.Module):
         return hidden_states if self.rest is None else (hidden_states, *self.rest)
 
 
-def leave_out_alike(model: nn.Module, run: Callable[[], Any], policy_of: Callable[[int], Any]) -> list[Alike]:
+def leave_out_alike(model: nn.Module, run: Callable[[], Any], settings_of: Callable[[int], Any]) -> list[Alike]:
     """Keep one of each kind of layer in ``model`` and let the others pass through. Returns those.
 
     run: calls the model once; which layers may be passed through is seen from that, and none may where it fails.
-    policy_of: what the settings do with a layer, by its number.
+    settings_of: what is set for a layer, by its number.
     """
     layers = list(_stacked_layers(model))
     try:
@@ -65,7 +65,7 @@ def leave_out_alike(model: nn.Module, run: Callable[[], Any], policy_of: Callabl
         if layer not in results:
             continue
         stack, rest = path.rpartition(".")[0], results[layer]
-        kind = (stack, policy_of(number), _of_place(model, number), _signature(layer, number))
+        kind = (stack, settings_of(number), _of_place(model, number), _signature(layer, number))
         known = next((p for p, k in first.items() if k == kind), None)
         if known is None:
             first[path] = kind

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 
 from ..backend import mustafar
-from ..policy import policy
 from ..reporting.explain import explain
 from ..reporting.report import Entry, Report
 from ..settings import read_options
 from .alike import Alike, leave_out_alike
 from .fake import fake_model, forward, without_memory
-
-_PROBED_CHANNELS = 128  # of a head, where it is only asked whether settings treat two layers alike
 
 
 def _as_it_is(gm: Any, example_inputs: Any) -> Any:
@@ -45,20 +42,11 @@ def explain_config(
     """
     settings, _ = read_options(None, options)
     device = torch.device(device)
-    format_of = policy(settings)
     backend = functools.partial(mustafar, options=dict(options), inner=inner)
     torch._dynamo.reset()
     with without_memory(), explain() as report:
         model = fake_model(config, dtype, device)
-        alike = (
-            []
-            if every_layer
-            else leave_out_alike(
-                model,
-                lambda: forward(model, 1, 2),
-                lambda layer: [format_of(layer, role, _PROBED_CHANNELS, dtype, device) for role in ("key", "value")],
-            )
-        )
+        alike = [] if every_layer else leave_out_alike(model, lambda: forward(model, 1, 2), settings.of_layer)
         compiled = torch.compile(model, backend=backend)
         past = getattr(forward(model, batch, context, of=compiled), "past_key_values", None)
         if past is not None:

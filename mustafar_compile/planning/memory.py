@@ -10,7 +10,8 @@ from typing import Any
 import sympy
 import torch
 
-from ..lowering.format import Format, grown_capacity
+from ..lowering.format import grown_capacity
+from ..lowering.layout import Layout
 from ..policy import FormatOf, policy
 from ..settings import read_options
 from .footprint import BATCH, CONTEXT, CacheTensor, Footprint
@@ -111,7 +112,7 @@ def _rows(tensor: CacheTensor, format_of: FormatOf, new_tokens: int) -> tuple[An
     """Bytes of one row of the batch in a cache tensor, after the prompt and after the last step."""
     format = None
     if tensor.compressible:
-        format = format_of(tensor.layer, tensor.role, tensor.head_dim, tensor.dtype, _GPU)
+        format = format_of(tensor.layer, tensor.role, tensor.heads, tensor.head_dim, tensor.dtype, _GPU)
     if format is None:
         return _dense_row(tensor, CONTEXT), _dense_row(tensor, CONTEXT + new_tokens)
     room = grown_capacity(CONTEXT)
@@ -120,7 +121,7 @@ def _rows(tensor: CacheTensor, format_of: FormatOf, new_tokens: int) -> tuple[An
     return _stored_row(tensor, format, room), _stored_row(tensor, format, last)
 
 
-def _stored_row(tensor: CacheTensor, format: Format, capacity: Any) -> Any:
+def _stored_row(tensor: CacheTensor, format: Layout, capacity: Any) -> Any:
     return format.stored_bytes(1, tensor.heads, capacity, tensor.dtype.itemsize)
 
 

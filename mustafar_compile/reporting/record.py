@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from .. import _compat
 from ..lowering import backends
-from ..lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
+from ..lowering.format import MAX_QUERY_TOKENS, grown_capacity
+from ..lowering.layout import Layout
 from ..patterns.attention.find import places
 from ..patterns.cache.conditions import Context
 from ..patterns.match import CacheUpdate, Match, NoMatch
@@ -132,13 +133,13 @@ def _summed(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     return {name: sum(size[i] for size in sizes) for i, name in enumerate(("dense_bytes", "stored_bytes"))}
 
 
-def _own_format(update: CacheUpdate, context: Context) -> Format | None:
+def _own_format(update: CacheUpdate, context: Context) -> Layout | None:
     """The format that a cache has whatever becomes of it, None where it is dense."""
     cache = context.caches.get(update.base) if update.base is not None else None
     return None if cache is None else cache.format
 
 
-def _cache_bytes(update: CacheUpdate, format: Format | None, context: Context) -> tuple[int, int]:
+def _cache_bytes(update: CacheUpdate, format: Layout | None, context: Context) -> tuple[int, int]:
     """(dense, stored) bytes of the cache after the update, at the sizes the graph was compiled with."""
     value = update.node.meta["val"]
     shape = [_compat.hint(size) for size in value.shape]
@@ -159,4 +160,6 @@ def _kernels(m: Match) -> str:
     heads = _compat.hint(key.shape[3 - m.key.tokens_dim])
     queries = _compat.hint(query.shape[2]) if m.phase == "decode" else 1
     group = _compat.hint(query.shape[1]) // heads
-    return backends.for_step(backends.Work(*m.formats, key.dtype, key.device, group, queries)).name
+    of_heads = zip(m.formats[0].parts, m.formats[1].parts, strict=True)
+    works = (backends.Work(k, v, key.dtype, key.device, group, queries) for k, v in of_heads)
+    return " + ".join(dict.fromkeys(backends.for_step(work).name for work in works))

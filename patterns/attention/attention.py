@@ -18,10 +18,10 @@ class Attention:
     node: the result as the graph has it; ``restore`` are the ops, with their arguments behind the first, that make it
     from [B, Hq, L, Dv], but for its dtype. query: [B, Hq, L, D]. key_reader: the op that takes the key. mask: boolean
     or additive, broadcastable to [B, Hq, L, S]. softcap: cap(x) is ``softcap * tanh(x / softcap)``, 0 for none. sinks:
-    [Hq], one more score for each head that takes weight and gives no value. layer: its number in the model,
-    None where unknown. name: its module path, "" where unknown. window: the sliding window that its layer is said to
-    have, None without one. evictable: whether a hook on its module is given its cache, and may change it. problem: why
-    it can never be matched, or None.
+    [Hq], one more score for each head that takes weight and gives no value. layer: its number in the model, of so many
+    ``layers``, None where unknown. name: its module path, "" where unknown. window: the sliding window that its layer
+    is said to have, None without one. evictable: whether a hook on its module is given its cache, and may change it.
+    problem: why it can never be matched, or None.
     """
 
     node: Node
@@ -36,6 +36,7 @@ class Attention:
     sinks: Node | None = None
     restore: tuple[tuple[Any, ...], ...] = ()
     layer: int | None = None
+    layers: int | None = None
     name: str = ""
     window: int | None = None
     evictable: bool = False

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from mustafar_compile import _compat
 
-from ..graph.layers import layer_numbers, module_path, numbered_modules, own_number, stated_window
+from ..graph.layers import layer_numbers, layers_of_model, module_path, numbered_modules, own_number, stated_window
 from ..graph.nodes import is_call, located
 from .attention import Attention
 from .flex import is_flex, read_flex
@@ -62,5 +62,6 @@ def find_attention(graph: Graph) -> list[Attention]:
     modules = numbered_modules(nodes)
     for attention, (layer, name), module in zip(found, _places(nodes, modules), modules, strict=True):
         attention.layer, attention.name, attention.window = layer, name, stated_window(module)
+        attention.layers = layers_of_model(module, attention.node)
         attention.evictable = _compat.has_hook_on_arguments(module)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...lowering.format import Format
+from ...lowering.layout import Layout
 from ..attention.attention import Attention
 from ..attention.operand import Operand, leading_axes
 from ..graph.nodes import source_line
@@ -24,7 +24,7 @@ from .update import CacheUpdate, is_written_back, sliding_window
 class CacheInput:
     """A compressed cache that the graph takes. tokens_dim: 2 in [B, H, S, D], 1 in [B, S, H, D]."""
 
-    format: Format
+    format: Layout
     tokens_dim: int
 
 
@@ -32,15 +32,15 @@ class CacheInput:
 class Context:
     """What matching must know beyond the graph.
 
-    caches: the placeholders that hold a compressed cache. format_of: layer (or None), role ("key" or "value"),
-    head_dim and dtype -> the format that a cache is to have, None where it stays dense. parameters: placeholders that
-    hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed.
+    caches: the placeholders that hold a compressed cache. format_of: layer (or None), role ("key" or "value"), KV
+    heads, head_dim and dtype -> the format that a cache is to have, None where it stays dense. parameters: placeholders
+    that hold a parameter. unwatchable: placeholders whose writes from outside could not be noticed.
     dtypes: what a cache may hold. max_query_tokens: how many query tokens a decode step may have. release_dense:
     whether buffers of the caller are kept as compressed state alone.
     """
 
     caches: Mapping[Node, CacheInput]
-    format_of: Callable[[int | None, str, int, torch.dtype, torch.device], Format | None]
+    format_of: Callable[[int | None, str, int, int, torch.dtype, torch.device], Layout | None]
     parameters: Set[Node]
     unwatchable: Set[Node]
     dtypes: Collection[torch.dtype]
@@ -105,10 +105,11 @@ def check_cache(attention: Attention, update: CacheUpdate, functional: Functiona
     )
 
 
-def format_for(update: CacheUpdate, role: str, layer: int | None, context: Context) -> Format:
+def format_for(update: CacheUpdate, role: str, layer: int | None, context: Context) -> Layout:
     """The format of a cache: its own, or the one that it is to have."""
     value = update.node.meta["val"]
-    wanted = context.format_of(layer, role, value.shape[-1], value.dtype, value.device)
+    heads = known_size(value.shape[3 - update.tokens_dim])
+    wanted = context.format_of(layer, role, heads, value.shape[-1], value.dtype, value.device)
     require(wanted is not None, NothingLost(f"layer {layer} is listed in skip_layers"))
     assert wanted is not None
     return context.caches[update.base].format if update.base in context.caches else wanted

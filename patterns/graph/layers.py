@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from mustafar_compile import _compat
@@ -77,6 +78,20 @@ def numbered_modules(nodes: Sequence[Node]) -> list[Any]:
 def own_number(module: Any) -> int | None:
     """The number that one of the modules above says; None for None."""
     return getattr(module, OWN_NUMBER, None)
+
+
+def layers_of_model(module: Any, node: Node) -> int | None:
+    """How many layers there are in the model that a node is of, None where that is unknown.
+
+    Of layers that have a number of their own the configuration says it, as transformers has it; of those that are
+    numbered by their paths the outermost list of modules. module: one of ``numbered_modules``.
+    """
+    if module is not None:
+        config = getattr(module, "config", None)
+        return None if getattr(config, "is_encoder_decoder", False) else getattr(config, "num_hidden_layers", None)
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    lists = (_compat.object_at(path.rpartition(".")[0]) for path in paths if path.rpartition(".")[2].isdigit())
+    return next((len(modules) for modules in lists if isinstance(modules, torch.nn.ModuleList)), None)
 
 
 def stated_window(module: Any) -> int | None:

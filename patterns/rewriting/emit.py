@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, Proxy
 
-from ...lowering.format import Format
+from ...lowering.layout import Layout
 from ..attention.band import Band, read_band
 from ..cache.update import CacheUpdate
 from ..graph.calls import call_before
@@ -101,7 +101,7 @@ class Emitter:
         self,
         dense: Node,
         update: CacheUpdate,
-        format: Format,
+        format: Layout,
         seen: Mapping[str, Node] = {},
         past: list[Node] | None = None,
     ) -> list[Node]:
@@ -146,10 +146,12 @@ class Emitter:
             last = self.tokens(last.node if isinstance(last, Proxy) else last, update.new)
         return self.call(aten.add.Tensor, last, 1)
 
-    def decompress(self, buffers: list[Node], format: Format, length: Any, tokens_dim: int) -> Node:
+    def decompress(self, buffers: list[Node], format: Layout, length: Any, tokens_dim: int) -> Node:
         """The dense cache, of ``length`` tokens. Where that is none there is nothing to decompress."""
         if length == 0:
-            dense = self.call(aten.slice.Tensor, buffers[format.place("window")], 2, 0, 0)
+            parts = zip(format.parts, format.split(buffers), strict=True)
+            empty = [self.call(aten.slice.Tensor, own[part.place("window")], 2, 0, 0) for part, own in parts]
+            dense = empty[0] if len(empty) == 1 else self.call(aten.cat.default, empty, 1)
         else:
             dense = self.call(ops.decompress.default, buffers, format.encode(), length)
         return self.call(aten.contiguous.default, self.swapped(dense, tokens_dim))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ...lowering.format import Format
+from ...lowering.layout import Layout
 from ..graph.symbols import same_size
 from .plan import Argument, AttachedBuffer, Buffer, Input, Size
 
@@ -28,10 +28,12 @@ class Inputs:
         self.sources[node] = source
         return node
 
-    def add_buffers(self, cache: Node, format: Format, kind: type[Buffer] | type[AttachedBuffer]) -> list[Node]:
+    def add_buffers(self, cache: Node, format: Layout, kind: type[Buffer] | type[AttachedBuffer]) -> list[Node]:
         """The compressed buffers of the cache that the placeholder ``cache`` holds."""
         index = self.index[cache]
-        return [self._add(f"{cache.name}_{x.name}", kind(index, place)) for place, x in enumerate(format.buffers)]
+        return [
+            self._add(f"{cache.name}_{place}_{x.name}", kind(index, place)) for place, x in enumerate(format.buffers)
+        ]
 
     def size_of(self, cache: Node, dim: int) -> Any:
         """The size of a compressed cache as a model sees it: an int, or an input."""

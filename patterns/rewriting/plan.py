@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ...lowering.format import Format
+from ...lowering.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Compressed:
     """
 
     index: int
-    format: Format
+    format: Layout
     tokens: int | Result
     grows: bool
     tokens_dim: int
@@ -87,7 +87,7 @@ class Attached:
     index: int
     tokens_dim: int
     shape: tuple[Any, ...]
-    format: Format
+    format: Layout
     batch: int | Argument
     position: GraphModule
     releases: bool

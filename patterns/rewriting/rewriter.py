@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ...lowering.format import Format
+from ...lowering.layout import Layout
 from ..cache.conditions import CacheInput
 from ..cache.update import CacheUpdate, recognise_shift, recognise_update
 from ..graph.nodes import drop_meta, located
@@ -35,7 +35,7 @@ class _New:
     """A cache that the graph compresses and returns."""
 
     buffers: list[Node]
-    format: Format
+    format: Layout
     grows: bool
     tokens_dim: int
 
@@ -48,7 +48,7 @@ class _Cache:
     rewinding: the write of a dense step into a static cache.
     """
 
-    format: Format
+    format: Layout
     tokens_dim: int
     buffers: list[Node]
     replaces_dense: bool = True
@@ -160,8 +160,7 @@ class Rewriter:
         rows = [self.emit.new_rows(update) for update, _ in match.updates]
         buffers = [self._state(match, update, format, position) for update, format in match.updates]
         if position is None and match.key.node in self.shared:
-            counts = buffers[0][match.formats[0].place("counts")]
-            position = self.emit.call(aten.clone.default, self.emit.call(aten.select.int, counts, 1, 0))
+            position = self.emit.call(aten.clone.default, self.emit.call(aten.select.int, buffers[0][-1], 1, 0))
         self.steps[match.key.node] = _Step(rows, buffers, position)
         return self.steps[match.key.node]
 
@@ -186,7 +185,7 @@ class Rewriter:
         swapped = self.emit.call(aten.transpose.int, result, 1, 2)
         return self.emit.call(aten.transpose.int, self.emit.call(aten.contiguous.default, swapped), 1, 2)
 
-    def _state(self, match: Match, update: CacheUpdate, format: Format, position: Node | None) -> list[Node]:
+    def _state(self, match: Match, update: CacheUpdate, format: Layout, position: Node | None) -> list[Node]:
         """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
         base = update.base
         assert base is not None
@@ -210,7 +209,7 @@ class Rewriter:
                 with self.graph.inserting_before(update.node):
                     self._attach(match, update, format, self.emit.first_position(update))
 
-    def _attach(self, match: Match, update: CacheUpdate, format: Format, position: Node | None) -> None:
+    def _attach(self, match: Match, update: CacheUpdate, format: Layout, position: Node | None) -> None:
         assert update.base is not None
         assert position is not None
         base, tokens_dim, releases = update.base, update.tokens_dim, self.release_dense
@@ -251,7 +250,7 @@ class Rewriter:
             with self.graph.inserting_before(match.attention.node.next):
                 self._store(update, format, match)
 
-    def _store(self, update: CacheUpdate, format: Format, match: Match | None = None) -> None:
+    def _store(self, update: CacheUpdate, format: Layout, match: Match | None = None) -> None:
         """Compress the cache after ``update``: in place, or to be returned instead of the dense one.
 
         match: the attention that reads it, if any does.
@@ -323,14 +322,17 @@ class Rewriter:
 
         What comes back to the window is read exact then. Not where the graph reads the cache before it knows the place.
         """
-        *rows, counts = cache.buffers
         update = cache.rewinding
         if update is None or (isinstance(update.position, Node) and not update.position < first_use):
             return cache.buffers
         start = self.emit.call(aten.reshape.default, self.emit.first_position(update), [-1, 1])
         start = self.emit.call(aten._to_copy.default, start, dtype=torch.int64)
-        tokens = self.emit.call(aten.minimum.default, self.emit.call(aten.slice.Tensor, counts, 1, 0, 1), start)
-        return [*rows, self.emit.call(aten.cat.default, [tokens, self.emit.call(aten.slice.Tensor, counts, 1, 1)], 1)]
+
+        def rewound(counts: Node) -> Node:
+            tokens = self.emit.call(aten.minimum.default, self.emit.call(aten.slice.Tensor, counts, 1, 0, 1), start)
+            return self.emit.call(aten.cat.default, [tokens, self.emit.call(aten.slice.Tensor, counts, 1, 1)], 1)
+
+        return cache.format.with_counts(cache.buffers, rewound)
 
     def _first_use(self, placeholder: Node) -> Node:
         """The first op on the cache: late, so that one layer is dense at a time, and before anything is written."""
