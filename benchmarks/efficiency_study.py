@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import timing
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study_files import StudyError
@@ -53,15 +54,14 @@ def complete(study: Study, gpus: int, retry: bool, console: Console) -> list[Row
         for case, figures in _measured(study, work, gpus):
             results.add({**case.described(), "figures": figures})
             progress.update(bar, advance=1)
-            console.print(case, tables.shown(figures), highlight=False, markup=False)
+            console.print(f"{case}: {tables.shown(figures)}", highlight=False, markup=False)
     return results.rows
 
 
 def _measured(study: Study, work: list[tuple[Case, float]], gpus: int) -> Iterator[tuple[Case, Row]]:
     if not work:
         return
-    memory = None if study.memory_GB is None else int(1e9 * study.memory_GB)
-    yield from Machine(gpus, memory, timing.OUT / f"efficiency_{study.name}_logs").measure(work)
+    yield from Machine(gpus, timing.OUT / f"efficiency_{study.name}_logs").measure(work)
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     arguments.add_argument("--gpus", type=int, default=int(timing.ON_GPU), help="rows run on so many, side by side")
     arguments.add_argument("--runs", nargs="+", metavar="NAME", help="of the file, only these")
     arguments.add_argument("--retry", action="store_true", help="measure again what failed")
-    arguments.add_argument("--show", action="store_true", help="tables and the report of what there is; measure nothing")
+    arguments.add_argument("--show", action="store_true", help="tables and report of what there is; measure nothing")
     arguments.add_argument("--report", type=Path, help="(default: efficiency_<name>.html beside the results)")
     args = arguments.parse_args()
     try:
@@ -79,9 +79,14 @@ def main() -> None:
     except (OSError, StudyError) as error:
         arguments.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured is saved"))
-    rows = results_of(study).rows if args.show else complete(study, args.gpus, args.retry, Console())
+    transformers.logging.set_verbosity_error()
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    try:
+        rows = results_of(study).rows if args.show else complete(study, args.gpus, args.retry, console)
+    except StudyError as error:
+        arguments.error(str(error))
     for run in study.runs:
-        timing.show(run.name, tables.table(run, rows))
+        timing.show(run.name, [tables.cut(line) for line in tables.table(run, rows)])
     path = args.report or timing.OUT / f"efficiency_{study.name}.html"
     try:
         from efficiency import report

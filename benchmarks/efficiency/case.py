@@ -30,11 +30,11 @@ OURS = {
     "compile": 'model.compile("mustafar"),',
     "prepared": "prepare(model),",
 }
-_ONE_BY_ONE = ("eager", "inductor", "hf", "quantized", "quantized hqq", "quantized fp8", "snapkv", "compile", "prepared")
+_QUANTIZED = "quantized", "quantized hqq", "quantized fp8"
 MEASURES: dict[str, tuple[str, ...]] = {
     "step": ("hf", "dense", "flashinfer fp8", "snapkv", "ours", "op"),
-    "first token": ("hf", "ours"),
-    "generate": _ONE_BY_ONE,
+    "first token": ("inductor", "compile"),
+    "generate": ("eager", "inductor", "hf", *_QUANTIZED, "snapkv", "compile", "prepared"),
     "loss": ("quantized", "snapkv", "ours"),
 }
 """Measures, and the ways that each knows."""
@@ -45,7 +45,8 @@ class Case:
     """What a row is about.
 
     setting: of our ways, see ``options``. layers: 0 for all of the shape. batch: a number, or ``LARGEST``. context:
-    tokens of the prompt, or of the filled cache. new_tokens: of generate. Raises ValueError for what is not accepted.
+    tokens of the prompt, or of the filled cache. new_tokens: of generate. memory_GB: what the card is to have, 0 for
+    all that it has. Raises ValueError for what is not accepted.
     """
 
     measure: str
@@ -56,6 +57,7 @@ class Case:
     batch: int | str = 1
     context: int = 4096
     new_tokens: int = 0
+    memory_GB: float = 0
 
     def __post_init__(self) -> None:
         self._check("measure", self.measure in MEASURES, f"one of {', '.join(MEASURES)}")
@@ -64,6 +66,8 @@ class Case:
         self._check("context", _at_least(self.context, 64), "at least 64")
         self._check("layers", _at_least(self.layers, 0), "at least 1, or 0 for all")
         least = 3 if self.measure in ("generate", "loss") else 0
+        a_size = isinstance(self.memory_GB, int | float) and self.memory_GB >= 0
+        self._check("memory_GB", a_size, "a number, or 0 for all")
         self._check("new_tokens", _at_least(self.new_tokens, least), f"at least {least}")
         if self.way in PEERS:
             self._check("setting", not self.setting, f"left out for {self.way}")
@@ -89,6 +93,10 @@ class Case:
         """The way, as tables and plots call it."""
         return PEERS[self.way] if self.way in PEERS else f"{(AT_THE_SAME_BYTES | OURS)[self.way]} {self.setting}"
 
+    def __str__(self) -> str:
+        """All fields that are not at their defaults, in one line."""
+        return ", ".join(f"{name} {value}" for name, value in self.described().items())
+
     @property
     def is_ours(self) -> bool:
         """Whether the cache is compressed by this package."""
@@ -97,7 +105,7 @@ class Case:
     @property
     def sizes(self) -> tuple[Any, ...]:
         """Equal for cases that may be compared."""
-        return self.measure, self.shape, self.layers, self.batch, self.context, self.new_tokens
+        return self.measure, self.shape, self.layers, self.batch, self.context, self.new_tokens, self.memory_GB
 
 
 def options(setting: str) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def options(setting: str) -> dict[str, Any]:
             found |= {"key_code": code, "value_code": code} if code else {}
         read_options(None, found)
     except ValueError:
-        accepted = f'a preset ({", ".join(PRESETS)}), or a sparsity in [0, 1), with a code ({", ".join(CODES)}) or not'
+        accepted = f"a preset ({', '.join(PRESETS)}), or a sparsity in [0, 1), with a code ({', '.join(CODES)}) or not"
         raise ValueError(f"setting={setting!r} is not accepted; it must be {accepted}") from None
     return found | {"window": llama.WINDOW}
 

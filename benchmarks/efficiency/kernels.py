@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
-import torch
 from timing import ON_GPU, Function, synchronize
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "attention": r"attend|append|combine|weigh_queries|flash|fmha|sdpa|attention|mustafar",
+    "attention": r"attend|append|combine|weigh_queries|flash|fmha|sdpa|attention|batchdecode|mustafar",
     "matmul": r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|triton_tem|addmm|::mm|matmul|linear",
 }
 REST = "rest"

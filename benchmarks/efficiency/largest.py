@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,8 @@ from .child import OUT_OF_MEMORY
 TRIES = 3
 _LESS = 0.9  # of a batch for which there was no room
 _FILLED = 0.985  # of the memory: blocks of the allocator are never all of a piece
+
+_planning = threading.Lock()
 
 Row = dict[str, Any]
 
@@ -41,6 +45,12 @@ def search(case: Case, measured: Callable[[Case], Row], memory: int) -> Row:
         batch = _next(batch, found, tries, case, memory)
         batch = batch if batch > best.get("batch", 0) else 0
     return (best or {"failed": OUT_OF_MEMORY}) | {"tries": tries}
+
+
+def plan_ahead(cases: Iterable[Case]) -> None:
+    """Find what plans need, so that no device waits for it: some ten seconds for a model."""
+    for case in cases:
+        _footprint(case.shape, case.layers)
 
 
 def planned(case: Case, memory: int) -> int:
@@ -72,7 +82,13 @@ def _next(batch: int, found: Row, tries: list[tuple[int, bool]], case: Case, mem
     return more if more > 1.02 * batch else 0
 
 
-@functools.lru_cache
 def _footprint(shape: str, layers: int) -> Footprint:
+    with _planning, warnings.catch_warnings():  # modes of torch and filters of warnings are for one thread at a time
+        warnings.simplefilter("ignore")
+        return _measured(shape, layers)
+
+
+@functools.lru_cache
+def _measured(shape: str, layers: int) -> Footprint:
     changes = {"num_hidden_layers": layers} if layers else {}
     return measure(config_of(shape, 1024, **changes), DTYPE)

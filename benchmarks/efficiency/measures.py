@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import decode_step
-import llama
 import torch
 from shapes import build, config_of
 from timing import DEVICE, ON_GPU, cold
@@ -17,11 +16,12 @@ from mustafar_compile.settings import read_options
 
 from . import generating, losses
 from .case import Case, options
+from .fp8 import Fp8Decoder
 from .kernels import by_kernel
 
 Row = dict[str, Any]
 
-_HAND_BUILT = "dense", "snapkv", "op"
+_HAND_BUILT = "dense", "snapkv", "flashinfer fp8", "op"
 _FAMILIES = "llama", "mistral"
 _WHOLE = 16  # tokens: a multiple of it leaves kernels their aligned loads
 
@@ -34,6 +34,13 @@ def figures(case: Case) -> Row:
     return measured | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
 
 
+def _fp8(model: Any, given: SimpleNamespace, _: Row) -> decode_step.Step:
+    return decode_step.Step(Fp8Decoder(model, given.batch, given.context).step, {})
+
+
+_PEERS = {"snapkv": decode_step.best_dense, "flashinfer fp8": _fp8}
+
+
 def _step(case: Case, chosen: Row) -> Row:
     given = _sizes(case)
     if case.way == "snapkv":
@@ -41,9 +48,8 @@ def _step(case: Case, chosen: Row) -> Row:
     model = _model(case, given)
     if case.way in _HAND_BUILT and model.config.model_type not in _FAMILIES:
         raise ValueError(f"the hand-built step is one of {' and '.join(_FAMILIES)}, not of {model.config.model_type}")
-    make = decode_step.best_dense if case.way == "snapkv" else decode_step.DECODE[case.way]
     with mustafar_compile.explain() as report:
-        step = make(model, given, chosen)
+        step = (decode_step.DECODE | _PEERS)[case.way](model, given, chosen)
         row = decode_step.measured(step.call) | decode_step.held(given) | step.about
     if case.way == "ours":
         _check_matched(report, given.layers)
@@ -53,8 +59,12 @@ def _step(case: Case, chosen: Row) -> Row:
 
 def _first_token(case: Case, chosen: Row) -> Row:
     given = _sizes(case)
-    row = decode_step.PREFILL[case.way](_model(case, given), given, chosen)
-    return {"first_token_ms": row["ms"], "peak_GB": row["memory_GB"], "note": row.get("note", "")}
+    model = _model(case, given)
+    with mustafar_compile.explain() as report:
+        row = decode_step.PREFILL["ours" if case.is_ours else "hf"](model, given, chosen)
+    if case.is_ours:
+        _check_matched(report, given.layers)
+    return {"first_token_ms": row["ms"], "peak_GB": row["memory_GB"]}
 
 
 def _generate(case: Case, chosen: Row) -> Row:

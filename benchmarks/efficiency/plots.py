@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import pyplot
 
 from .case import LARGEST, Case
 from .kernels import KINDS, REST, by_kind
 from .tables import Found, batch_of, peers
 
-mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "mustafar", "svg.fonttype": "none", "font.size": 9})
-
-from matplotlib import pyplot  # noqa: E402: only once the backend is chosen
-
 PEER_COLOURS = {"hf": "#bc4c00", "dense": "#24292f", "snapkv": "#8250df", "flashinfer fp8": "#9a6700"}
-OUR_COLOURS = "#2da44e", "#0969da", "#1b7c83", "#bf3989", "#4ac26b", "#54aeff"
+OUR_COLOURS = {"0.5": "#0969da", "0.7": "#2da44e", "safe": "#54aeff", "balanced": "#bf3989", "small": "#1b7c83"}
+OTHER_COLOUR = "#57606a"
 KIND_COLOURS = {"attention": "#0969da", "matmul": "#8c959f", REST: "#d4a72c"}
 MARKERS = {"ours": "s", "op": "o"}
 
@@ -29,6 +26,8 @@ Group = dict[str, Points]
 
 def draw_all(found: Found) -> Iterator[tuple[str, str]]:
     """A title and a picture as SVG for all that there are enough rows for."""
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "mustafar", "svg.fonttype": "none", "font.size": 9})
     for title, cases in _groups(found, "batch"):
         yield f"Tokens a second against batch: {title}", _along(cases, found, "batch", _speeds, "tokens a second")
         yield f"Speed-up against batch: {title}", _speed_ups(cases, found, "batch")
@@ -48,7 +47,8 @@ def _groups(found: Found, along: str) -> Iterator[tuple[str, Group]]:
             continue
         place = batch_of(case, figures) if along == "batch" else case.context
         fixed = f"{case.context} tokens" if along == "batch" else f"batch {case.batch}"
-        key = case.shape, f"{case.layers} layers" if case.layers else "all layers", fixed, figures["device"]
+        card = f"{case.memory_GB:g} GB of " if case.memory_GB else ""
+        key = case.shape, f"{case.layers} layers" if case.layers else "all layers", fixed, card + figures["device"]
         groups.setdefault(key, {}).setdefault(case.label, []).append((place, case))
     for key, cases in groups.items():
         if max(len({place for place, _ in points}) for points in cases.values()) > 1:
@@ -56,14 +56,16 @@ def _groups(found: Found, along: str) -> Iterator[tuple[str, Group]]:
 
 
 def _profiled(found: Found) -> Iterator[tuple[str, list[Case]]]:
-    """Steps of one size, where there are several."""
-    groups: dict[str, list[Case]] = {}
+    """Steps of one size for each shape: of that which was measured in most ways."""
+    groups: dict[str, dict[str, list[Case]]] = {}
     for case, figures in found.items():
         if case.measure == "step" and "failed" not in figures and case.batch != LARGEST:
             layers = f"{case.layers} layers" if case.layers else "all layers"
-            title = f"{case.shape}, {layers}, batch {case.batch}, {case.context} tokens, {figures['device']}"
-            groups.setdefault(title, []).append(case)
-    yield from ((title, cases) for title, cases in groups.items() if len({case.way for case in cases}) > 2)
+            size = f"{layers}, batch {case.batch}, {case.context} tokens, {figures['device']}"
+            groups.setdefault(case.shape, {}).setdefault(size, []).append(case)
+    for shape, sizes in groups.items():
+        size = max(sizes, key=lambda size: len(sizes[size]))
+        yield f"{shape}, {size}", sizes[size]
 
 
 def _speeds(case: Case, found: Found) -> float:
@@ -126,9 +128,8 @@ def style_of(label: str, cases: Group) -> dict[str, Any]:
     """Colour and marker of a way: peers have their own, ours go by their settings."""
     case = cases[label][0][1]
     if not case.is_ours:
-        return {"color": PEER_COLOURS.get(case.way, "#57606a"), "marker": "D", "linestyle": "--", "label": label}
-    settings = list(dict.fromkeys(points[0][1].setting for points in cases.values() if points[0][1].is_ours))
-    colour = OUR_COLOURS[settings.index(case.setting) % len(OUR_COLOURS)]
+        return {"color": PEER_COLOURS.get(case.way, OTHER_COLOUR), "marker": "D", "linestyle": "--", "label": label}
+    colour = OUR_COLOURS.get(case.setting, OTHER_COLOUR)
     return {"color": colour, "marker": MARKERS[case.way], "linestyle": "-", "label": label}
 
 
@@ -143,7 +144,7 @@ def _draw_line(panel: Any, points: Points, values: list[float], style: dict[str,
 def _finish(panel: Any, cases: Group, along: str) -> None:
     panel.set_xscale("log", base=2)
     ticks = sorted({place for points in cases.values() for place, case in points if case.batch != LARGEST})
-    panel.set_xticks(ticks, [f"{tick // 1024}K" if along == "context" and tick >= 1024 else str(tick) for tick in ticks])
+    panel.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else str(tick) for tick in ticks])
     panel.set_xlabel("tokens in the cache" if along == "context" else "batch; a star: the largest that fits")
     panel.set_ylim(bottom=0)
     panel.legend(frameon=False, fontsize=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,10 +16,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from study_files import StudyError
+
 from mustafar_compile.planning.memory import OUTSIDE
 
 from . import largest
 from .case import LARGEST, Case
+
+DESCRIBED_S = 100
+"""Seconds in which a process must have said what its device is."""
 
 Row = dict[str, Any]
 
@@ -53,15 +59,13 @@ class Process:
 
     def end(self) -> None:
         """End it, and those that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
 
 class Device:
-    """A GPU, or the CPU. A process is always ready: to import what it needs takes seconds, in which another measures."""
+    """A GPU, or the CPU. A process is always ready: its imports take seconds, in which another one measures."""
 
     def __init__(self, gpu: str | None, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -90,21 +94,24 @@ class Device:
 
 
 class Machine:
-    """The devices that rows are spread over. gpus: how many, 0 for the CPU. memory: bytes of a card, as if it had no
-    more; None for all that it has."""
+    """The devices that rows are spread over. gpus: how many, 0 for the CPU."""
 
-    def __init__(self, gpus: int, memory: int | None, logs: Path) -> None:
+    def __init__(self, gpus: int, logs: Path) -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [seen[i] if len(seen) > i and seen[i] else str(i) for i in range(gpus)]
         self._devices = [Device(name, logs) for name in names or [None]]
-        self._cap = memory
-        self._memory: int | None = memory
+        self._memory = 0
 
     def measure(self, cases: Iterable[tuple[Case, float]]) -> Iterator[tuple[Case, Row]]:
-        """The figures of all cases, each with the seconds that it may take, as they come."""
+        """The figures of all cases, each with the seconds that it may take, as they come.
+
+        Raises StudyError for the largest batch of a card without a memory.
+        """
         cases = list(cases)
-        if self._memory is None and any(case.batch == LARGEST for case, _ in cases):
-            self._memory = self._devices[0].answer({}, 100)["bytes"]
+        to_plan = [case for case, _ in cases if case.batch == LARGEST]
+        if any(not case.memory_GB for case in to_plan):
+            self._memory = self._described()
+        threading.Thread(target=largest.plan_ahead, args=(to_plan,), daemon=True).start()
         free: queue.SimpleQueue[Device] = queue.SimpleQueue()
         for device in self._devices:
             free.put(device)
@@ -123,12 +130,25 @@ class Machine:
                     yield waiting[done], done.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for device in self._devices:
-                    device.end()
+                self.end()
+
+    def _described(self) -> int:
+        said = self._devices[0].answer({}, DESCRIBED_S)
+        if not said.get("bytes"):
+            self.end()
+            raise StudyError(f"the largest batch needs memory_GB where there is no GPU to ask: {said}")
+        return said["bytes"]
+
+    def end(self) -> None:
+        """End all that runs."""
+        for device in self._devices:
+            device.end()
 
     def _figures(self, device: Device, case: Case, limit_s: float) -> Row:
+        memory = int(1e9 * case.memory_GB)
+        allocatable = memory - OUTSIDE if memory else 0
+
         def of_number(case: Case) -> Row:
-            allocatable = None if self._cap is None else self._cap - OUTSIDE
             return device.answer({"case": case.described(), "allocatable": allocatable}, limit_s)
 
-        return of_number(case) if case.batch != LARGEST else largest.search(case, of_number, self._memory or 0)
+        return of_number(case) if case.batch != LARGEST else largest.search(case, of_number, memory or self._memory)

@@ -24,7 +24,6 @@ def html(study: Study, rows: list[dict[str, Any]]) -> str:
     environment.filters["number"] = number
     return environment.get_template(_TEMPLATE).render(
         name=study.name,
-        memory_GB=study.memory_GB,
         devices=sorted({figures["device"] for figures in found.values() if "device" in figures}),
         gains=tables.gains(found),
         losing=tables.losing(found),

@@ -1,6 +1,5 @@
 """The efficiency study as a YAML file.
 
-    memory_GB: 80                   # of the card that is to be filled (default: all that there is)
     limit_s: 150                    # of a row
     runs:
       - name: equal batch
@@ -44,10 +43,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of a file. memory_GB: of the card, None for all that it has."""
+    """All runs of a file."""
 
     name: str
-    memory_GB: float | None
     runs: tuple[Run, ...]
 
     @property
@@ -59,12 +57,12 @@ class Study:
 def read_study(path: Path, names: list[str] | None = None) -> Study:
     """The study of a file. names: of the runs that are wanted. Raises StudyError, naming what is accepted."""
     try:
-        given = known(yaml.safe_load(path.read_text(encoding="utf-8")), {"memory_GB", "limit_s", "runs"}, "study", ["runs"])
+        given = known(yaml.safe_load(path.read_text(encoding="utf-8")), {"limit_s", "runs"}, "study", ["runs"])
         runs = [_run(run, given.get("limit_s", LIMIT_S)) for run in given["runs"]]
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise StudyError(f"{path}: {error}") from error
     known(dict.fromkeys(names or ()), {run.name for run in runs}, "run")
-    return Study(path.stem, given.get("memory_GB"), tuple(run for run in runs if not names or run.name in names))
+    return Study(path.stem, tuple(run for run in runs if not names or run.name in names))
 
 
 def _run(given: dict[str, Any], limit_s: float) -> Run:

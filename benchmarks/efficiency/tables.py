@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from .case import LARGEST, OURS, PEERS, Case
-from .paper import BATCH, DENSE, TABLE_14, Line
+from .case import LARGEST, Case
+from .paper import BATCH, TABLE_14, Line
 from .runs import Run
 
 Row = dict[str, Any]
@@ -15,6 +17,9 @@ Found = dict[Case, Row]
 NOTHING_LOST = ("eager", "inductor", "hf", "dense")
 NOISE = 0.02
 """Share by which two figures may differ and still be called equal."""
+
+NOTE = 60
+"""Characters of a note on a terminal."""
 
 _SHORT = {"first_token_ms": "first token", "ms": "a step", "tokens_per_s": "tokens/s", "over_dense": "nats over dense",
           "peak_GB": "GB", "batch": "batch"}  # fmt: skip
@@ -48,10 +53,17 @@ def line(case: Case, found: Found) -> Row:
         return size | {"note": figures["failed"]}
     numbers = {name: figures[name] for name in ("ms", "tokens_per_s", "first_token_ms", "peak_GB") if name in figures}
     numbers |= {name: figures[name] for name in ("over_dense", "+-", "kl") if name in figures}
-    numbers |= {f"over_{peer}": gain(case, other, found) for peer in ("hf", "dense") if (other := _peer(case, peer, found))}
+    for peer in ("hf", "dense", "inductor"):
+        other = _peer(case, peer, found)
+        numbers |= {f"over_{peer}": gain(case, other, found)} if other else {}
     lost = loss(case, found)
     numbers |= {"loss": lost} if lost is not None and case.measure != "loss" else {}
     return size | numbers | {"note": figures.get("note", "")}
+
+
+def cut(line: Row) -> Row:
+    """A line for a terminal, where a reason may be too long."""
+    return line | {"note": line["note"][:NOTE]}
 
 
 def batch_text(case: Case, figures: Row) -> str:
@@ -60,7 +72,8 @@ def batch_text(case: Case, figures: Row) -> str:
         return str(case.batch)
     tries = figures.get("tries", [])
     planned = f", planned {tries[0][0]}" if tries else ""
-    return f"{figures.get('batch', 0)} (largest{planned})"
+    card = f" in {case.memory_GB:g} GB" if case.memory_GB else ""
+    return f"{figures.get('batch', 0)} (largest{card}{planned})"
 
 
 def batch_of(case: Case, figures: Row) -> int:
@@ -73,8 +86,8 @@ def loss(case: Case, found: Found) -> float | None:
     if case.way in NOTHING_LOST:
         return 0.0
     way = "ours" if case.is_ours else case.way
-    losses = (row for other, row in found.items() if other.measure == "loss" and (other.way, other.setting) == (way, case.setting))
-    return next((row["over_dense"] for row in losses if "failed" not in row), None)
+    of_setting = (row for other, row in found.items() if (other.way, other.setting) == (way, case.setting))
+    return next((row["over_dense"] for row in of_setting if "over_dense" in row), None)
 
 
 def gain(case: Case, peer: Case, found: Found) -> float:
@@ -95,8 +108,8 @@ def peers(case: Case, found: Found) -> list[Case]:
     mine = found[case]
     if "failed" in mine or case.measure == "loss":
         return []
-    alike = (other for other in found if other.sizes == case.sizes and not other.is_ours and "failed" not in found[other])
-    return [other for other in alike if found[other]["device"] == mine["device"]]
+    alike = (other for other in found if other.sizes == case.sizes and not other.is_ours)
+    return [other for other in alike if found[other].get("device") == mine["device"]]
 
 
 def gains(found: Found) -> list[Row]:
@@ -110,36 +123,51 @@ def gains(found: Found) -> list[Row]:
 
 
 def losing(found: Found) -> list[Row]:
-    """Where a peer is better than all of ours of the same size: the quantity, both figures and by what they differ."""
-    lines = []
-    for sizes, group in itertools.groupby(sorted(filter(_ours_measured(found), found), key=_order), key=_order):
-        ours = list(group)
-        for quantity, name, best in _QUANTITIES:
-            mine = [case for case in ours if found[case].get(name)]
-            if not mine:
-                continue
-            winner = best(mine, key=lambda case: found[case][name])
-            for peer in (other for other in peers(winner, found) if found[other].get(name)):
-                ratio = found[peer][name] / found[winner][name]
-                if (ratio if best is max else 1 / ratio) > 1 + NOISE:
-                    theirs = {"peer": peer.label, "theirs": found[peer][name], "ours": found[winner][name]}
-                    lines.append(_named(winner, found) | {"quantity": quantity} | theirs | {"peer_loss": loss(peer, found)})
-    return lines
+    """Where a peer is better than one of our ways with any setting: the quantity, and both figures."""
+    measured = [case for case in found if case.is_ours and case.measure != "loss" and "failed" not in found[case]]
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in measured:
+        groups.setdefault((case.sizes, case.way), []).append(case)
+    return [line for ours in groups.values() for quantity in _QUANTITIES for line in _losing(ours, quantity, found)]
+
+
+def _losing(ours: list[Case], quantity: Quantity, found: Found) -> Iterator[Row]:
+    known = [case for case in ours if quantity.of(case, found[case])]
+    if not known:
+        return
+    winner = quantity.best(known, key=lambda case: quantity.of(case, found[case]))
+    mine = quantity.of(winner, found[winner])
+    for peer in peers(winner, found):
+        theirs = quantity.of(peer, found[peer])
+        better = theirs / mine if quantity.best is max else mine / (theirs or math.inf)
+        if theirs and better > 1 + NOISE:
+            figures = {"peer": peer.label, "theirs": theirs, "ours": mine, "peer_loss": loss(peer, found)}
+            yield _named(winner, found) | {"quantity": quantity.name} | figures
+
+
+def _peak(case: Case, figures: Row) -> float:
+    return 0.0 if case.batch == LARGEST else figures.get("peak_GB", 0.0)
+
+
+def _largest(case: Case, figures: Row) -> float:
+    return float(figures["batch"]) if case.batch == LARGEST else 0.0
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What rows are compared by. of: of a case and its figures, 0 where it has none. best: ``max`` or ``min``."""
+
+    name: str
+    of: Callable[[Case, Row], float]
+    best: Callable[..., Case]
 
 
 _QUANTITIES = (
-    ("tokens a second", "tokens_per_s", max),
-    ("ms to the first token", "first_token_ms", min),
-    ("peak memory, GB", "peak_GB", min),
+    Quantity("tokens a second", lambda case, figures: figures.get("tokens_per_s", 0.0), max),
+    Quantity("ms to the first token", lambda case, figures: figures.get("first_token_ms", 0.0), min),
+    Quantity("peak memory, GB", _peak, min),
+    Quantity("largest batch", _largest, max),
 )
-
-
-def _ours_measured(found: Found) -> Any:
-    return lambda case: case.is_ours and case.measure != "loss" and "failed" not in found[case]
-
-
-def _order(case: Case) -> tuple[str, ...]:
-    return tuple(map(str, case.sizes))
 
 
 def _named(case: Case, found: Found) -> Row:
@@ -148,7 +176,7 @@ def _named(case: Case, found: Found) -> Row:
 
 
 def table_14(found: Found) -> list[Row]:
-    """For each model of the paper's table its lines, ``paper`` and ``here``, each with the gain over its own dense one."""
+    """For each model of the paper's table its lines, ``paper`` and ``here``, with the gain over the dense one there."""
     tables = []
     for (shape, context), printed in TABLE_14.items():
         here = [
