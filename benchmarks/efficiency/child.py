@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from typing import Any
@@ -33,13 +34,17 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
     try:
         return measures.figures(Case.of(request["case"]))
-    except torch.OutOfMemoryError:
-        traceback.print_exc()
-        return {"failed": OUT_OF_MEMORY}
     except Exception as error:
         traceback.print_exc()
-        first_line = str(error).strip().partition("\n")[0]
-        return {"failed": f"{type(error).__name__}: {first_line}"}
+        return {"failed": reason(error)}
+
+
+def reason(error: Exception) -> str:
+    """Why a row cannot be measured. Memory runs out in libraries, too, which raise what they like."""
+    if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
+        return OUT_OF_MEMORY
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def main() -> None:

@@ -17,8 +17,9 @@ from mustafar_compile.planning.memory import OUTSIDE, Plan, compressed_plan, den
 from .case import Case, options
 from .child import OUT_OF_MEMORY
 
-TRIES = 3
-_LESS = 0.9  # of a batch for which there was no room
+TRIES = 4
+_LESS = 0.9, 0.7, 0.5  # of the first batch, where there was no room: such tries end soon
+_WORTH_IT = 1.02
 _FILLED = 0.985  # of the memory: blocks of the allocator are never all of a piece
 
 _planning = threading.Lock()
@@ -42,7 +43,7 @@ def search(case: Case, measured: Callable[[Case], Row], memory: int) -> Row:
         fits = "failed" not in found
         tries.append((batch, fits))
         best = found | {"batch": batch} if fits else best
-        batch = _next(batch, found, tries, case, memory)
+        batch = _next(found, tries, case, memory)
         batch = batch if batch > best.get("batch", 0) else 0
     return (best or {"failed": OUT_OF_MEMORY}) | {"tries": tries}
 
@@ -69,17 +70,18 @@ def _plan(case: Case) -> tuple[Plan, int]:
     return Plan(phases), footprint.weights
 
 
-def _next(batch: int, found: Row, tries: list[tuple[int, bool]], case: Case, memory: int) -> int:
-    """What to try after ``batch``; 0 where that is enough. A row takes what those took that were measured."""
-    if "failed" in found:
-        return int(_LESS * batch)
-    refused = min((tried for tried, fits in tries if not fits), default=None)
-    if refused is not None or not found["peak_GB"]:
+def _next(found: Row, tries: list[tuple[int, bool]], case: Case, memory: int) -> int:
+    """What to try next; 0 where that is enough. A row takes what those took that were measured."""
+    refused = [batch for batch, fits in tries if not fits]
+    batch, fits = tries[-1]
+    if not fits:
+        return int(_LESS[len(refused) - 1] * tries[0][0])
+    if not found["peak_GB"]:
         return 0
     weights = _plan(case)[1]
     of_row = (1e9 * found["peak_GB"] - weights) / batch
-    more = int((_FILLED * (memory - OUTSIDE) - weights) / of_row)
-    return more if more > 1.02 * batch else 0
+    more = min([int((_FILLED * (memory - OUTSIDE) - weights) / of_row), *(batch - 1 for batch in refused)])
+    return more if more > _WORTH_IT * batch else 0
 
 
 def _footprint(shape: str, layers: int) -> Footprint:

@@ -23,6 +23,7 @@ from mustafar_compile.planning.memory import OUTSIDE
 from . import largest
 from .case import LARGEST, Case
 
+COMMAND = "-m", "efficiency.child"
 DESCRIBED_S = 100
 """Seconds in which a process must have said what its device is."""
 
@@ -38,7 +39,7 @@ class Process:
         path = os.pathsep.join(filter(None, sys.path))
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "efficiency.child"],
+                [sys.executable, *COMMAND],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -151,4 +152,9 @@ class Machine:
         def of_number(case: Case) -> Row:
             return device.answer({"case": case.described(), "allocatable": allocatable}, limit_s)
 
-        return of_number(case) if case.batch != LARGEST else largest.search(case, of_number, memory or self._memory)
+        if case.batch != LARGEST:
+            return of_number(case)
+        try:
+            return largest.search(case, of_number, memory or self._memory)
+        except (OSError, ValueError, RuntimeError) as error:  # of planning
+            return {"failed": f"{type(error).__name__}: {error}"}

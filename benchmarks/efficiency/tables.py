@@ -109,7 +109,8 @@ def peers(case: Case, found: Found) -> list[Case]:
     if "failed" in mine or case.measure == "loss":
         return []
     alike = (other for other in found if other.sizes == case.sizes and not other.is_ours)
-    return [other for other in alike if found[other].get("device") == mine["device"]]
+    measured = (other for other in alike if "failed" not in found[other])
+    return [other for other in measured if found[other]["device"] == mine["device"]]
 
 
 def gains(found: Found) -> list[Row]:
