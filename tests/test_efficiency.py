@@ -232,61 +232,33 @@ def test_a_step_over_fp8_attends_to_all_pages_and_the_new_token(monkeypatch):
         Fp8Decoder(None, 2, 65)
 
 
-def rows_of(*figures):
-    return [{**case.described(), "figures": {"device": "H100", **found}} for case, found in figures]
+def row_of(case, **figures):
+    return {**case.described(), "figures": {"device": "H100", **figures}}
 
 
-SIZE = {"batch": 32, "context": 8192}
-ROWS = rows_of(
-    (Case("step", "dense", **SIZE), {"ms": 10.0, "tokens_per_s": 3200.0, "peak_GB": 50.0, "kernels": {"gemm": 9.0}}),
-    (Case("step", "hf", **SIZE), {"ms": 40.0, "tokens_per_s": 800.0, "peak_GB": 55.0, "kernels": {"fmha": 39.0}}),
-    (
-        Case("step", "op", "0.7", **SIZE),
-        {"ms": 8.0, "tokens_per_s": 4000.0, "peak_GB": 30.0, "kernels": {"attend": 7.0}},
-    ),
-    (Case("step", "ours", "0.7", **SIZE), {"ms": 12.5, "tokens_per_s": 2560.0, "peak_GB": 30.0, "kernels": {"x": 8.0}}),
-    (
-        Case("step", "op", "0.7", batch=4, context=8192),
-        {"ms": 6.0, "tokens_per_s": 700.0, "peak_GB": 18.0, "kernels": {}},
-    ),
-    (Case("step", "dense", batch=4, context=8192), {"failed": "more than 150 s"}),
-    (
-        Case("step", "dense", batch=LARGEST, context=8192),
-        {
-            "ms": 10.0,
-            "tokens_per_s": 1e3,
-            "peak_GB": 79.0,
-            "batch": 10,
-            "tries": [[9, True], [10, True]],
-            "kernels": {},
-        },
-    ),
-    (
-        Case("step", "op", "0.7", batch=LARGEST, context=8192),
-        {"ms": 10.0, "tokens_per_s": 2.5e3, "peak_GB": 79.5, "batch": 25, "tries": [[25, True]], "kernels": {}},
-    ),
-    (Case("loss", "ours", "0.7", shape="smollm2", new_tokens=64), {"over_dense": 0.1, "+-": 0.01, "kl": 0.1}),
-    (
-        Case("generate", "hf", shape="llama-2-7b", batch=4, context=2048, new_tokens=2048),
-        {
-            "ms": 9.0,
-            "tokens_per_s": 400.0,
-            "first_token_ms": 250.0,
-            "peak_GB": 20.0,
-            "tokens_per_s_over": {"512": 410.0},
-        },
-    ),
-    (
-        Case("generate", "prepared", "0.5", shape="llama-2-7b", batch=4, context=2048, new_tokens=2048),
-        {
-            "ms": 6.0,
-            "tokens_per_s": 600.0,
-            "first_token_ms": 260.0,
-            "peak_GB": 20.0,
-            "tokens_per_s_over": {"512": 615.0},
-        },
-    ),
-)
+def step(way, setting="", size=32, **figures):
+    case = Case("step", way, setting, batch=size, context=8192)
+    return row_of(case, **{"ms": 10.0, "peak_GB": 50.0, "kernels": {"gemm": 9.0}, **figures})
+
+
+def generated(way, setting="", **figures):
+    case = Case("generate", way, setting, shape="llama-2-7b", batch=4, context=2048, new_tokens=2048)
+    return row_of(case, ms=9.0, peak_GB=20.0, **figures)
+
+
+ROWS = [
+    step("dense", tokens_per_s=3200.0),
+    step("hf", tokens_per_s=800.0, peak_GB=55.0),
+    step("op", "0.7", tokens_per_s=4000.0, peak_GB=30.0),
+    step("ours", "0.7", tokens_per_s=2560.0, peak_GB=30.0),
+    step("op", "0.7", size=4, tokens_per_s=700.0),
+    row_of(Case("step", "dense", batch=4, context=8192), failed="more than 150 s"),
+    step("dense", size=LARGEST, tokens_per_s=1e3, batch=10, tries=[[9, True], [10, True]]),
+    step("op", "0.7", size=LARGEST, tokens_per_s=2.5e3, batch=25, tries=[[25, True]]),
+    row_of(Case("loss", "ours", "0.7", shape="smollm2", new_tokens=64), **{"over_dense": 0.1, "+-": 0.01, "kl": 0.1}),
+    generated("hf", first_token_ms=250.0, tokens_per_s=400.0, tokens_per_s_over={"512": 410.0}),
+    generated("prepared", "0.5", first_token_ms=260.0, tokens_per_s=600.0, tokens_per_s_over={"512": 615.0}),
+]
 
 
 def test_gains_are_over_peers_of_the_same_size_and_device():
@@ -321,11 +293,8 @@ def test_the_report_is_one_file(study, tmp_path):
     from efficiency import report
 
     path = tmp_path / "all.yaml"
-    cases = [{**row, "figures": 0} for row in ROWS]
-    runs = [
-        {"name": f"run {i}", "rows": [{k: v for k, v in case.items() if k != "figures"}]}
-        for i, case in enumerate(cases)
-    ]
+    cases = [Case.of(row).described() for row in ROWS]
+    runs = [{"name": f"run {i}", "rows": [case]} for i, case in enumerate(cases)]
     path.write_text(json.dumps({"runs": runs}))
     page = report.html(read_study(path), ROWS)
     assert page.count("data:image/svg+xml;base64,") == 4
@@ -341,7 +310,8 @@ def test_a_study_from_the_file_to_the_report(tmp_path, monkeypatch):
     path = tmp_path / "whole.yaml"
     path.write_text(
         STUDY.replace("limit_s: 5", "limit_s: 300").replace("limit_s: 30\n", "")
-        + "  - {name: most, measure: step, shape: tiny, batch: largest, context: 1024, memory_GB: 0.71, rows: [{way: dense}]}\n"
+        + "  - {name: most, measure: step, shape: tiny, batch: largest, context: 1024, memory_GB: 0.71,\n"
+        + "     rows: [{way: dense}]}\n"
     )
     monkeypatch.setattr(sys, "argv", ["efficiency_study.py", str(path)])
     efficiency_study.main()
