@@ -309,7 +309,7 @@ def test_a_study_from_the_file_to_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "OUT", tmp_path / "out")
     path = tmp_path / "whole.yaml"
     path.write_text(
-        STUDY.replace("limit_s: 5", "limit_s: 300").replace("limit_s: 30\n", "")
+        STUDY.replace("limit_s: 5", "limit_s: 300").replace("limit_s: 30", "limit_s: 300")
         + "  - {name: most, measure: step, shape: tiny, batch: largest, context: 1024, memory_GB: 0.71,\n"
         + "     rows: [{way: dense}]}\n"
     )
