@@ -297,7 +297,7 @@ def test_the_report_is_one_file(study, tmp_path):
     runs = [{"name": f"run {i}", "rows": [case]} for i, case in enumerate(cases)]
     path.write_text(json.dumps({"runs": runs}))
     page = report.html(read_study(path), ROWS)
-    assert page.count("data:image/svg+xml;base64,") == 4
+    assert page.count("data:image/svg+xml;base64,") == 5
     assert "more than 150 s" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "There are no rows to compare yet" in report.html(study, [])

@@ -35,6 +35,8 @@ def draw_all(found: Found) -> Iterator[tuple[str, str]]:
     for title, cases in _groups(found, "context"):
         yield f"Speed-up against context: {title}", _speed_ups(cases, found, "context")
         yield f"Memory against context: {title}", _along(cases, found, "context", _memory, "peak memory, GB")
+    for title, cases in _filling(found):
+        yield f"Equal memory: the largest batch of each way, {title}", _equal_memory(cases, found)
     for title, cases in _profiled(found):
         yield f"Where a decode step's time goes: {title}", _kinds(cases, found)
 
@@ -53,6 +55,17 @@ def _groups(found: Found, along: str) -> Iterator[tuple[str, Group]]:
     for key, cases in groups.items():
         if max(len({place for place, _ in points}) for points in cases.values()) > 1:
             yield ", ".join(key), {label: sorted(points, key=lambda point: point[0]) for label, points in cases.items()}
+
+
+def _filling(found: Found) -> Iterator[tuple[str, list[Case]]]:
+    """Steps with the largest batch that fits, where there are several of one size."""
+    groups: dict[str, list[Case]] = {}
+    for case, figures in found.items():
+        if case.measure == "step" and case.batch == LARGEST and "failed" not in figures:
+            layers = f"{case.layers} layers" if case.layers else "all layers"
+            card = f"{case.memory_GB:g} GB of {figures['device']}" if case.memory_GB else figures["device"]
+            groups.setdefault(f"{case.shape}, {layers}, {case.context} tokens, {card}", []).append(case)
+    yield from ((title, cases) for title, cases in groups.items() if len(cases) > 1)
 
 
 def _profiled(found: Found) -> Iterator[tuple[str, list[Case]]]:
@@ -108,15 +121,34 @@ def _gains(points: Points, way: str, found: Found) -> list[tuple[tuple[int, Case
     return known
 
 
-def _kinds(cases: list[Case], found: Found) -> str:
+def _equal_memory(cases: list[Case], found: Found) -> str:
+    figure, panel = _bars(cases)
+    for place, case in enumerate(reversed(cases)):
+        style = style_of(case.label, {case.label: [(0, case)]})
+        panel.barh(place, found[case]["tokens_per_s"], color=style["color"], height=0.66)
+        text = f" batch {batch_of(case, found[case])}"
+        panel.annotate(text, (found[case]["tokens_per_s"], place), va="center", fontsize=8)
+    panel.set_xlabel("tokens a second")
+    panel.margins(x=0.15)
+    _plain(panel)
+    return _svg(figure)
+
+
+def _bars(cases: list[Case]) -> tuple[Any, Any]:
+    """A panel with a line for each case, the first on top."""
     figure, panel = pyplot.subplots(figsize=(7.6, 0.9 + 0.42 * len(cases)))
+    panel.set_yticks(range(len(cases)), [case.label for case in reversed(cases)])
+    return figure, panel
+
+
+def _kinds(cases: list[Case], found: Found) -> str:
+    figure, panel = _bars(cases)
     for place, case in enumerate(reversed(cases)):
         start = 0.0
         for kind, taken in by_kind(found[case]["kernels"]).items():
             panel.barh(place, taken, left=start, color=KIND_COLOURS[kind], height=0.66)
             start += taken
         panel.plot(found[case]["ms"], place, marker="|", color="#cf222e", markersize=14, markeredgewidth=1.6)
-    panel.set_yticks(range(len(cases)), [case.label for case in reversed(cases)])
     panel.set_xlabel("ms of kernels in a step; red: the step")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=KIND_COLOURS[kind]) for kind in (*KINDS, REST)]
     panel.legend(handles, [*KINDS, REST], frameon=False, fontsize=8)
