@@ -19,7 +19,6 @@ from mustafar_compile.settings import read_options
 from . import generating, losses
 from .case import Case, options
 from .fp8 import Fp8Decoder
-from .kernels import by_kernel
 
 Row = dict[str, Any]
 
@@ -53,9 +52,11 @@ def _step(case: Case, chosen: Row) -> Row:
         raise ValueError(f"the hand-built step is one of {' and '.join(_FAMILIES)}, not of {model.config.model_type}")
     with _all_compressed(case, given.layers):
         step = (decode_step.DECODE | _PEERS)[case.way](model, given, chosen)
-        row = decode_step.measured(step.call) | decode_step.held(given) | step.about
+        row = decode_step.measured(step.call, given) | decode_step.held(given) | step.about
     speed = {"tokens_per_s": 1e3 * given.batch / row["ms"], "peak_GB": _peak(given)}
-    return row | speed | {"kernels": by_kernel(step.call)}
+    profile = row.pop("profile")
+    kernels = {name: us / 1e3 for name, (_, us) in profile["kernels"].items()}
+    return row | speed | {"kernels": kernels, "busy_ms": profile["busy_ms"]}
 
 
 def _first_token(case: Case, chosen: Row) -> Row:
@@ -100,6 +101,7 @@ def _sizes(case: Case) -> SimpleNamespace:
         layers=case.layers,
         reserved=decode_step.reserved_bytes(),
         allocated=taken,
+        profile=True,
     )
 
 
