@@ -6,7 +6,7 @@ import re
 
 KINDS = {
     "attention": r"attend|append|combine|weigh_queries|flash|fmha|sdpa|attention|batchdecode|mustafar",
-    "matmul": r"^(?!triton_(?:poi|red|per)).*(?:gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|triton_tem|addmm|::mm|matmul)",
+    "matmul": r"^(?!triton_(poi|red|per)).*(gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|triton_tem|addmm|::mm|matmul)",
 }
 REST = "rest"
 
