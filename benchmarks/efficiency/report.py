@@ -30,7 +30,7 @@ def html(study: Study, rows: list[dict[str, Any]]) -> str:
         table_14=tables.table_14(found),
         pictures=[(title, _data_uri(svg)) for title, svg in plots.draw_all(found)],
         runs=[(run.name, tables.table(run, rows)) for run in study.runs],
-        kernels=[(case, found[case]["kernels"]) for case in found if "kernels" in found[case]],
+        profiled=[(case, figures) for case, figures in found.items() if "kernels" in figures],
         ways=PEERS | AT_THE_SAME_BYTES | OURS,
     )
 
