@@ -185,6 +185,11 @@ def test_a_step_is_measured(way):
     assert sum(kinds.values()) == pytest.approx(sum(figures["kernels"].values()))
 
 
+def test_a_first_token_is_measured():
+    figures = child.answer({"case": Case("first token", "eager", **TINY).described(), "allocatable": 0})
+    assert figures["first_token_ms"] > 0
+
+
 def test_generate_is_measured_and_a_missing_peer_is_a_reason():
     case = Case("generate", "eager", new_tokens=10, **TINY)
     figures = child.answer({"case": case.described(), "allocatable": 0})

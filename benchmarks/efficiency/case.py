@@ -33,7 +33,7 @@ OURS = {
 _QUANTIZED = "quantized", "quantized hqq", "quantized fp8"
 MEASURES: dict[str, tuple[str, ...]] = {
     "step": ("hf", "dense", "flashinfer fp8", "snapkv", "ours", "op"),
-    "first token": ("inductor", "compile"),
+    "first token": ("eager", "inductor", "compile"),
     "generate": ("eager", "inductor", "hf", *_QUANTIZED, "snapkv", "compile", "prepared"),
     "loss": ("quantized", "snapkv", "ours"),
 }

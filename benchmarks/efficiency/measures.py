@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 _HAND_BUILT = "dense", "snapkv", "flashinfer fp8", "op"
 _COMPILED = "ours", "compile", "prepared"
+_PREFILLS = {"eager": "eager", "inductor": "hf", "compile": "ours"}
 _FAMILIES = "llama", "mistral"
 _WHOLE = 16  # tokens: a multiple of it leaves kernels their aligned loads
 
@@ -63,7 +64,7 @@ def _first_token(case: Case, chosen: Row) -> Row:
     given = _sizes(case)
     model = _model(case, given)
     with _all_compressed(case, given.layers):
-        row = decode_step.PREFILL["ours" if case.is_ours else "hf"](model, given, chosen)
+        row = decode_step.PREFILL[_PREFILLS[case.way]](model, given, chosen)
     return {"first_token_ms": row["ms"], "peak_GB": row["memory_GB"]}
 
 
