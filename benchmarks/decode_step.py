@@ -14,11 +14,12 @@ eager  with --ttft: the model as it is. Prompts have a padding mask of ones, as 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import dense
 import llama
@@ -38,13 +39,28 @@ _ROUNDS = 3
 Row = dict[str, Any]
 
 
+class Sizes(Protocol):
+    """Of a decode step over ``context`` tokens, or of the prefill of ``prompt`` tokens.
+
+    reserved, allocated: bytes of the device that were taken before. profile: whether kernels are listed.
+    """
+
+    batch: int
+    context: int
+    prompt: int
+    layers: int
+    reserved: int
+    allocated: int
+    profile: bool
+
+
 def reserved_bytes() -> int:
     """What the process holds of the device's memory, CUDA graphs included."""
     free()
     return torch.cuda.memory_reserved() if ON_GPU else 0
 
 
-def measured(step: Function, given: argparse.Namespace) -> Row:
+def measured(step: Function, given: Sizes) -> Row:
     """Time of one step among many, as in generation: the host may run ahead of the device.
 
     host_ms is what the host needs to launch a step. Where it comes near the time of the step, the host is what limits.
@@ -91,24 +107,29 @@ def hf_step(compiled: Any, cache: Any, batch: int, context: int) -> Function:
     return step
 
 
-def options_of(sparsity: float, **inductor: Any) -> Row:
+def options_of(sparsity: float) -> Row:
     """Options of the backend."""
-    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": llama.WINDOW, **inductor}
+    return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": llama.WINDOW}
 
 
-def run_hf(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+class Step(NamedTuple):
+    """call: one decode step. about: what can be said of it before it ran."""
+
+    call: Function
+    about: Row
+
+
+def hf(model: Any, given: Sizes, options: Row) -> Step:
     """(i) As HF compiles it."""
     cache = llama.dense_cache(model, given.batch, given.context)
-    compiled = torch.compile(model, mode="reduce-overhead")
-    return measured(hf_step(compiled, cache, given.batch, given.context), given) | held(given)
+    return Step(hf_step(torch.compile(model, mode="reduce-overhead"), cache, given.batch, given.context), {})
 
 
-def run_dense(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+def best_dense(model: Any, given: Sizes, options: Row) -> Step:
     """(ii) The best dense step, with whichever of PyTorch's attentions is the fastest."""
     name = fastest_attention(model, given.batch, given.context)
     decoder = llama.DenseDecoder(model, given.batch, given.context, dense.sdpa_attentions()[name])
-    step = decoder.graphed()
-    return measured(step, given) | held(given) | {"note": f"attention: {name}"}
+    return Step(decoder.graphed(), {"note": f"attention: {name}"})
 
 
 def fastest_attention(model: Any, batch: int, context: int) -> str:
@@ -121,35 +142,45 @@ def fastest_attention(model: Any, batch: int, context: int) -> str:
     return min(dense.sdpa_attentions().keys() & times.keys(), key=times.__getitem__)
 
 
-def run_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+def ours(model: Any, given: Sizes, options: Row) -> Step:
     """(iii) The model of (i) over a compressed cache."""
-    cache = llama.compressed_cache(model, given.batch, given.context, sparsity)
-    options = options_of(sparsity, **{"triton.cudagraphs": ON_GPU})
-    compiled = torch.compile(model, backend="mustafar", options=options)
-    with mustafar_compile.explain() as report:
-        row = measured(hf_step(compiled, cache, given.batch, given.context), given) | held(given)
-    print(report)
-    return row | {"cache_GB": mustafar_compile.cache_stats(cache).stored_bytes / 1e9, "note": matched(report, given)}
+    cache = llama.compressed_cache(model, given.batch, given.context, options)
+    compiled = torch.compile(model, backend="mustafar", options=options | {"triton.cudagraphs": ON_GPU})
+    stored = mustafar_compile.cache_stats(cache).stored_bytes
+    return Step(hf_step(compiled, cache, given.batch, given.context), {"cache_GB": stored / 1e9})
 
 
-def run_op(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+def op(model: Any, given: Sizes, options: Row) -> Step:
     """(iv) The step of (ii) with our attention in place of the dense one."""
-    decoder = llama.CompressedDecoder(model, given.batch, given.context, sparsity)
-    row = measured(decoder.graphed(), given) | held(given)
-    return row | {"cache_GB": decoder.stored_bytes / 1e9}
+    decoder = llama.CompressedDecoder(model, given.batch, given.context, options)
+    return Step(decoder.graphed(), {"cache_GB": decoder.stored_bytes / 1e9})
 
 
-def matched(report: Any, given: argparse.Namespace) -> str:
+DECODE: dict[str, Callable[[Any, Sizes, Row], Step]] = {"hf": hf, "dense": best_dense, "ours": ours, "op": op}
+
+
+def decode(way: str, model: Any, given: Sizes, options: Row) -> Row:
+    """Time and memory of a step."""
+    with mustafar_compile.explain() as report:
+        step = DECODE[way](model, given, options)
+        row = measured(step.call, given) | held(given) | step.about
+    if report.graphs:
+        print(report)
+        row["note"] = matched(report, given)
+    return row
+
+
+def matched(report: Any, given: Sizes) -> str:
     """How many layers ran compressed. The numbers are ours only where that is all of them."""
     return f"matched: {len(report.matched)} of {given.layers}"
 
 
-def held(given: argparse.Namespace) -> Row:
+def held(given: Sizes) -> Row:
     """Memory in use while decoding: weights, cache, and what CUDA graphs need. What compiling took is given back."""
     return {"memory_GB": (reserved_bytes() - given.reserved) / 1e9}
 
 
-def prefill(compiled: Any, model: Any, given: argparse.Namespace) -> Row:
+def prefill(compiled: Any, model: Any, given: Sizes) -> Row:
     """Time from the prompt to the first new token, and the most memory that it took."""
     prompt = inputs(given.batch, 0, given.prompt)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
@@ -167,38 +198,38 @@ def prefill(compiled: Any, model: Any, given: argparse.Namespace) -> Row:
     return {"ms": taken, "memory_GB": (peak - given.allocated) / 1e9}
 
 
-def prefill_eager(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+def prefill_eager(model: Any, given: Sizes, options: Row) -> Row:
     """Prefill as ``generate`` does it with a model that is not compiled."""
     return prefill(model, model, given)
 
 
-def prefill_hf(model: Any, given: argparse.Namespace, _: float | None) -> Row:
+def prefill_hf(model: Any, given: Sizes, options: Row) -> Row:
     """Prefill with plain Inductor."""
     return prefill(torch.compile(model), model, given)
 
 
-def prefill_ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+def prefill_ours(model: Any, given: Sizes, options: Row) -> Row:
     """Prefill that leaves a compressed cache behind."""
-    compiled = torch.compile(model, backend="mustafar", options=options_of(sparsity))
+    compiled = torch.compile(model, backend="mustafar", options=options)
     with mustafar_compile.explain() as report:
         row = prefill(compiled, model, given)
     return row | {"note": matched(report, given)}
 
 
-DECODE = {"hf": run_hf, "dense": run_dense, "ours": run_ours, "op": run_op}
 PREFILL = {"eager": prefill_eager, "hf": prefill_hf, "ours": prefill_ours}
 
 
 def run(way: str, sparsity: float | None, given: argparse.Namespace) -> Row | None:
     """One row, from a model of its own. None where it fails: the others may still run."""
-    runner: Callable[..., Row] = (PREFILL if given.ttft else DECODE)[way]
+    runner: Callable[..., Row] = PREFILL[way] if given.ttft else functools.partial(decode, way)
+    options = {} if sparsity is None else options_of(sparsity)
     tokens = given.prompt if given.ttft else given.context
     print(f"{way}, sparsity {sparsity}", flush=True)
     torch._dynamo.reset()
     cold()  # its buffer is there from now on, and no row's memory
     given.reserved, given.allocated = reserved_bytes(), torch.cuda.memory_allocated() if ON_GPU else 0
     try:
-        row = runner(llama.build(given.layers, tokens, given.tiny), given, sparsity)
+        row = runner(llama.build(given.layers, tokens, given.tiny), given, options)
     except Exception:
         traceback.print_exc()
         return None

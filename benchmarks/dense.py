@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-_PAGE = 16  # tokens of a page of FlashInfer's cache
+PAGE = 16  # tokens of a page of FlashInfer's cache
 _reported: set[str] = set()
 
 
@@ -53,27 +54,37 @@ def flex_attention() -> Attention:
     return lambda query, key, value: compiled(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def flashinfer(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """FlashInfer over the same tokens in pages of ``dtype``. Raises ImportError where it is not installed.
+def planned_flashinfer(
+    batch: int, heads: tuple[int, int], tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """FlashInfer's decode step over a cache of ``dtype``: pages [2, pages, KV heads, PAGE, D], row by row of the batch.
+
+    heads: of the query, in bfloat16, and KV heads. Raises ImportError where FlashInfer is not installed.
 
     Without tensor cores: with them, version 0.6.0 took 97 s to compile for an H100 and ran at less than half the speed.
     Not in a CUDA graph: replayed, that version reads what is not its own.
     """
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=False)
+    pages = tokens // PAGE
+    of_request = torch.arange(batch + 1, dtype=torch.int32, device=device) * pages
+    page = torch.arange(batch * pages, dtype=torch.int32, device=device)
+    filled = torch.full((batch,), PAGE, dtype=torch.int32, device=device)
+    types = {"q_data_type": torch.bfloat16, "kv_data_type": dtype}
+    wrapper.plan(of_request, page, filled, heads[0], heads[1], head_dim, PAGE, **types)
+    return wrapper
+
+
+def flashinfer(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """FlashInfer over the same tokens in pages of ``dtype``. Raises as ``planned_flashinfer`` does."""
     batch, heads, tokens, head_dim = key.shape
-    query_heads, pages = query.shape[1], tokens // _PAGE
+    wrapper = planned_flashinfer(batch, (query.shape[1], heads), tokens, head_dim, dtype, key.device)
     paged = tuple(
-        x.view(batch, heads, pages, _PAGE, head_dim).transpose(1, 2).reshape(-1, heads, _PAGE, head_dim).to(dtype)
+        x.view(batch, heads, -1, PAGE, head_dim).transpose(1, 2).reshape(-1, heads, PAGE, head_dim).to(dtype)
         for x in (key, value)
     )
-    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=key.device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=False)
-    of_request = torch.arange(batch + 1, dtype=torch.int32, device=key.device) * pages
-    page = torch.arange(batch * pages, dtype=torch.int32, device=key.device)
-    filled = torch.full((batch,), _PAGE, dtype=torch.int32, device=key.device)
-    types = {"q_data_type": query.dtype, "kv_data_type": dtype}
-    wrapper.plan(of_request, page, filled, query_heads, heads, head_dim, _PAGE, **types)
     rows = query[:, :, 0].contiguous()
     return lambda: wrapper.run(rows, paged)
 
@@ -101,7 +112,7 @@ def measure_fp8(query: Tensor, key: Tensor, value: Tensor) -> float | None:
 
 
 def _time_flashinfer(name: str, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> float | None:
-    whole_pages = ON_GPU and key.shape[2] % _PAGE == 0
+    whole_pages = ON_GPU and key.shape[2] % PAGE == 0
     return _time(name, lambda: flashinfer(query, key, value, dtype)) if whole_pages else None
 
 

@@ -64,6 +64,10 @@ class Clock:
         """Milliseconds, the median of all later tokens."""
         return statistics.median(b - a for a, b in zip(self.times[1:], self.times[2:], strict=False))
 
+    def mean_step(self, tokens: int) -> float:
+        """Milliseconds, the mean of the later ones of the first ``tokens`` tokens."""
+        return (self.times[tokens] - self.times[1]) / (tokens - 1)
+
 
 def settings(given: argparse.Namespace) -> dict[str, Any]:
     """Of the backend."""
@@ -71,49 +75,48 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
     return sparsities | {"key_code": given.code, "value_code": given.code, "window": llama.WINDOW}
 
 
-def eager(model: Any, given: argparse.Namespace) -> Row:
+def eager(model: Any, options: Row) -> Row:
     return {}
 
 
-def hf(model: Any, given: argparse.Namespace) -> Row:
+def hf(model: Any, options: Row) -> Row:
     return {"cache_implementation": "static"}
 
 
-def inductor(model: Any, given: argparse.Namespace) -> Row:
+def inductor(model: Any, options: Row) -> Row:
     model.compile()
     return {}
 
 
-def quantized(model: Any, given: argparse.Namespace) -> Row:
+def quantized(model: Any, options: Row) -> Row:
     return {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
 
 
-def compiled(model: Any, given: argparse.Namespace) -> Row:
-    model.compile(backend="mustafar", options=settings(given))
+def compiled(model: Any, options: Row) -> Row:
+    model.compile(backend="mustafar", options=options)
     return {}
 
 
-def output_aware(model: Any, given: argparse.Namespace) -> Row:
-    model.compile(backend="mustafar", options=settings(given) | {"key_strategy": "output-aware"})
+def output_aware(model: Any, options: Row) -> Row:
+    model.compile(backend="mustafar", options=options | {"key_strategy": "output-aware"})
     return {}
 
 
-def static(model: Any, given: argparse.Namespace) -> Row:
-    return compiled(model, given) | {"cache_implementation": "static"}
+def static(model: Any, options: Row) -> Row:
+    return compiled(model, options) | {"cache_implementation": "static"}
 
 
-def config(model: Any, given: argparse.Namespace) -> Row:
-    options = settings(given) | {"release_dense": ON_GPU}
-    how = CompileConfig(backend="mustafar", mode=None, options=options)
+def config(model: Any, options: Row) -> Row:
+    how = CompileConfig(backend="mustafar", mode=None, options=options | {"release_dense": ON_GPU})
     return {"cache_implementation": "static", "compile_config": how}
 
 
-def prepared(model: Any, given: argparse.Namespace) -> Row:
-    mustafar_compile.prepare(model, **settings(given))
+def prepared(model: Any, options: Row) -> Row:
+    mustafar_compile.prepare(model, options=options)
     return {}
 
 
-WAYS: dict[str, Callable[[Any, argparse.Namespace], Row]] = {
+WAYS: dict[str, Callable[[Any, Row], Row]] = {
     "eager": eager,
     "hf": hf,
     "inductor": inductor,
@@ -167,7 +170,7 @@ def run(way: str, given: argparse.Namespace) -> Row | None:
     model = llama.build(given.layers, given.context + given.new_tokens, given.tiny)
     try:
         with mustafar_compile.explain() as report:
-            row = measured(model, WAYS[way](model, given), given)
+            row = measured(model, WAYS[way](model, settings(given)), given)
     except Exception:
         traceback.print_exc()
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mustafar_compile import CompressedKV
-from mustafar_compile.lowering.format import Format
+from mustafar_compile.policy import policy
+from mustafar_compile.settings import read_options
 
 WINDOW = 32
 SHAPE = {
@@ -64,38 +65,44 @@ def heads_here(model: Any) -> tuple[int, int]:
     return model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
 
 
-def fill(cache: StaticCache, model: Any, batch: int, change: Callable[[Tensor], Tensor]) -> None:
+def fill(cache: StaticCache, model: Any, batch: int, change: Callable[[Tensor, int, str], Tensor]) -> None:
     """Random keys and values in all slots but the last, which is the next to be written.
 
-    change: what a layer is to hold in place of its dense tensor. One layer after the other, so that the dense tensors
-    of all layers need not exist at the same time.
+    change: the dense tensor of a layer, its number, "key" or "value" -> what it is to hold. One layer after the other,
+    so that the dense tensors of all layers need not exist at the same time.
     """
     config = model.config
     like = torch.empty(batch, heads_here(model)[1], 0, config.head_dim, dtype=torch.bfloat16, device=DEVICE)
-    for layer in cache.layers:
+    for i, layer in enumerate(cache.layers):
         layer.lazy_initialization(like, like)
-        layer.keys, layer.values = change(layer.keys.normal_()), change(layer.values.normal_())
+        layer.keys, layer.values = change(layer.keys.normal_(), i, "key"), change(layer.values.normal_(), i, "value")
         layer.cumulative_length.fill_(layer.max_cache_len - 1)
 
 
 def dense_cache(model: Any, batch: int, context: int) -> StaticCache:
     """A static cache that one more token fills."""
     cache = StaticCache(config=model.config, max_cache_len=context)
-    fill(cache, model, batch, lambda dense: dense)
+    fill(cache, model, batch, lambda dense, layer, role: dense)
     return cache
 
 
-def compressed_cache(model: Any, batch: int, context: int, sparsity: float) -> StaticCache:
-    """The same, compressed as the backend leaves it behind."""
-    form = Format.of(model.config.head_dim, sparsity, WINDOW)
+def compressed_cache(model: Any, batch: int, context: int, options: Mapping[str, Any]) -> StaticCache:
+    """The same, compressed as the backend leaves it behind with such options.
+
+    All rows of the batch hold the same, as one alone is compressed: so a batch may be larger than what one dense layer
+    of it leaves room for.
+    """
+    format_of = policy(read_options(None, options)[0])
     written = torch.tensor([context - 1], device=DEVICE)
 
-    def compress(dense: Tensor) -> CompressedKV:
-        buffers = operations().compress(dense, written, form, context)
+    def compress(dense: Tensor, layer: int, role: str) -> CompressedKV:
+        form = format_of(layer, role, model.config.head_dim, dense.dtype, DEVICE)
+        of_one = operations().compress(dense, written, form, context)
+        buffers = [x.repeat(batch, *[1] * (x.dim() - 1)) for x in of_one]
         return CompressedKV.from_buffers(form, buffers, context, grows=False)
 
     cache = StaticCache(config=model.config, max_cache_len=context)
-    fill(cache, model, batch, compress)
+    fill(cache, model, 1, compress)
     return cache
 
 
@@ -247,9 +254,9 @@ class DenseDecoder(Decoder):
 class CompressedDecoder(Decoder):
     """The same with compressed caches in place of the buffers."""
 
-    def __init__(self, model: Any, batch: int, context: int, sparsity: float) -> None:
+    def __init__(self, model: Any, batch: int, context: int, options: Mapping[str, Any]) -> None:
         super().__init__(model, batch, context)
-        cache = compressed_cache(model, batch, context, sparsity)
+        cache = compressed_cache(model, batch, context, options)
         self.caches = [(layer.keys, layer.values) for layer in cache.layers]
         self.stored_bytes = sum(x.stored_bytes for layer in cache.layers for x in (layer.keys, layer.values))
         config = model.config

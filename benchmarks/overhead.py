@@ -77,7 +77,7 @@ def cache_of(way: str, kind: str, model: Any) -> Cache:
     if kind == "growing":
         return llama.growing_cache(model, 1, CONTEXT - 1, SPARSITY if way == "mustafar" else None)
     if way == "mustafar":
-        return llama.compressed_cache(model, 1, CONTEXT, SPARSITY)
+        return llama.compressed_cache(model, 1, CONTEXT, decode_step.options_of(SPARSITY))
     return llama.dense_cache(model, 1, CONTEXT)
 
 

@@ -14,27 +14,22 @@ import multiprocessing
 from typing import Any
 
 import torch
+from shapes import DTYPE, build, config_of
 from timing import DEVICE, ON_GPU, parser, write
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mustafar_compile.planning.footprint import Footprint, measure
 from mustafar_compile.planning.memory import compressed_plan, dense_plan
 
 NAME = "plan_check"
-DTYPE = torch.bfloat16
 NEW_TOKENS = 40  # the last of them is not in the cache
 
-_LLAMA_3 = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "vocab_size": 128256}
-SHAPES: dict[str, tuple[str, dict[str, Any], int, int]] = {  # family, sizes, batch, context
-    "llama-2-7b": ("llama", {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
-                             "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}, 4, 4096),
-    "llama-3-8b": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 4, 8192),
-    "llama-3-8b long": ("llama", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336}, 1, 32768),
-    "qwen-3-4b": ("qwen3", {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128,
-                            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}, 8, 4096),
-    "mistral-7b": ("mistral", {**_LLAMA_3, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 32768,
-                               "sliding_window": None}, 16, 2048),
-}  # fmt: skip
+CASES = {  # name: shape, batch, context
+    "llama-2-7b": ("llama-2-7b", 4, 4096),
+    "llama-3-8b": ("llama-3-8b", 4, 8192),
+    "llama-3-8b long": ("llama-3-8b", 1, 32768),
+    "qwen-3-4b": ("qwen-3-4b", 8, 4096),
+    "mistral-7b": ("mistral-7b", 16, 2048),
+}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "vocab_size": 100}  # fmt: skip
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -44,12 +39,11 @@ WAYS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def config_of(shape: str, given: argparse.Namespace) -> Any:
+def configured(shape: str, context: int, given: argparse.Namespace) -> Any:
     """The config of a shape, with the changes that the command line asks for."""
-    family, sizes, _, context = SHAPES[shape]
-    sizes = sizes | (TINY if given.tiny else {})
-    sizes |= {"num_hidden_layers": given.layers} if given.layers else {}
-    return AutoConfig.for_model(family, **sizes, max_position_embeddings=context + NEW_TOKENS)
+    changes: dict[str, Any] = dict(TINY if given.tiny else {})
+    changes |= {"num_hidden_layers": given.layers} if given.layers else {}
+    return config_of(shape, context + NEW_TOKENS, **changes)
 
 
 def planned(footprint: Footprint, way: str, batch: int, context: int) -> dict[str, Any]:
@@ -64,8 +58,7 @@ def planned(footprint: Footprint, way: str, batch: int, context: int) -> dict[st
 
 def generated(config: Any, way: str, batch: int, context: int) -> dict[str, float]:
     """What torch allocated, and reserved, at most in one call of ``generate``."""
-    with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+    model = build(config)
     ids = torch.randint(1, config.vocab_size, (batch, context), device=DEVICE)
     how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     if WAYS[way] is None:
@@ -83,7 +76,7 @@ def generated(config: Any, way: str, batch: int, context: int) -> dict[str, floa
 def arguments() -> argparse.Namespace:
     """What is asked for."""
     options = parser(__doc__)
-    options.add_argument("--only", choices=SHAPES, nargs="+", help="default: all")
+    options.add_argument("--only", choices=CASES, nargs="+", help="default: all")
     options.add_argument("--layers", type=int, help="in place of those of the shapes")
     options.add_argument("--tiny", action="store_true", help="very small models, to try this script out")
     return options.parse_args()
@@ -92,13 +85,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given, rows = arguments(), []
     fresh = multiprocessing.get_context("spawn")
-    for shape in given.only or SHAPES:
-        _, _, batch, context = SHAPES[shape]
+    for name in given.only or CASES:
+        shape, batch, context = CASES[name]
         batch, context = (2, 100) if given.tiny else (batch, context)
-        config = config_of(shape, given)
+        config = configured(shape, context, given)
         footprint = measure(config, DTYPE)
         for way in WAYS:
-            row = {"shape": shape, "batch": batch, "context": context, "way": way}
+            row = {"shape": name, "batch": batch, "context": context, "way": way}
             row |= planned(footprint, way, batch, context)
             with fresh.Pool(1) as pool:
                 row |= pool.apply(generated, (config, way, batch, context))

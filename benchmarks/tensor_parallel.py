@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import functools
 import io
 import os
 from collections.abc import Callable
@@ -100,10 +101,10 @@ def _random(weight: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(part.to_local().clone(), weight.device_mesh, weight.placements, run_check=False)
 
 
-def ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
+def ours(model: Any, given: argparse.Namespace, options: Row) -> Row:
     """The step over a compressed cache; whether all ranks choose the same tokens."""
-    cache = llama.compressed_cache(model, given.batch, given.context, sparsity)
-    options = decode_step.options_of(sparsity, **{"triton.cudagraphs": ON_GPU})
+    cache = llama.compressed_cache(model, given.batch, given.context, options)
+    options = options | {"triton.cudagraphs": ON_GPU}
     step = decode_step.hf_step(
         torch.compile(model, backend="mustafar", fullgraph=True, options=options), cache, given.batch, given.context
     )
@@ -118,7 +119,11 @@ def ours(model: Any, given: argparse.Namespace, sparsity: float | None) -> Row:
     return row | {"cache_GB": sizes[0] / 1e9, "cache_of_all_GB": sizes[1] / 1e9, "note": note}
 
 
-DECODE: dict[str, Callable[..., Row]] = {"hf": decode_step.run_hf, "dense": decode_step.run_dense, "ours": ours}
+DECODE: dict[str, Callable[..., Row]] = {
+    "hf": functools.partial(decode_step.decode, "hf"),
+    "dense": functools.partial(decode_step.decode, "dense"),
+    "ours": ours,
+}
 
 
 def run(way: str, given: argparse.Namespace) -> Row:
@@ -129,7 +134,8 @@ def run(way: str, given: argparse.Namespace) -> Row:
     cold()  # its buffer is there from now on, and no row's memory
     given.reserved, given.allocated = decode_step.reserved_bytes(), torch.cuda.memory_allocated() if ON_GPU else 0
     sparsity = given.sparsity if way == "ours" else None
-    row = (decode_step.PREFILL if given.ttft else DECODE)[way](build(given), given, sparsity)
+    options = {} if sparsity is None else decode_step.options_of(sparsity)
+    row = (decode_step.PREFILL if given.ttft else DECODE)[way](build(given), given, options)
     phase = {"phase": "first token" if given.ttft else "decode step"}
     sizes = {
         "shape": given.shape,

@@ -150,8 +150,12 @@ def copy_bandwidth() -> float:
 
 def environment() -> dict[str, str]:
     """Where the numbers come from."""
+    return {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"} | versions()
+
+
+def versions() -> dict[str, str]:
+    """The same but for the device, which is left alone."""
     return {
-        "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
         "cuda": str(torch.version.cuda),
         **{name: version(name) for name in ("torch", "triton", "transformers")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

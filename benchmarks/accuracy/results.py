@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ def about(row: Row) -> tuple[tuple[str, Any], ...]:
 
 
 class Results:
-    """The rows of a file, and those that are added to it. A last line that was cut off is dropped."""
+    """The rows of a file, and those that are added to it. A last line that was cut off is dropped.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    where: says where rows come from.
+    """
+
+    def __init__(self, path: Path, where: Callable[[], dict[str, str]] = environment) -> None:
+        self.path, self._where = path, where
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
         lines = [json.loads(line) for line in whole.splitlines()]
         self.rows: list[Row] = [line for line in lines if "environment" not in line]
@@ -38,7 +42,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(f"{self._kept}\n" if self._kept else "", encoding="utf-8")
         self._kept = None
-        self._append({"environment": environment(), "command": sys.argv})
+        self._append({"environment": self._where(), "command": sys.argv})
 
     def _append(self, line: Row) -> None:
         with self.path.open("a", encoding="utf-8") as file:

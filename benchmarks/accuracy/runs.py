@@ -23,11 +23,12 @@ case for each of its members, several lists one for each choice of theirs. A run
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
+from study_files import StudyError, known
 
 from . import dialects, through_backend
 from .case import Case
@@ -44,10 +45,6 @@ _READS = {
     "questions": None,
     "magnitudes": {"layers": [0], "tokens": 1024, "prompt": 128},
 }
-
-
-class StudyError(ValueError):
-    """A study that says something which is not accepted."""
 
 
 @dataclass(frozen=True)
@@ -93,27 +90,27 @@ def read_study(path: Path, models: list[str] | None = None, runs: list[str] | No
     Raises StudyError, naming what is accepted.
     """
     try:
-        given = _known(yaml.safe_load(path.read_text(encoding="utf-8")), {"models", "dtype", "runs"}, "study", ["runs"])
+        given = known(yaml.safe_load(path.read_text(encoding="utf-8")), {"models", "dtype", "runs"}, "study", ["runs"])
         found = {run.name: run for run in (_run(run, given.get("models", []), models) for run in given["runs"])}
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise StudyError(f"{path}: {error}") from error
-    _known(dict.fromkeys(runs or ()), set(found), "run")
+    known(dict.fromkeys(runs or ()), set(found), "run")
     wanted = [run for name, run in found.items() if not runs or name in runs]
     return Study(path.stem, given.get("dtype", "float32"), wanted)
 
 
 def _run(given: Row, models: list[str], instead: list[str] | None) -> Run:
-    _known(given, {"name", "models", "cases", "ways", *_READS}, "run", ["name", "cases"])
+    known(given, {"name", "models", "cases", "ways", *_READS}, "run", ["name", "cases"])
     ways = given.get("ways", ["one forward"])
     for way in ways:
-        _known({way: None}, set(WAYS), "way")
+        known({way: None}, set(WAYS), "way")
     cases = list(dict.fromkeys(case for entry in given["cases"] for case in expanded(entry)))
     return Run(given["name"], instead or given.get("models", models), list(_readings(given)), cases, ways)
 
 
 def expanded(entry: Row) -> Iterator[Case]:
     """The cases that one entry stands for. Raises StudyError for an unknown field."""
-    _known(entry, {*_BOTH, *(field.name for field in fields(Case))}, "case")
+    known(entry, {*_BOTH, *(field.name for field in fields(Case))}, "case")
     choices = [value if isinstance(value, list) else [value] for value in entry.values()]
     for chosen in itertools.product(*choices):
         case = dict(zip(entry, chosen, strict=True))
@@ -126,14 +123,14 @@ def expanded(entry: Row) -> Iterator[Case]:
 
 def _readings(given: Row) -> Iterator[Reading]:
     if "texts" in given:
-        yield from _texts(**_READS["texts"] | _known(given["texts"] or {}, set(_READS["texts"]), "texts"))
+        yield from _texts(**_READS["texts"] | known(given["texts"] or {}, set(_READS["texts"]), "texts"))
     if "tasks" in given:
-        yield from _tasks(**_READS["tasks"] | _known(given["tasks"] or {}, set(_READS["tasks"]), "tasks"))
+        yield from _tasks(**_READS["tasks"] | known(given["tasks"] or {}, set(_READS["tasks"]), "tasks"))
     if given.get("questions"):
         yield Reading({"questions": "demo"}, lambda subject: Questions(subject.model, subject.questions))
     if "magnitudes" in given:
         yield _layers(
-            **_READS["magnitudes"] | _known(given["magnitudes"] or {}, set(_READS["magnitudes"]), "magnitudes")
+            **_READS["magnitudes"] | known(given["magnitudes"] or {}, set(_READS["magnitudes"]), "magnitudes")
         )
 
 
@@ -154,7 +151,7 @@ def _read(text: str, subject: Subject) -> str:
 
 def _tasks(names: list[str], lengths: list[int], depths: list[float], samples: int) -> Iterator[Reading]:
     for name, length, depth in itertools.product(names, lengths, depths):
-        _known({name: None}, set(TASKS), "task")
+        known({name: None}, set(TASKS), "task")
 
         def make(subject: Subject, name: str = name, length: int = length, depth: float = depth) -> Questions:
             prompts = [subject.prompts.prompt(name, length, depth, seed) for seed in range(samples)]
@@ -168,12 +165,3 @@ def _layers(layers: list[int], tokens: int, prompt: int) -> Reading:
         return Layers(subject.model, subject.texts_of(subject.text, 1, tokens)[0], prompt, layers)
 
     return Reading({"magnitudes": str(layers), "tokens": tokens, "prompt": prompt}, make)
-
-
-def _known(given: Row, accepted: set[str], what: str, needed: Sequence[str] = ()) -> Row:
-    unknown, missing = sorted(set(given) - accepted), sorted(set(needed) - set(given))
-    if unknown:
-        raise StudyError(f"{what} {', '.join(unknown)} is unknown; accepted are {', '.join(sorted(accepted))}")
-    if missing:
-        raise StudyError(f"a {what} has no {', '.join(missing)}; it is {given}")
-    return given

@@ -1,0 +1,101 @@
+"""What users gain over what they would pick instead: a study of speed and memory, told by a YAML file.
+
+    python benchmarks/efficiency_study.py benchmarks/runs/efficiency_short.yaml
+    python benchmarks/efficiency_study.py benchmarks/runs/efficiency.yaml --gpus 2
+    python benchmarks/efficiency_study.py benchmarks/runs/efficiency.yaml --show
+
+``efficiency/runs.py`` says what may stand in the file. Each row is a process of its own and is saved as it comes; what
+the results have already is not measured again, so stop it and start it as you like. What cannot be measured is a row
+with the reason. At the end come tables and a report, one HTML file. ``--show`` measures nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timing
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from study_files import StudyError
+from timing import parser
+
+from accuracy.results import Results
+from efficiency import tables
+from efficiency.case import Case
+from efficiency.processes import Machine
+from efficiency.runs import Study, read_study
+
+Row = dict[str, Any]
+
+
+def results_of(study: Study) -> Results:
+    """What a study has so far."""
+    return Results(timing.OUT / f"efficiency_{study.name}.jsonl", timing.versions)
+
+
+def missing(study: Study, rows: list[Row], retry: bool) -> list[tuple[Case, float]]:
+    """What is still to be measured, with its limits. retry: also what failed."""
+    done = {case for case, figures in tables.by_case(rows).items() if not (retry and "failed" in figures)}
+    return [(case, limit_s) for case, limit_s in study.cases.items() if case not in done]
+
+
+def complete(study: Study, gpus: int, retry: bool, console: Console) -> list[Row]:
+    """All rows of a study. Those that are missing are measured and saved one by one."""
+    results = results_of(study)
+    work = missing(study, results.rows, retry)
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+        bar = progress.add_task(study.name, total=len(work))
+        for case, figures in _measured(study, work, gpus):
+            results.add({**case.described(), "figures": figures})
+            progress.update(bar, advance=1)
+            console.print(f"{case}: {tables.shown(figures)}", highlight=False, markup=False)
+    return results.rows
+
+
+def _measured(study: Study, work: list[tuple[Case, float]], gpus: int) -> Iterator[tuple[Case, Row]]:
+    if not work:
+        return
+    yield from Machine(gpus, timing.OUT / f"efficiency_{study.name}_logs").measure(work)
+
+
+def main() -> None:
+    """Run from the command line."""
+    arguments = parser(__doc__)
+    arguments.add_argument("study", type=Path, metavar="RUNS.yaml")
+    arguments.add_argument("--gpus", type=int, default=int(timing.ON_GPU), help="rows run on so many, side by side")
+    arguments.add_argument("--runs", nargs="+", metavar="NAME", help="of the file, only these")
+    arguments.add_argument("--retry", action="store_true", help="measure again what failed")
+    arguments.add_argument("--show", action="store_true", help="tables and report of what there is; measure nothing")
+    arguments.add_argument("--report", type=Path, help="(default: efficiency_<name>.html beside the results)")
+    args = arguments.parse_args()
+    try:
+        study = read_study(args.study, args.runs)
+    except (OSError, StudyError) as error:
+        arguments.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured is saved"))
+    transformers.logging.set_verbosity_error()
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    try:
+        rows = results_of(study).rows if args.show else complete(study, args.gpus, args.retry, console)
+    except StudyError as error:
+        arguments.error(str(error))
+    for run in study.runs:
+        timing.show(run.name, [tables.cut(line) for line in tables.table(run, rows)])
+    path = args.report or timing.OUT / f"efficiency_{study.name}.html"
+    try:
+        from efficiency import report
+    except ImportError as error:
+        print(f"no report: {error}; pip install '.[benchmark]', then --show")
+        return
+    path.write_text(report.html(study, rows), encoding="utf-8")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
