@@ -212,6 +212,8 @@ class Tuned:
         both = self.decode.keys, self.decode.values
         if not all(rows.has_bitmap for rows in both):
             return 168  # nothing is staged: both rows are in registers at once
+        if self.decode.sums > 32:
+            return 168  # they stay in registers throughout
         prefetched = max(len(rows.registers()) for rows in both)
         return 128 if prefetched <= (24 if self.step.softcap else 44) else 168
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 
 import jinja2
+import numpy as np
 import pytest
 import torch
 
@@ -18,15 +19,16 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from cases import step_of
-from mustafar_compile.lowering import kernels, render, weighing
+from mustafar_compile.lowering import codes, kernels, render, weighing
 from mustafar_compile.lowering.format import CODES, Format
 from mustafar_compile.lowering.ptx.block import Block, listed, names
 from mustafar_compile.lowering.ptx.decode import Decode
 from mustafar_compile.lowering.ptx.prune import Prune
-from mustafar_compile.lowering.ptx.rows import Rows
+from mustafar_compile.lowering.ptx.rows import EVEN_BIAS, ODD_BIAS, UNITS, Rows, expand_setup, expand_word, stage
 from mustafar_compile.lowering.step import COMBINE_REGISTERS, DTYPE_NAMES
 from nightly import at_night, mostly_at_night
 from pairwise import pairwise
+from ptx_machine import Lane
 
 DECODES = [
     Decode(Rows(key_words, key_kept), Rows(value_words, value_kept), heads, warps, dtype)
@@ -212,8 +214,8 @@ def test_shared_memory_of_decoding(decode):
         assert rows * (kept + 1) <= decode.warp_bytes
         # A bitmap with too many bits takes the last warp no further than the end: to as many values as there are
         # channels, or to those of one word past its row.
-        text, words = blocks[step].text, len(re.findall(r"popc", blocks[step].text)) + 1
-        clamps = text.count("min.u32 a")
+        text, words = blocks[step].text, packed.words
+        clamps = text.count("min.u32 at, at, behind")
         assert clamps in (0, words - 1)
         assert len(re.findall(rf"add.u32 behind, stage, {rows * kept};", text)) == min(clamps, 1)
         furthest = rows * (kept + 32 if clamps else 32 * words)
@@ -237,6 +239,71 @@ def test_shared_memory_of_pruning(prune):
     read = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", block.text)]
     assert sorted(read) == list(range(0, 128 * prune.kept, 128))
     assert prune.shared_bytes == prune.warps * 128 * (prune.kept + 1), "and a slot for what is not kept"
+
+
+# ------------------------------------------------------------------------------------------------------- expanding rows
+
+
+def packed_row(rows, bitmap, seed):
+    """The registers of a row with the channels of ``bitmap`` kept, the levels of its floor, and all its channels."""
+    random = np.random.default_rng(seed)
+    registers = {}
+    for w in range(rows.words * rows.has_bitmap):  # bit 8 c + i is channel 4 i + c
+        bits = bitmap[32 * w : 32 * w + 32].reshape(8, 4).T.ravel()
+        registers[f"b{w}"] = int(sum(int(bit) << i for i, bit in enumerate(bits)))
+    table = codes.level_table()[floor := int(random.integers(128))]
+    if rows.code == "int4":
+        kept = random.integers(16, size=rows.kept, dtype=np.uint8)
+        levels = np.array([table[c % 8] * (-1 if c >= 8 else 1) for c in kept])
+        stored = kept[::2] | kept[1::2] << 4
+    else:
+        high = 127 if rows.coded else 30000
+        levels = random.integers(-high, high, size=rows.kept, endpoint=True)
+        stored = levels.astype(np.int8 if rows.coded else np.int16).view(np.uint8)
+    registers |= {f"v{j}": int(word) for j, word in enumerate(stored.view(np.uint32))}
+    dense = np.zeros(32 * rows.words, dtype=int)
+    dense[np.flatnonzero(bitmap)] = levels
+    words = np.array(table, dtype=np.uint8).view(np.uint32)
+    shared = {8 * floor + 4 * i: int(words[i]) for i in range(2)}
+    return registers | {"f": floor, "table": 0, "stage": 1 << 16}, shared, dense
+
+
+def bitmaps(rows, seed):
+    """Every group of four kept in every way, and the rest anyhow."""
+    random = np.random.default_rng(seed)
+    for start in range(8 * rows.words):
+        groups = [(start + 5 * i) % 16 for i in range(8 * rows.words)]
+        bitmap = np.array([group >> c & 1 for group in groups for c in range(4)], dtype=bool)
+        order = random.permutation(bitmap.size)
+        for channel in order:  # until as many are kept as the row has
+            if bitmap.sum() == rows.kept:
+                break
+            bitmap[channel] = bitmap.sum() < rows.kept
+        yield bitmap
+
+
+@pytest.mark.parametrize(("alternating", "lane"), [(False, 7), (True, 6), (True, 7)])
+@pytest.mark.parametrize(
+    "rows",
+    [Rows(w, k, code) for code in CODES for w, k in ((4, 40), (2, 32), (5, 80), (2, 64))],
+    ids=lambda rows: f"{rows.words}-{rows.kept}-{rows.code}",
+)
+def test_a_row_expands_to_its_channels(rows, alternating, lane):
+    """Levels are subnormal numbers of float16 with a bias; of values in odd lanes with another."""
+    for seed, bitmap in enumerate(bitmaps(rows, 0) if rows.has_bitmap else [np.ones(32 * rows.words, dtype=bool)] * 8):
+        registers, table, dense = packed_row(rows, bitmap, seed)
+        machine = Lane(lane, **registers)
+        machine.shared |= table
+        machine.run(stage(rows, alternating)).run(expand_setup(rows))
+        for w in range(rows.words):
+            machine.run(expand_word(rows, w, 16 * w, alternating))
+        words = np.array([machine.registers[f"x{k}"] for k in range(16 * rows.words)], dtype=np.uint32)
+        if rows.coded:
+            bias = ODD_BIAS if alternating and lane % 2 else EVEN_BIAS
+            found = -words.view(np.float16).astype(float) * UNITS - bias
+        else:
+            found = words.view(np.int16)
+        assert found.tolist() == dense.tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -367,12 +434,12 @@ def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
     kernel = compiled(module.attend, step.dtype, step.mask, gluon=True, **how)
     registers, stack, local = usage(kernel, tmp_path)
     assert registers <= tuned.registers
-    assert (stack <= 16, local) == (True, 0), "four registers, as newer assemblers need, do no harm"
+    assert (stack <= 24, local) == (True, 0), "a few registers, as some assemblers need, do no harm"
     assert kernel.metadata.shared + tuned.decode.shared_bytes <= 48 * 1024
     sparse, dense = (len(re.findall(rf"mma\.{kind}", kernel.asm["ptx"])) for kind in ("sp::", "sync"))
     keys, values = tuned.decode.keys.words, tuned.decode.values.words
     assert sparse == 4 * keys * tuned.decode.groups + 2 * 4 * values
-    assert dense == 2 * 2 * values
+    assert dense == 2 * 2 * values, "halved, too"
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ def vectors(prefix: str, count: int, first: int = 0) -> Iterator[tuple[int, str,
     width = next(n for n in (4, 2, 1) if count % n == 0)
     for i in range(first, first + count, width):
         yield (i, "b32", f"{prefix}{i}") if width == 1 else (i, f"v{width}.b32", listed(prefix, *range(i, i + width)))
+
+
+def float32(x: float) -> str:
+    """A PTX constant."""
+    return f"0f{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"
 
 
 def locate_thread() -> Lines:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
-    accumulate,
-    accumulate_bias,
     exchange,
     merge_warps,
     normalise,
@@ -16,13 +14,19 @@ from .decode_steps import (
     score_setup,
     score_word,
     share_partial,
-    subtract_bias,
     sum_query,
-    transpose,
-    transposer,
     weigh,
 )
-from .rows import LEVEL_TABLE_BYTES, Rows, expand_setup, expand_word, locate_words, prefetch, scales, stage
+from .rows import LEVEL_TABLE_BYTES, Rows, expand_setup, expand_word, prefetch, scales, stage
+from .values import (
+    accumulate,
+    accumulate_bias,
+    accumulate_halves,
+    join_halves,
+    subtract_bias,
+    transpose,
+    transposer,
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,24 @@ class Decode:
 
     @property
     def accumulators(self) -> int:
-        """Registers of a lane that sum up weighted values."""
+        """Registers of a lane for the sums of weighted values."""
         return 8 * self.values.words
+
+    @property
+    def halved(self) -> bool:
+        """Whether sums over values are halved, see ``values``: where columns of an mma are free and registers are."""
+        staged = self.keys.has_bitmap and self.values.has_bitmap  # else both rows stand in registers at once
+        return self.groups == 1 and self.values.words <= 4 and staged
+
+    @property
+    def sums(self) -> int:
+        """Registers that sum up weighted values during the loop."""
+        return self.accumulators * (2 if self.halved else 1)
 
     @property
     def summed(self) -> int:
         """The same, with those for the bias of levels."""
-        return self.accumulators + 4 * self.values.coded
+        return self.sums + 4 * self.values.coded
 
     @property
     def warp_bytes(self) -> int:
@@ -102,7 +117,7 @@ class Decode:
 
     def _next(self, rows: Rows) -> dict[str, str]:
         """What ``prefetch`` takes."""
-        return dict.fromkeys(rows.buffers, "l") | {"next": "r", "lane": "r"}
+        return dict.fromkeys(rows.buffers, "l") | {"next": "r"}
 
     def _table(self, rows: Rows) -> dict[str, str]:
         """What ``stage`` takes besides the row."""
@@ -168,8 +183,8 @@ class Decode:
         return Block.of(inputs | self.keys.registers(), outputs, self._score())
 
     def _score(self) -> Lines:
+        yield ".reg .b32 lane; mov.u32 lane, %laneid;"
         yield from stage(self.keys)
-        yield from locate_words(self.keys)
         yield from expand_setup(self.keys)
         yield ".reg .f32 e<4>; .reg .b32 x<32>;"
         yield from score_setup()
@@ -202,7 +217,7 @@ class Decode:
             yield from scales(self.dtype)
         yield from rescale(self.groups, self.summed, self.values.coded)
         yield from weigh(self.groups, self.value_dtype, self.values.coded)
-        yield from exchange(self.groups)
+        yield from exchange(self.groups, self.halved)
 
     def weighted_sum(self) -> Block:
         """A block of 32 values, weighed by p -> added to o; loads the keys of the next block meanwhile."""
@@ -213,7 +228,6 @@ class Decode:
 
     def _weighted_sum(self) -> Lines:
         yield from stage(self.values, alternating=True)
-        yield from locate_words(self.values)
         yield from expand_setup(self.values)
         yield ".reg .b32 x<32>, y<8>, zero, tokens; mov.b32 zero, 0;"
         for w in range(self.values.words):
@@ -222,11 +236,11 @@ class Decode:
             for tile in range(2):
                 for half in range(2):
                     yield from transpose(first + 8 * tile + 4 * half, half)
-                yield from accumulate(2 * w + tile, self.value_dtype)
+                yield from (accumulate_halves if self.halved else accumulate)(2 * w + tile, self.value_dtype)
             if w == 0:
                 yield from prefetch(self.keys)
         if self.values.coded:
-            yield from accumulate_bias(self.accumulators)
+            yield from accumulate_bias(self.sums, self.halved)
 
     def merge(self) -> Block:
         """The partial results of all warps -> z, M0, L0, M1, L1 (see ``merge_warps``)."""
@@ -239,6 +253,8 @@ class Decode:
     def _merge(self) -> Lines:
         yield f".reg .b32 state; add.u32 state, shared, {self.warps * self.warp_bytes + self.query_bytes};"
         if self.values.coded:
-            yield from subtract_bias(self.accumulators)
+            yield from subtract_bias(self.sums)
+        if self.halved:
+            yield from join_halves(self.accumulators)
         yield from share_partial(self.groups, self.accumulators, self.warp_bytes)
         yield from merge_warps(self.warps, self.accumulators, self.warp_bytes)

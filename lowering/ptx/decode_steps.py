@@ -15,18 +15,18 @@ s<k>        scores; s[2i] and s[2i+1]: head 2 i + r % 2 at tokens 8 t + u and 8 
 m<i>, l<i>  running maximum (base 2) and the lane's share of the sum of weights, for the head of s[2i]
 p<u>        weights of head r at tokens 8 t + u and 8 t + 4 + u
 y<k>        values transposed: channel r of a tile of 8, two tokens to a register
-o<k>        accumulators: channel 16 (k // 4) + 8 (k // 2 % 2) + r of head 2 t + k % 2
+o<k>        accumulators: channel 16 (k // 4) + 8 (k // 2 % 2) + r of head 2 t + k % 2; ``values`` halves them
 ==========  ==============================================================================================
 """
 
 from __future__ import annotations
 
-from .block import Lines, listed, locate_thread
+from .block import Lines, float32, listed, locate_thread
+from .rows import EVEN_BIAS, UNITS
 
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
 _LAZY_RESCALE = "0f41000000"  # 8: the weights may grow to 2^8 before the accumulators are rescaled
-_MINUS_BIAS, _BIAS_PAIR, _MINUS_BIAS_PAIR = "0fC4900000", "0x64806480", "0xE480E480"  # of float32; two of float16
 _LEAST_LOG = "0fC2C80000"  # -100
 HEAD_LANES = (1, 2, 8, 16)  # distances between the 16 lanes that score for the same heads
 
@@ -98,7 +98,8 @@ def normalise(groups: int, chunks: int) -> Lines:
 
 
 def sum_query(groups: int, chunks: int) -> Lines:
-    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: minus what ``BIAS`` adds to the scores of the head of s[2i]."""
+    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: minus what the bias of
+    levels adds to the scores of the head of s[2i]."""
     yield f".reg .f32 total<{4 * groups}>, term; .reg .b16 front, back; .reg .pred second; .reg .b32 parity;"
     for h in range(4 * groups):
         yield f"mov.f32 total{h}, 0f00000000;"
@@ -108,71 +109,16 @@ def sum_query(groups: int, chunks: int) -> Lines:
                 yield f"cvt.f32.f16 term, {half}; add.f32 total{h}, total{h}, term;"
         for distance in (1, 2, 4, 8, 16):
             yield f"shfl.sync.bfly.b32 term, total{h}, {distance}, 31, -1; add.f32 total{h}, total{h}, term;"
-        yield f"mul.f32 total{h}, total{h}, {_MINUS_BIAS};"
+        yield f"mul.f32 total{h}, total{h}, {float32(-EVEN_BIAS)};"
     yield "and.b32 parity, lane, 4; setp.ne.u32 second, parity, 0;"
     for i in range(2 * groups):
         yield f"selp.f32 n{i}, total{2 * i + 1}, total{2 * i}, second;"
 
 
 def scale_scores(groups: int) -> Lines:
-    """Lane: s, sums of biased levels -> what they stand for."""
+    """Lane: s, sums of coded elements (``rows``) -> what they stand for."""
     for k in range(4 * groups):
-        yield f"add.f32 s{k}, s{k}, n{k // 2}; mul.f32 s{k}, s{k}, scale{k % 2};"
-
-
-def accumulate_bias(first: int) -> Lines:
-    """Warp: what ``BIAS`` adds to each sum of weighted values -> added to o<first> ... o<first + 3>.
-
-    The products have the tokens of even lanes first, then those of odd ones.
-    """
-    o = listed("o", *range(first, first + 4))
-    yield f".reg .b32 each, minus_each; mov.b32 each, {_BIAS_PAIR}; mov.b32 minus_each, {_MINUS_BIAS_PAIR};"
-    for each, p in (("each", listed("p", 0, 2)), ("minus_each", listed("p", 1, 3))):
-        yield f"{mma('f16')} {o}, {{{each},{each},{each},{each}}}, {p}, {o};"
-
-
-def subtract_bias(accumulators: int) -> Lines:
-    """Lane: o without what ``accumulate_bias`` has added up."""
-    for k in range(accumulators):
-        yield f"sub.f32 o{k}, o{k}, o{accumulators + k % 2};"
-
-
-def transposer() -> Lines:
-    """Lane: its part of the 0/1 matrix of ``transpose`` -> t0 ... t3.
-
-    Packed, columns 2 t and 2 t + 1 are for tokens 0 and 1 (t even) or 2 and 3 (t odd) of the four of a column, at the
-    two channels of x register t // 2; those + 8 at the channels of the register after the next. Row r takes channel r
-    of tokens 0 and 1 (t0, t2), row r + 8 of tokens 2 and 3 (t1, t3).
-    """
-    yield ".reg .b32 one, odd, pair, own; .reg .pred chosen, here;"
-    yield "and.b32 odd, lane, 4; setp.eq.u32 here, odd, 0; selp.b32 one, 0x3C00, 0x3C000000, here;"  # 1.0 for channel r
-    yield "and.b32 odd, lane, 1; shr.u32 own, lane, 3; shr.u32 pair, lane, 1; and.b32 pair, pair, 1;"
-    for k in range(2):
-        for i in range(2):
-            yield f"setp.eq.u32 chosen, odd, {i}; setp.eq.and.u32 here, own, pair, chosen;"
-            yield f"selp.b32 t{2 * k + i}, one, 0, here;"
-        yield "add.u32 pair, pair, 2;"
-
-
-def transpose(first: int, half: int) -> Lines:
-    """Warp: 8 channels of 32 tokens, x<first> ... x<first + 3> -> y<4 half> ... y<4 half + 3>.
-
-    An mma with a 0/1 matrix on the raw 16-bit patterns, taken for float16: each sum has one term, so it is exact
-    unless a pattern is infinite or NaN as a float16 (``format.EXTREME``). The matrix is structured sparse: one packed
-    matrix serves tokens 0 and 2 of the four of a column, and tokens 1 and 3.
-    """
-    x = listed("x", *range(first, first + 4))
-    for u, tokens in enumerate((FIRST_TOKEN, SECOND_TOKEN)):
-        y = listed("y", 4 * half + u, 4 * half + u + 2)
-        yield f"mov.b32 tokens, {tokens};"
-        yield f"{sparse_mma('f16', 'f16')} {y}, {{t0,t1,t2,t3}}, {x}, {{zero,zero}}, tokens, 0;"
-
-
-def accumulate(tile: int, dtype: str) -> Lines:
-    """Warp: 16 transposed channels (A operand) x the weights of 32 tokens -> added to o<4 tile> ... o<4 tile + 3>."""
-    o = listed("o", *range(4 * tile, 4 * tile + 4))
-    yield f"{mma(dtype)} {o}, {listed('y', 0, 4, 2, 6)}, {listed('p', 0, 2)}, {o};"
-    yield f"{mma(dtype)} {o}, {listed('y', 1, 5, 3, 7)}, {listed('p', 1, 3)}, {o};"
+        yield f"fma.rn.f32 s{k}, s{k}, {float32(-UNITS)}, n{k // 2}; mul.f32 s{k}, s{k}, scale{k % 2};"
 
 
 def rescale(groups: int, accumulators: int, scaled: bool) -> Lines:
@@ -231,13 +177,15 @@ def weigh(groups: int, dtype: str, scaled: bool) -> Lines:
         yield f"cvt.rn.{dtype}x2.f32 p{i}, weight1, weight0;"
 
 
-def exchange(groups: int) -> Lines:
+def exchange(groups: int, halved: bool) -> Lines:
     """Warp: p<i> of weigh -> p<u> (B operand): a transposition of i and u, between registers and bits 3, 4 of the lane.
 
-    With one group of heads p2 and p3 are those of the other lane for heads 0 to 3; nobody reads heads 4 to 7.
+    With one group of heads p2 and p3 are those of the other lane for heads 0 to 3; nobody reads heads 4 to 7. If
+    halved (see ``values``), those are left out: bit 4 of the lane stays a bit of u.
     """
     yield ".reg .b32 given;"
-    for distance, pairs in ((16, ((0, 2), (1, 3))), (8, ((0, 1), (2, 3)))):
+    steps = [(8, [(0, 1)])] if halved else [(16, [(0, 2), (1, 3)]), (8, [(0, 1), (2, 3)])]
+    for distance, pairs in steps:
         yield f"and.b32 bit, lane, {distance}; setp.ne.u32 upper, bit, 0;"
         for a, b in pairs:
             if distance == 16 and groups == 1:

@@ -7,10 +7,11 @@ c           of coded rows: the largest magnitude of the lane's row, in the cache
 f           of int4: the floor of the lane's row
 ==========  ==============================================================================================
 
-Coded rows come out in float16: the level of an element, an integer, with ``BIAS`` added, of pruned elements too. (A
-byte below the byte 0x64 is 1024 more than itself.) Taking the bias away from sums is cheaper than from each element. Of
-values it alternates: tokens of odd lanes have it subtracted, so that sums over many tokens do not drown in it.
-``scales`` has what to multiply a token's sums with.
+Coded rows come out as subnormal numbers of float16, whose bits count in units of 2^-24: the upper byte has the sign
+alone, and the lower one a level and a bias, so that it is never negative. In these units an element is
+``-(level + 128)``, and of values in odd lanes ``-(level - 127)``. That is so for pruned elements, too, of level 0:
+taking the bias away from sums is cheaper than from each element, and as its sign alternates, sums over many tokens do
+not drown in it. ``scales`` has what to multiply a token's sums with.
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from .block import Lines, names, vectors
 LEVEL_TABLE_BYTES = 128 * 8
 """Of the levels of int4: eight bytes for each floor."""
 
-BIAS = 1024 + 128
-"""What is added to levels in float16."""
+UNITS = 2.0**24
+"""What a sum of coded elements is multiplied with to count in levels."""
+
+EVEN_BIAS, ODD_BIAS = 128, -127
+"""What is added to levels of values in even and odd lanes. Of keys it is the former in all lanes."""
 
 _BITS = {"none": 16, "int8": 8, "int4": 4}  # of a kept element; also the bytes of eight of them
-_ZERO = "0x80808080"  # four levels of zero, 128 added to each
+# Registers that expanding takes, in even and in odd lanes. ``zeros``: four bytes of pruned elements. In even lanes such
+# a byte is also the upper one, a sign (digit 4 of a permute). In odd lanes that is filled with its sign bit, which is
+# none (digit 4 + 8). ``fill``, ``front``, ``back``: digits of permutes, those of upper bytes filled in.
+_CONSTANTS = {
+    "zeros": ("0x80808080", "0x7F7F7F7F"),
+    "fill": ("0x44444444", "0xC4C4C4C4"),
+    "front": ("0x4140", "0xC1C0"),
+    "back": ("0x4342", "0xC3C2"),
+}
 _TOP = "0f3C010204"  # 1 / 127
 
 
@@ -55,21 +67,29 @@ class Rows:
         return ["values", *["bitmap"] * self.has_bitmap, *["peaks"] * self.coded, *["floors"] * (self.code == "int4")]
 
     @property
+    def row_bytes(self) -> dict[str, int]:
+        """From one row of a block to the next, in each buffer as it is loaded."""
+        return {"values": _BITS[self.code], "bitmap": 4 * self.words, "peaks": 2, "floors": 1}
+
+    @property
     def packed(self) -> int:
         """32-bit words of packed values."""
         return self.kept * _BITS[self.code] // 32
 
     @property
     def deciding(self) -> int:
-        """Of its registers the first so many: a row in which they are zero counts as zero."""
-        return self.words * self.has_bitmap + self.coded
+        """Of its registers the first so many: a row in which they are zero counts as zero.
+
+        Of coded rows the peak. What else a row has may be anything, as levels are finite.
+        """
+        return 1 if self.coded else self.words
 
     def registers(self, prefix: str = "") -> dict[str, str]:
         """The registers that hold a row."""
         bitmap = names(f"{prefix}b", self.words if self.has_bitmap else 0)
         peak = {f"{prefix}c": "r"} if self.coded else {}
         floor = {f"{prefix}f": "r"} if self.code == "int4" else {}
-        return bitmap | peak | names(f"{prefix}v", self.packed) | floor
+        return peak | bitmap | names(f"{prefix}v", self.packed) | floor
 
     def staged_bytes(self) -> int:
         """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
@@ -87,16 +107,15 @@ class Rows:
 
 
 def prefetch(rows: Rows) -> Lines:
-    """Lane: its row of block ``next`` of the buffers -> nb<w>, nv<j>, nc, nf.
+    """Lane: its row of block ``next`` of the buffers, given that of block 0 -> nb<w>, nv<j>, nc, nf.
 
     The warp barriers keep ptxas from sinking the loads to their first use, an iteration later.
     """
     bits, load = _BITS[rows.code], "ld.global.L1::no_allocate"
-    row_bytes = {"bitmap": 4 * rows.words, "peaks": 2, "floors": 1}
     yield f".reg .b64 {', '.join(f'{name}_row' for name in rows.buffers)};"
     for name in rows.buffers:
-        block, lane = (4 * rows.kept * bits, bits) if name == "values" else (32 * row_bytes[name], row_bytes[name])
-        yield f"mad.wide.u32 {name}_row, next, {block}, {name}; mad.wide.u32 {name}_row, lane, {lane}, {name}_row;"
+        block = 4 * rows.kept * bits if name == "values" else 32 * rows.row_bytes[name]
+        yield f"mad.wide.u32 {name}_row, next, {block}, {name};"
     yield "bar.warp.sync -1;"
     for w, kind, target in vectors("nb", rows.words if rows.has_bitmap else 0):
         yield f"{load}.{kind} {target}, [bitmap_row+{4 * w}];"
@@ -111,37 +130,36 @@ def prefetch(rows: Rows) -> Lines:
 
 
 def level_setup(rows: Rows, alternating: bool) -> Lines:
-    """Lane: what ``levels`` and ``_widen`` need. Of int4 the eight levels of the lane's row."""
-    yield f".reg .b32 u<{rows.kept // 4}>, four, high, zeros; mov.b32 zeros, {_ZERO}; mov.b32 high, 0x64646464;"
+    """Lane: what ``levels``, ``_four_levels`` and ``_widen`` need. Of int4 the eight levels of the lane's row."""
+    yield f".reg .b32 u<{rows.kept // 4}>, {', '.join(_CONSTANTS)};"
     if alternating:
-        yield ".reg .b32 turn, one, odd_lane; .reg .pred is_odd;"
-        yield "mov.u32 odd_lane, %laneid; and.b32 odd_lane, odd_lane, 1;"
-        yield "setp.ne.u32 is_odd, odd_lane, 0; selp.b32 high, 0xE4E4E4E4, high, is_odd;"
-        if rows.code == "int8":
-            yield f"selp.b32 turn, 0x7F7F7F7F, {_ZERO}, is_odd; selp.b32 one, 0x01010101, 0, is_odd;"
-        else:
-            yield "selp.b32 turn, 0x88888888, 0, is_odd;"
+        yield ".reg .b32 odd_lane; .reg .pred is_odd; mov.u32 odd_lane, %laneid;"
+        yield "and.b32 odd_lane, odd_lane, 1; setp.ne.u32 is_odd, odd_lane, 0;"
+    for name, (even, odd) in _CONSTANTS.items():
+        yield f"selp.b32 {name}, {odd}, {even}, is_odd;" if alternating else f"mov.b32 {name}, {even};"
     if rows.code == "int4":
         yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
         yield "ld.shared.v2.b32 {small,large}, [f];"
+        if alternating:
+            yield ".reg .b32 turn; selp.b32 turn, 0x88888888, 0, is_odd;"
 
 
 def levels(rows: Rows, j: int, alternating: bool) -> Lines:
     """Lane: packed levels -> u<j>: those of kept elements 4 j ... 4 j + 3, 128 added to each. In odd lanes, if
-    alternating, those of their negatives.
+    alternating, those of their negatives, 127 added.
 
     Of int4, four codes in 16 bits are the selector of a byte permute. Its fourth bit, the sign, asks for the sign bits
     of the byte, which are none: so one permute has the levels of the positive elements, with zeros between, and one
     with all signs turned those of the negative ones.
     """
     if rows.code == "int8":
-        yield f"xor.b32 u{j}, v{j}, turn; add.u32 u{j}, u{j}, one;" if alternating else f"xor.b32 u{j}, v{j}, {_ZERO};"
+        yield f"xor.b32 u{j}, v{j}, zeros;"
         return
     if alternating and j % 2 == 0:
         yield f"xor.b32 v{j // 2}, v{j // 2}, turn;"
     yield f"mov.b32 codes, v{j // 2};" if j % 2 == 0 else f"shr.u32 codes, v{j // 2}, 16;"
     yield f"xor.b32 turned, codes, 0x8888; prmt.b32 u{j}, small, large, codes; prmt.b32 minus, small, large, turned;"
-    yield f"sub.u32 minus, {_ZERO}, minus; add.u32 u{j}, u{j}, minus;"
+    yield f"sub.u32 minus, zeros, minus; add.u32 u{j}, u{j}, minus;"
 
 
 def stage(rows: Rows, alternating: bool = False) -> Lines:
@@ -167,80 +185,67 @@ def stage(rows: Rows, alternating: bool = False) -> Lines:
                 yield f"st.shared.b32 [stage+{step * j + 128 * i}], overlap;"
 
 
-def locate_words(rows: Rows) -> Lines:
-    """Lane: a<w> = the staged address of the first value of bitmap word w; if clamped, at most that behind the last.
+def expand_setup(rows: Rows) -> Lines:
+    """Lane: ``at``, the staged address of the row's first value; dp2a weights that turn bitmap bytes into selectors.
 
-    A bitmap with more bits than the row has values thus reads at most ``overread_bytes`` past the row.
+    Of two values: selector = 0x4444 + 8652 p - 13312 q for bits p, q: 0x3210 (both values), 0x6610 (the value, zero),
+    0x1044 (zero, the value), 0x4444 (zeros); bytes 4 to 7 of the permuted pair are zero. The bits arrive as 0 or 2^k,
+    so the weights are scaled by 2^-k.
     """
     if not rows.has_bitmap:
         return
-    yield f".reg .b32 {', '.join(f'a{w}' for w in range(rows.words))}, bits, behind; mov.b32 a0, stage;"
+    yield ".reg .b32 at, bytes, second, selector, pair; mov.b32 at, stage;"
     if rows.clamped:
-        yield f"add.u32 behind, stage, {128 * rows.kept};"
-    for w in range(rows.words - 1):
-        yield f"popc.b32 bits, b{w}; mad.lo.u32 a{w + 1}, bits, 128, a{w};"
-        if rows.clamped:
-            yield f"min.u32 a{w + 1}, a{w + 1}, behind;"
-
-
-def expand_setup(rows: Rows) -> Lines:
-    """Constants of ``expand_word``: dp2a weights that turn bitmap bytes into byte-permute selectors.
-
-    Two values: selector = 0x4444 + 8652 p - 13312 q for bits p, q: 0x3210 (both values), 0x6610 (the value, zero),
-    0x1044 (zero, the value), 0x4444 (zeros); bytes 4 to 7 of the permuted pair are zero. Four levels: digit c of the
-    selector is the number of kept channels before c, and 4 more where c is not kept itself. The bits arrive as 0 or
-    2^k, so the weights are scaled by 2^-k.
-    """
-    weights = [("weights", 8652, -13312)]
-    if rows.coded:
-        weights = [("weights", 0x1110 - 0x0004, 0x1100 - 0x0040), ("others", 0x1000 - 0x0400, -0x4000)]
-    if rows.has_bitmap:
-        yield ".reg .b32 bytes, second, selector, pair;"
-        for name, low, high in weights:
-            yield ".reg .b32 " + ", ".join(f"{name}{k}" for k in range(3)) + ";"
-            for k in range(3):
-                yield f"mov.b32 {name}{k}, {((high >> k) & 0xFFFF) << 16 | (low >> k)};"
+        yield f".reg .b32 behind; add.u32 behind, stage, {128 * rows.kept};"
+    if not rows.coded:
+        yield ".reg .b32 " + ", ".join(f"weights{k}" for k in range(3)) + ";"
+        for k in range(3):
+            yield f"mov.b32 weights{k}, {((-13312 >> k) & 0xFFFF) << 16 | (8652 >> k)};"
 
 
 def expand_word(rows: Rows, w: int, first: int, alternating: bool = False) -> Lines:
     """Lane: the 32 channels of bitmap word w -> x<first> ... x<first + 15>, two channels to a register.
 
     Four channels at a time: their bits are one byte each of ``word & 0x01010101 << k``. The staged address moves on
-    by 128 for each kept value, added up by dp4a. No branch, no predicate.
+    by 128 for each kept value, added up by dp4a. No branch, no predicate. If clamped, a word begins at most behind the
+    last value: a bitmap with more bits than the row has values thus reads at most ``overread_bytes`` past the row.
     """
     if not rows.has_bitmap:
         for i in range(8):
             yield from levels(rows, 8 * w + i, alternating)
             yield from _widen(f"u{8 * w + i}", first + 2 * i)
         return
+    if rows.clamped and w:
+        yield "min.u32 at, at, behind;"
     yield f"{{ .reg .b32 shifted; mov.b32 shifted, b{w};"
     for i in range(8):
         k = i % 3
         if i and k == 0:
             yield f"shr.u32 shifted, b{w}, {i};"
         step = 128 >> k
-        yield f"and.b32 bytes, shifted, {0x01010101 << k}; ld.shared.b32 pair, [a{w}];"
-        yield from (_four_levels if rows.coded else _two_pairs)(w, k, first + 2 * i, step)
-        if i < 7:
-            yield f"dp4a.u32.u32 a{w}, bytes, {_signed(step * 0x01010101)}, a{w};"
+        yield f"and.b32 bytes, shifted, {0x01010101 << k}; ld.shared.b32 pair, [at];"
+        yield from (_four_levels if rows.coded else _two_pairs)(k, first + 2 * i, step)
+        if i < 7 or w + 1 < rows.words:
+            yield f"dp4a.u32.u32 at, bytes, {_signed(step * 0x01010101)}, at;"
     yield "}"
 
 
-def _two_pairs(w: int, k: int, x: int, step: int) -> Iterator[str]:
+def _two_pairs(k: int, x: int, step: int) -> Iterator[str]:
     yield f"dp2a.lo.s32.u32 selector, weights{k}, bytes, 0x4444; prmt.b32 x{x}, pair, 0, selector;"
-    yield f"dp4a.u32.u32 second, bytes, {step | step << 8}, a{w}; ld.shared.b32 pair, [second];"
+    yield f"dp4a.u32.u32 second, bytes, {step | step << 8}, at; ld.shared.b32 pair, [second];"
     yield f"dp2a.hi.s32.u32 selector, weights{k}, bytes, 0x4444; prmt.b32 x{x + 1}, pair, 0, selector;"
 
 
-def _four_levels(w: int, k: int, x: int, step: int) -> Iterator[str]:
-    yield f"dp2a.lo.s32.u32 selector, weights{k}, bytes, 0x4444; dp2a.hi.s32.u32 selector, others{k}, bytes, selector;"
-    yield "prmt.b32 four, pair, zeros, selector;"
-    yield from _widen("four", x)
+def _four_levels(k: int, x: int, step: int) -> Iterator[str]:
+    """The two selectors by one product, as each byte of it sums up the bits of bytes before: the lower digit of byte c
+    is the number of kept channels before c, and 4 more, a zero, where c is not kept itself."""
+    yield f"mad.lo.u32 selector, bytes, {(0x01010100 - 4) >> k}, fill; prmt.b32 x{x}, pair, zeros, selector;"
+    yield f"shr.u32 selector, selector, 16; prmt.b32 x{x + 1}, pair, zeros, selector;"
 
 
 def _widen(four: str, x: int) -> Iterator[str]:
-    """Four levels, 128 added to each -> x<x> and x<x + 1> in float16, ``BIAS`` added."""
-    yield f"prmt.b32 x{x}, {four}, high, 0x4140; prmt.b32 x{x + 1}, {four}, high, 0x4342;"
+    """Four levels with their bias -> x<x> and x<x + 1>."""
+    yield f"prmt.b32 x{x}, {four}, zeros, front; prmt.b32 x{x + 1}, {four}, zeros, back;"
 
 
 def scales(dtype: str) -> Lines:
