@@ -96,7 +96,7 @@ def compressed_cache(model: Any, batch: int, context: int, options: Mapping[str,
     written = torch.tensor([context - 1], device=DEVICE)
 
     def compress(dense: Tensor, layer: int, role: str) -> CompressedKV:
-        form = format_of(layer, role, model.config.head_dim, dense.dtype, DEVICE)
+        form = format_of(layer, role, dense.shape[1], model.config.head_dim, dense.dtype, DEVICE)
         of_one = operations().compress(dense, written, form, context)
         buffers = [x.repeat(batch, *[1] * (x.dim() - 1)) for x in of_one]
         return CompressedKV.from_buffers(form, buffers, context, grows=False)

@@ -22,6 +22,9 @@ REWINDABLE = 16
 OFF_BY = 1e-5
 """How much attention weights may be off, relative to what they are: sums in float32, in another order."""
 
+OFF_BY_ROUNDED_KEYS = 1e-2
+"""The same where keys are decoded from levels: the op does not round these to 16 bits, and the oracle does."""
+
 
 def summed_over_heads(weights: Tensor, heads: int) -> Tensor:
     """[B, Hq, L, n] -> [B, H, L, n]."""
@@ -34,11 +37,11 @@ def ranking(sums: Tensor) -> Tensor:
     return torch.where(sums.amax(-1, keepdim=True) > 0, torch.ldexp(sums.float(), -exponent), 1.0)
 
 
-def certain(channels: Tensor, kept: int, weights: Tensor) -> Tensor:
-    """Whether the same tokens of a channel [..., 32] are kept if weights are off by a little: boolean [..., 1]."""
+def certain(channels: Tensor, kept: int, weights: Tensor, off_by: float = OFF_BY) -> Tensor:
+    """Whether the same tokens of a channel [..., 32] are kept if weights are off by so much: boolean [..., 1]."""
     mask = kept_mask(channels, kept, weights)
     place = torch.arange(TOKENS - 1, -1, -1) / TOKENS  # ties go to the earlier token
-    low, high = (_order((channels.abs().float() * weights * (1 + off)).to(channels.dtype)) for off in (-OFF_BY, OFF_BY))
+    low, high = (_order((channels.abs().float() * weights * (1 + off)).to(channels.dtype)) for off in (-off_by, off_by))
     least = (low + place).masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
     return least > (high + place).masked_fill(mask, -torch.inf).amax(-1, keepdim=True)
 
@@ -54,6 +57,7 @@ class Blocks:
 
     rows: [B, H, n, D], exact; below ``held`` as they were pruned. packed: the blocks that left the window, end to end.
     seen: for each query token that counts, its weights [B, H, n] of the tokens up to itself, summed over query heads.
+    off_by: how much the weights of the cache may be off, relative to these.
     """
 
     strategy: str
@@ -64,6 +68,7 @@ class Blocks:
     packed: Tensor
     held: int = 0
     seen: dict[int, Tensor] = field(default_factory=dict)
+    off_by: float = OFF_BY
 
     @classmethod
     def of_prompt(
@@ -130,7 +135,7 @@ class Blocks:
         weights = ranking(sums).unsqueeze(2) if aware else None
         new = prune(channels, kept, weights) if self.code == "none" else quantized(channels, kept, self.code, weights)
         if aware and actual is not None:
-            new = torch.where(certain(channels, kept, weights), new, actual[:, :, place].transpose(2, 3))
+            new = torch.where(certain(channels, kept, weights, self.off_by), new, actual[:, :, place].transpose(2, 3))
         new = new.transpose(2, 3).to(self.rows.dtype)
         self.packed = torch.cat([self.packed[:, :, :first], new], dim=2)
 

@@ -46,6 +46,7 @@ from guarded import STEPS, check_compress, check_decompress, check_step
 from mustafar_compile.lowering import kernels, portable, weighing
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from mustafar_compile.lowering.format import CODES, Format
+from mustafar_compile.lowering.strategies.answers import scaled
 from mustafar_compile.lowering.strategies.output_aware import OutputAware
 from nightly import at_night, mostly_at_night
 from pairwise import pairwise
@@ -139,7 +140,7 @@ def test_what_queries_make_of_channels(dtype, queries, group):
     query[5, 0, 0, 3] = NAN
     position = torch.tensor([0, 7, 46, 1000, 31, 40])
     given = query, position, Format.interned(24, 16, 4)
-    expected, ours = strategy.of_step(*given, [ring]), ring.clone()
+    expected, ours = scaled(strategy.of_step(*given, [ring])), ring.clone()
     strategy.remember(*given, [ring])
     assert_same_bits(weighing.weigh_queries(query, position, ours), expected)
     assert_same_bits(ours, ring)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from channels import TOKENS, Blocks
+from channels import OFF_BY, OFF_BY_ROUNDED_KEYS, TOKENS, Blocks
 from mustafar_compile import CompressedKV, StaleCacheError
 from ramp import ramp_weights
 from ranked import Packed
@@ -49,7 +49,9 @@ class Shape:
         for x, (strategy, sparsity, code, queries) in zip(rows, kinds, strict=True):
             in_channel = kept_count(TOKENS, sparsity)
             if strategy.startswith("channel") and in_channel < TOKENS:
-                packed.append(Blocks.of_prompt(strategy, in_channel, code, self.window, x))
+                blocks = Blocks.of_prompt(strategy, in_channel, code, self.window, x)
+                off_by = OFF_BY if self.key_code == "none" else OFF_BY_ROUNDED_KEYS
+                packed.append(replace(blocks, off_by=off_by))
             else:
                 kept = x.shape[3] if strategy.startswith("channel") else kept_count(x.shape[3], sparsity)
                 packed.append(Packed.of_prompt(strategy, kept, code, self.window, x, queries))

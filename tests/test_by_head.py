@@ -48,7 +48,7 @@ def test_a_mapping_has_a_value_for_each_head(given):
     assert (k0.sparsity, k1.sparsity, v0.code, v1.code) == (0.25, 0.5, "none", "int8")
     assert settings.ways(1, 3) == 3 * [((0.5, "none", "magnitude"), (0.5, "int4", "magnitude"))]
     assert (settings.by_head(), Settings(key_sparsity={0: 0.5}).by_head()) == (["key_sparsity", "value_code"], [])
-    options = merged_options("prepare", None, None, {"key_sparsity": BY_HEAD})
+    options, _ = merged_options("prepare", None, None, {"key_sparsity": BY_HEAD})
     assert options == {"key_sparsity": {"0": {"0": 0.25, "default": 0.5}, "default": 0.5}}, "JSON takes it"
     assert read_options(None, options)[0].key_sparsity == settings.key_sparsity
 
@@ -309,7 +309,7 @@ def test_reports_and_plans_count_the_groups():
         mustafar_compile.prepare(model, **options)
         past = model(**prompt(length=30)).past_key_values
     (entry,) = report.matched
-    assert entry.kept == "16/16 (2 heads) + 8/16 (2 heads), 8/16"
+    assert entry.kept == ("16/16 (2 heads) + 8/16 (2 heads)", "8/16")
     assert entry.kernels == "PyTorch"
     stats = cache_stats(past)
     assert stats.kept == ("16/16 (2 heads) + 8/16 (2 heads)", "8/16")

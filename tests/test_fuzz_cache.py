@@ -275,3 +275,14 @@ class Caches(RuleBasedStateMachine):
 def test_caches(shard):
     examples = sharded(settings().max_examples)
     run_state_machine_as_test(Caches, settings=settings(max_examples=examples, stateful_step_count=20))
+
+
+def test_values_that_rank_by_attention_over_coded_keys():
+    """Channels whose tokens rank so near to each other that a key rounded to bfloat16, or not, decides."""
+    caches, codes = Caches(), {"key_code": "int8", "value_code": "none"}
+    strategies = {"key_strategy": "magnitude", "value_strategy": "channel-output-aware"}
+    sizes = {"heads": 1, "group": 5, "key_dim": 8, "value_dim": 8, "dtype": torch.bfloat16, "window": 3}
+    caches.choose(Shape(**sizes, key_sparsity=0.0, value_sparsity=0.9, **codes, **strategies), grouped=False)
+    live = caches.prefill(batch=1, seed=2, spare=None, tokens=35)
+    caches.decode(live, count=5, back=3, kind="none", seed=0)
+    caches.caches_hold_what_plain_rows_hold()

@@ -210,7 +210,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("group", "head_dim", "registers"),  # 80 channels have no tuned kernel
-    [(4, 128, 128), (8, 128, 128), (20, 64, 128), (3, 80, None)],
+    [(4, 128, 168), (8, 128, 128), (20, 64, 128), (3, 80, None)],
 )
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 1, 400, dtype=torch.bool), torch.zeros(400)])
 @pytest.mark.parametrize("with_sinks", [False, True])

@@ -85,11 +85,12 @@ _MEASURES = {"step": _step, "first token": _first_token, "generate": _generate, 
 
 def byte_share(case: Case, chosen: Row) -> float:
     """Stored bytes over dense ones, of a cache of ``case.context`` tokens with such options."""
-    head_dim = config_of(case.shape, case.context).head_dim
+    config = config_of(case.shape, case.context)
+    heads, head_dim = config.num_key_value_heads, config.head_dim
     format_of = policy(read_options(None, chosen)[0])
-    formats = [format_of(None, role, head_dim, torch.bfloat16, DEVICE) for role in ("key", "value")]
-    stored = sum(form.stored_bytes(1, 1, case.context, torch.bfloat16.itemsize) for form in formats)
-    return stored / (2 * case.context * head_dim * torch.bfloat16.itemsize)
+    formats = [format_of(None, role, heads, head_dim, torch.bfloat16, DEVICE) for role in ("key", "value")]
+    stored = sum(form.stored_bytes(1, heads, case.context, torch.bfloat16.itemsize) for form in formats)
+    return stored / (2 * heads * case.context * head_dim * torch.bfloat16.itemsize)
 
 
 def _sizes(case: Case) -> SimpleNamespace:
