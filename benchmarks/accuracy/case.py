@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from study_files import StudyCase
 from torch import Tensor
 
 from . import budget, eviction, teacher_forced
@@ -25,7 +26,7 @@ _SPARE_ROWS = 16  # exact rows behind the window, as the product keeps them
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(StudyCase):
     """Settings by the names that the backend has for them, and what only the study knows.
 
     key_code, value_code: names of ``codes.CODES``. Sparsity 0 without a code leaves keys or values as they are. sinks:
@@ -60,19 +61,6 @@ class Case:
         self._check("token_share", whole or self.token_share == 1, "in (0, 1], and 1 along channels")
         for name in ("window", "rounding", "group"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-
-    def _check(self, name: str, accepted: bool, wanted: str) -> None:
-        if not accepted:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; it must be {wanted}")
-
-    def described(self) -> dict[str, Any]:
-        """The fields that are not at their defaults."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Case:
-        """The case of a row of results."""
-        return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
     @property
     def label(self) -> str:

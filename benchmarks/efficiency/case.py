@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import llama
+from study_files import StudyCase
 
 from mustafar_compile.lowering.format import CODES
 from mustafar_compile.settings import PRESETS, read_options
@@ -41,7 +42,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(StudyCase):
     """What a row is about.
 
     setting: of our ways, see ``options``. layers: 0 for all of the shape. batch: a number, or ``LARGEST``. context:
@@ -74,19 +75,6 @@ class Case:
         else:
             object.__setattr__(self, "setting", str(self.setting))
             options(self.setting)
-
-    def _check(self, name: str, accepted: bool, wanted: str) -> None:
-        if not accepted:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; it must be {wanted}")
-
-    def described(self) -> dict[str, Any]:
-        """The fields that are not at their defaults."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Case:
-        """The case of a row of results."""
-        return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
     @property
     def label(self) -> str:
