@@ -132,5 +132,7 @@ def test_our_press_leaves_what_the_oracle_keeps(codes):
 def test_our_press_checks_its_fields():
     with pytest.raises(ValueError, match="key_sparsity=1 is not accepted"):
         MustafarPress(key_sparsity=1)
+    with pytest.raises(ValueError, match="given key_sparsity by layer; accepted is one value"):
+        MustafarPress(key_sparsity={"default": 0.5})
     with pytest.raises(AttributeError, match="cannot be set"):
         MustafarPress().compression_ratio = 0.5

@@ -142,7 +142,7 @@ class MustafarPress(BasePress):
     For kvpress's own evaluation, which takes presses. The shape of the cache stays, as that of ThinKPress does, and so
     do tokens generated later; for less memory use the backend. Fields are those of ``Settings``.
 
-    Raises ValueError for a field that is out of range.
+    Raises ValueError for a field that is out of range, or differs by layer.
     """
 
     key_sparsity: float = 0.5
@@ -152,7 +152,9 @@ class MustafarPress(BasePress):
     window: int = 32
 
     def __post_init__(self) -> None:
-        Settings(**vars(self))
+        by_layer = Settings(**vars(self)).by_layer()
+        if by_layer:
+            raise ValueError(f"MustafarPress was given {' and '.join(by_layer)}; accepted is one value for all layers")
 
     def compress(self, module, hidden_states, keys, values, attentions, kwargs):
         """Keys and values [B, H, T, D] as a cache of this package gives them back."""
