@@ -114,16 +114,16 @@ class Compressed:
     def step(self, **how: bool) -> Tensor:
         """The last token enters, and is attended to with all others."""
         caches = self.keys, self.values, self.format, self.format
-        weights = self.weigh(self.query, self.position, self.format, self.state) if self.state else None
+        weights = self.weigh() if self.state else None
         return operations().decode_attention(
             self.query, *self.new, *caches, self.position, None, None, self.scale, key_weights=weights, **how
         )
 
-    def weigh(self, query: Tensor, position: Tensor, format: Format, state: list[Tensor]) -> Tensor | None:
+    def weigh(self) -> Tensor | None:
         """What the strategy makes of the query: in one launch where there is a GPU."""
         if ON_GPU:
-            return weigh_queries(query, position, *state)
-        return self.ranking.of_step(query, position, format, state)
+            return weigh_queries(self.query, self.position, *self.state)
+        return self.ranking.of_step(self.query, self.position, self.format, self.state)
 
     def step_in_turn(self) -> Tensor:
         """The same, each kernel after the other, to time them."""
