@@ -20,6 +20,7 @@ from torch import Tensor
 from . import render
 from .backends import runs_ptx
 from .codes import level_table
+from .decode_step import DecodeStep
 from .format import BLOCK_TOKENS, Format
 from .masks import with_four_dims
 from .ptx.prune import Prune
@@ -136,31 +137,15 @@ def _splits_for(attending: Tuned | Step, rows: int, blocks: int, device: torch.d
 
 
 def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_format: Format,
-    value_format: Format,
-    position: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float = 0.0,
-    length: int | None = None,
-    key_weights: Tensor | None = None,
-    value_weights: Tensor | None = None,
-    *,
-    variant: str = "tuned",
-    overlap: bool = True,
-    checked: bool = True,
+    asked: DecodeStep, *, variant: str = "tuned", overlap: bool = True, checked: bool = True
 ) -> Tensor:
-    """See ``ops.py``. variant: "tuned", where it serves, or "portable". overlap: kernels may run side by side.
+    """See ``portable.decode_attention``.
 
-    checked: assert on the device what ``checks`` says. Without it a bad position gives a result that means nothing,
-    but no index leaves a buffer.
+    variant: "tuned", where it serves, or "portable". overlap: kernels may run side by side. checked: assert on the
+    device what ``checks`` says. Without it a bad position gives a result that means nothing, but no index leaves a
+    buffer.
     """
+    query, key, value, keys, values, key_format, value_format, position, mask, sinks, scale, softcap, length, *_ = asked
     (batch, query_heads, queries, _), heads = query.shape, key.shape[1]
     device = query.device
     result = torch.empty(batch, query_heads, queries, value_format.head_dim, dtype=query.dtype, device=device)
@@ -169,7 +154,7 @@ def decode_attention(
     # Copied before the first launch: a kernel that starts early waits only for the one right ahead of it.
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    ranked = {"key": key_weights, "value": value_weights}
+    ranked = {"key": asked.key_weights, "value": asked.value_weights}
     weights = {role: _of_each_token(w, queries) for role, w in ranked.items() if w is not None}
     step = Step.of(key_format, value_format, query_heads // heads, queries, query.dtype, mask, sinks, softcap)
     cache = _by_name("key", key_format, keys) | _by_name("value", value_format, values)
