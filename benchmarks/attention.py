@@ -38,6 +38,7 @@ from timing import (
 )
 from torch import Tensor
 
+from mustafar_compile.lowering.decode_step import DecodeStep
 from mustafar_compile.lowering.format import CODES, Format
 from mustafar_compile.lowering.weighing import weigh_queries
 
@@ -115,9 +116,9 @@ class Compressed:
         """The last token enters, and is attended to with all others."""
         caches = self.keys, self.values, self.format, self.format
         weights = self.weigh() if self.state else None
-        return operations().decode_attention(
-            self.query, *self.new, *caches, self.position, None, None, self.scale, key_weights=weights, **how
-        )
+        new = self.query, *self.new
+        step = DecodeStep(*new, *caches, self.position, None, None, self.scale, key_weights=weights)
+        return operations().decode_attention(step, **how)
 
     def weigh(self) -> Tensor | None:
         """What the strategy makes of the query: in one launch where there is a GPU."""

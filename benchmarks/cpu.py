@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from mustafar_compile._compat import cpp_code_cache
-from mustafar_compile.lowering import native
+from mustafar_compile.lowering import builds, native
+from mustafar_compile.lowering.decode_step import DecodeStep
 from mustafar_compile.lowering.format import CODES, Format
 
 WINDOW = 32
@@ -93,9 +94,9 @@ def dense_loop(shape: Shape, simd: str) -> Callable[[Tensor, Tensor, Tensor], Te
     """The loop of our own for a shape."""
     loop = (Path(__file__).parent / "dense_loop.cpp").read_text()
     form = Format.of(shape.head_dim, 0.0, WINDOW, "rows")
-    attend = native.source("attend.h", DTYPES[shape.dtype], simd, **native.step_constants(form, form, shape.gqa))
+    attend = builds.source("attend.h", DTYPES[shape.dtype], simd, **builds.step_constants(form, form, shape.gqa))
     text = attend + loop.replace('#include "attend.h"', "")
-    library = cpp_code_cache.load(text, device_type="cpu", extra_flags=native.FLAGS)
+    library = cpp_code_cache.load(text, device_type="cpu", extra_flags=builds.FLAGS)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.empty_like(query)
@@ -144,8 +145,8 @@ class Data:
         form, (keys, values) = self.formats[which], self.caches[which][turn]
         new = [x[:, :, -1:] for x in self.dense[turn]]
         scale = self.shape.head_dim**-0.5
-        step = native.decode_attention
-        return step(self.query, *new, keys, values, form, form, self.position, None, None, scale, simd=self.simd)
+        step = DecodeStep(self.query, *new, keys, values, form, form, self.position, None, None, scale)
+        return native.decode_attention(step, simd=self.simd)
 
     def error(self, which: int) -> float:
         """Relative, in norm, against float64 attention over what the cache stands for."""
@@ -238,7 +239,7 @@ def main() -> None:
     for shape in given.shape or (MAIN if given.quick else MAIN + MORE):
         for threads in given.threads or sorted({1, every}):
             rows += measure(shape, settings, threads, given.simd, given.rounds)
-    print(f"{processor()}, {every} processors, load {os.getloadavg()[0]:.1f}, {native.simd_name(given.simd)}")
+    print(f"{processor()}, {every} processors, load {os.getloadavg()[0]:.1f}, {builds.simd_name(given.simd)}")
     write("cpu", rows)
 
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mustafar_compile import CompressedKV
+from mustafar_compile.lowering.decode_step import DecodeStep
 from mustafar_compile.policy import policy
 from mustafar_compile.settings import read_options
 
@@ -272,7 +273,7 @@ class CompressedDecoder(Decoder):
         how = {"position": self.position, "mask": None, "sinks": None, "scale": self.scale}
         key, value = self.caches[i]
         caches = key.buffers, value.buffers, key.format, value.format
-        return operations().decode_attention(query, *self.row, *caches, **how)
+        return operations().decode_attention(DecodeStep(query, *self.row, *caches, **how))
 
 
 def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import rows as packing
 from .cache import Cache
+from .decode_step import DecodeStep
 from .format import BLOCK_TOKENS
 from .masks import decides_later, with_four_dims
 
@@ -79,25 +80,23 @@ def attended(cache: Cache, count: int, mask: Tensor | None) -> tuple[Tensor, Ten
     return pruned, exact if decides_later(mask) else exact & (in_ring <= cache.latest(count).unsqueeze(-1))
 
 
-def weights_of(
-    query: Tensor, key: Cache, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Weights of the latest L tokens [B, Hq, L, D], by one softmax each: [B, H, G, L, N * 32 + R], float32.
+def weights_of(step: DecodeStep, key: Cache) -> Tensor:
+    """Weights of the latest L tokens, by one softmax each: [B, H, G, L, N * 32 + R], float32.
 
     They are of the packed keys, then of the slots of the ring; those of sinks stand behind.
     """
-    batch, query_heads, count, head_dim = query.shape
-    heads = key.window.shape[1]
-    grouped = query.reshape(batch, heads, query_heads // heads, count, head_dim)
-    pruned, exact = attended(key, count, mask)
-    slot, in_ring = torch.arange(key.slots, device=query.device), key.ring_tokens()
-    past = packing.expand(key.all_rows(), key.format)
+    heads, mask, device = key.window.shape[1], step.mask, key.window.device
+    grouped = step.query.unflatten(1, (heads, -1))
+    pruned, exact = attended(key, step.query_tokens, mask)
+    slot, in_ring = torch.arange(key.slots, device=device), key.ring_tokens()
+    past, recent = packing.expand(key.all_rows(), key.format), key.window.unsqueeze(2)
     scores = [
-        _masked(bounded(_scores(grouped, past) * scale, softcap), mask, slot.unsqueeze(0), pruned),
-        _masked(bounded(_scores(grouped, key.window.unsqueeze(2)) * scale, softcap), mask, in_ring, exact),
+        _masked(bounded(_scores(grouped, past) * step.scale, step.softcap), mask, slot.unsqueeze(0), pruned),
+        _masked(bounded(_scores(grouped, recent) * step.scale, step.softcap), mask, in_ring, exact),
     ]
-    if sinks is not None:
-        scores.append(sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, -1))
+    if step.sinks is not None:
+        of_sinks = step.sinks.float().view(1, heads, -1, 1, 1)
+        scores.append(of_sinks.expand(step.query.shape[0], -1, -1, step.query_tokens, -1))
     return packing.computed_once(softmax(torch.cat(scores, dim=-1)))
 
 
@@ -117,15 +116,13 @@ def sum_of_values(
     return (out + _weighted_sum(of_recent, recent, exact if differ else None)).flatten(1, 2)
 
 
-def attend(
-    query: Tensor, key: Cache, value: Cache, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
-) -> Tensor:
+def attend(step: DecodeStep, key: Cache, value: Cache) -> Tensor:
     """Attention of the latest L tokens [B, Hq, L, D] over the compressed tokens and the ring, with one softmax each."""
-    weights, (pruned, exact) = weights_of(query, key, mask, sinks, scale, softcap), attended(key, query.shape[2], mask)
+    weights, (pruned, exact) = weights_of(step, key), attended(key, step.query_tokens, step.mask)
     stays = pruned[:, -1].unflatten(-1, (1, -1, BLOCK_TOKENS))
     past = packing.expand(packing.cleared(value.all_rows(), stays, value.format), value.format)
     of_past, of_recent = weights[..., : key.slots], weights[..., key.slots : key.slots + key.format.ring]
-    return sum_of_values(of_past, of_recent, past, value, pruned, exact).to(query.dtype)
+    return sum_of_values(of_past, of_recent, past, value, pruned, exact).to(step.query.dtype)
 
 
 def latest_weights(

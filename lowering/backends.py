@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native
+from . import builds
 from .format import CHUNK, Format, order_for
 from .step import DTYPE_NAMES, Step
 
@@ -72,7 +72,7 @@ def _refuses_native(format: Format, dtype: torch.dtype, device: torch.device) ->
         return f"{dtype} rows of {format.head_dim} channels in {format.order} have no kernel"
     if format.by_channel:
         return "no kernel prunes by channel"
-    return native.why_not()
+    return builds.why_not()
 
 
 def _of_step(refuses_cache: CacheRefusal) -> Callable[[Work], str | None]:

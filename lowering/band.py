@@ -49,6 +49,13 @@ def band_attention(
     return _by_blocks(query, key, value, columns, last, first, scale)
 
 
+def band_attention_traced(
+    query: Tensor, key: Tensor, value: Tensor, columns: Tensor | None, limits: Tensor, scale: float
+) -> Tensor:
+    """The shape of the result, when a graph is traced."""
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The last query sees all keys, each one ahead of it a key less."""
     grouped = query.shape[1] != key.shape[1]

@@ -17,6 +17,7 @@ from . import rows as packing
 from .attention import attended, sum_of_values, weights_of
 from .buffers import BLOCK_TOKENS, blocks_for
 from .cache import Cache, of_each_row
+from .decode_step import DecodeStep
 from .format import Format
 from .strategies.answers import scaled
 from .strategies.by_channel import ByChannel
@@ -97,34 +98,18 @@ def decompress(buffers: Sequence[Tensor], format: Format, length: int) -> Tensor
     return cache.whole(token.unsqueeze(0), aten.index(rows, [None, None, token.clamp(max=cache.slots - 1)]))
 
 
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_format: Format,
-    value_format: Format,
-    position: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float = 0.0,
-    length: int | None = None,
-    key_weights: Tensor | None = None,
-    value_weights: None = None,
-) -> Tensor:
-    """One decode step of one layer whose values are pruned by channel and its keys by token. See ``ops.py``."""
-    k, v, count = Cache(keys, key_format), ChannelCache(values, value_format), query.shape[2]
-    portable.check_step(k, position, count, mask, length)
-    portable.append(key, keys, key_format, position, key_weights)
-    start = v.start(position)
+def decode_attention(step: DecodeStep) -> Tensor:
+    """One decode step of one layer whose values are pruned by channel and its keys by token. See ``ops``."""
+    k, v, count = Cache(step.keys, step.key_format), ChannelCache(step.values, step.value_format), step.query_tokens
+    portable.check_step(k, step)
+    portable.append(step.key, step.keys, step.key_format, step.position, step.key_weights)
+    start = v.start(step.position)
     _take_back(v, start)
-    held = v.take(value, start)
-    weights = weights_of(query, k, mask, sinks, scale, softcap)
-    v.strategy.observe(v.latest(count), lambda token: _at(token, weights, k).sum(2), value_format, v.state)
+    held = v.take(step.value, start)
+    weights = weights_of(step, k)
+    v.strategy.observe(v.latest(count), lambda token: _at(token, weights, k).sum(2), v.format, v.state)
     _prune_leaving(v, start, count, held)
-    return _attend(weights, k, v, count, mask).to(query.dtype)
+    return _attend(weights, k, v, count, step.mask).to(step.query.dtype)
 
 
 def _take_back(cache: ChannelCache, start: Tensor) -> None:

@@ -7,11 +7,11 @@ the device. Arguments are those of ``ops``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .decode_step import DecodeStep
 from .head_groups import Groups, HeadGroups
 from .masks import with_four_dims
 
@@ -66,34 +66,33 @@ def decompress(buffers: Sequence[Tensor], form: HeadGroups, length: int) -> Tens
     return put_back([torch.ops.mustafar.decompress(own, part.encode(), length) for part, own in parts], form.groups)
 
 
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_form: HeadGroups,
-    value_form: HeadGroups,
-    position: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    if key_form.groups != value_form.groups:
+def decode_attention(step: DecodeStep) -> Tensor:
+    key_form, value_form, mask = step.key_format, step.value_format, step.mask
+    groups = key_form.groups
+    if groups is None or groups != value_form.groups:
         raise ValueError(
-            f"decode_attention was given keys in the groups of KV heads {key_form.groups} and values in "
-            f"{value_form.groups}; accepted are the same"
+            f"decode_attention was given keys in the groups of KV heads {groups} and values in {value_form.groups}; "
+            "accepted are both in the same"
         )
-    size, results = query.shape[1] // key.shape[1], []
+    size, results = step.group, []
     mask = None if mask is None else with_four_dims(mask)
     by_head = mask is not None and mask.shape[1] != 1
-    caches = zip(key_form.parts, value_form.parts, key_form.split(keys), value_form.split(values), strict=True)
-    for group, (key_part, value_part, *buffers) in zip(key_form.groups, caches, strict=True):
-        tokens = taken(query, group, size), taken(key, group), taken(value, group)
-        others = _of(mask, group, size) if by_head else mask, _of(sinks, group, size, dim=0)
-        cache = *buffers, key_part.encode(), value_part.encode()
-        results.append(torch.ops.mustafar.decode_attention(*tokens, *cache, position, *others, *rest))
-    return put_back(results, key_form.groups)
+    key_parts = zip(key_form.parts, key_form.split(step.keys), strict=True)
+    value_parts = zip(value_form.parts, value_form.split(step.values), strict=True)
+    for group, (key_part, keys), (value_part, values) in zip(groups, key_parts, value_parts, strict=True):
+        own = step._replace(
+            query=taken(step.query, group, size),
+            key=taken(step.key, group),
+            value=taken(step.value, group),
+            keys=keys,
+            values=values,
+            key_format=key_part.encode(),
+            value_format=value_part.encode(),
+            mask=_of(mask, group, size) if by_head else mask,
+            sinks=_of(step.sinks, group, size, dim=0),
+        )
+        results.append(torch.ops.mustafar.decode_attention(*own[:-2]))  # weights are what it asks strategies for
+    return put_back(results, groups)
 
 
 def _of(x: Tensor | None, group: Sequence[int], size: int = 1, dim: int = 1) -> Tensor | None:

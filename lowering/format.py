@@ -1,52 +1,6 @@
-"""How one cache tensor is compressed: its buffers, their sizes, and the counts that say what they hold.
+"""How one cache tensor (K or V of one layer) is compressed: what is kept of a row, how it is stored, what stays exact.
 
-A cache tensor (K or V of one layer) of logical shape ``[B, H, S, D]`` is kept in these buffers:
-
-======  ==========================  =====  =====================================================================
-buffer  shape                       dtype  holds
-======  ==========================  =====  =====================================================================
-values  [B, H, N, kept / 8, 32, 8]  dtype  the kept elements: the ``r``-th of token ``t``, in channel order, stands
-                                           at ``[.., t // 32, r // 8, t % 32, r % 8]``
-bitmap  [B, H, N, 32, D / 32]       int32  which channels were kept: bit ``8 * c + i`` of word ``w`` of token ``t``,
-                                           at ``[.., t // 32, t % 32, w]``, is set where channel
-                                           ``32 * w + 4 * i + c`` was (c < 4, i < 8); D / 32 is rounded up
-window  [B, H, R, D]                dtype  ring of the latest tokens, exact; token ``p`` stands in slot ``p % R``
-counts  [B, 3]                      int64  on the device, for each row of the batch: tokens written; the first token
-                                           that the ring holds; 1 if a row with an extreme value (see ``EXTREME``)
-                                           was ever taken in, else 0
-======  ==========================  =====  =====================================================================
-
-``N`` is the number of blocks of 32 tokens. In a block a GPU thread that owns a token loads 8 elements at once, and the
-threads of a warp read what lies side by side. ``word & (0x01010101 << i)`` is a group of four neighbouring channels,
-one in each byte. Bits of channels past ``D`` are 0.
-
-That is the order "blocks". In the order "rows", for CPUs, values are ``[B, H, N, 32, kept]``, those of a token side by
-side, and channel ``32 * w + i`` is bit ``i`` of word ``w``: what an instruction that expands a row by a bitmap takes.
-
-Kept elements may be stored in fewer bits, by a code (``codes.py`` says what the numbers mean). Then ``values`` holds an
-int8 for each, or a byte for two of them (byte ``j`` of a row has its element ``2 j`` in the lower half and ``2 j + 1``
-in the upper one), and there is a number or two for each row:
-
-======  ==========================  =====  =====================================================================
-peaks   [B, H, N, 32, 1]            dtype  the largest magnitude of the row; NaN where that is not finite
-floors  [B, H, N, 32, 1]            uint8  int4 only: the level of the smallest kept magnitude of the row, up to 127
-======  ==========================  =====  =====================================================================
-
-A coded cache that keeps all channels has no bitmap.
-
-Which elements of a row are kept is up to the strategy (``strategies``). One that needs to know more than the row has
-small buffers of its own between ``window`` and ``counts``. By some, a packed row is no token but a channel of a block,
-and its elements are 32 tokens (``by_channel``). The buffers then have ``D`` rows in a block where they have 32 above,
-each with its kept elements side by side, and a word of which channel ``i`` is token ``i`` of the block.
-
-The ring has room for the window and for ``MAX_QUERY_TOKENS`` tokens that have left it. With ``tokens`` written and the
-ring holding those from ``held`` on, the tokens below ``max(held, tokens - window)`` count as pruned and are packed in
-``values`` and ``bitmap``; slots from there on hold nothing that is read, and may hold anything. A cache that is rewound
-to fewer tokens, to no fewer than ``held + window`` (or to any where the ring holds all), is as it was then: the tokens
-that come back to the window are still in the ring. Rewound further, it keeps as pruned what the ring no longer holds.
-
-By channel, blocks leave the window as a whole: ``tokens - window`` is rounded down to a multiple of 32, and the ring
-has 31 slots more.
+``buffers`` says in which tensors.
 """
 
 from __future__ import annotations
@@ -61,11 +15,8 @@ import torch
 from torch import Tensor
 
 from .buffers import BLOCK_TOKENS, CHUNK, MAX_QUERY_TOKENS, Buffer, packed_buffers
-from .layout import Layout, sizes_of
+from .layout import FormatError, Layout, sizes_of
 from .strategies import Strategy, strategy_named
-
-CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that a cache may have to be compressed."""
 
 WORD_CHANNELS = 32
 """Channels of a word of the bitmap."""
@@ -82,10 +33,6 @@ ORDERS = ("blocks", "rows")
 _TEXTS = ("code", "order", "strategy")  # the fields that are no numbers
 
 _CAPACITY_STEP = 64
-
-
-class FormatError(ValueError):
-    """Buffers that are not those of a cache of a format, or a text that names no format."""
 
 
 def grown_capacity(tokens: Any) -> Any:
@@ -304,28 +251,7 @@ class Format(Layout):
         """The buffers of a cache, from those of the format ``plain`` and those of the strategy."""
         return [*plain[:-1], *state, plain[-1]]
 
-    def check(self, buffers: Sequence[Tensor]) -> None:
-        """Raise FormatError unless these tensors are the buffers of one cache: names, shapes, dtypes, one device."""
-        if len(buffers) != len(self.buffers) or not all(isinstance(b, Tensor) and b.dim() for b in buffers):
-            names = ", ".join(buffer.name for buffer in self.buffers)
-            raise FormatError(f"a compressed cache has the tensors {names}; given are {len(buffers)} things")
-        values, window = buffers[0], self.window_of(buffers)
-        if values.dim() != len(self.buffers[0].dims) or not values.shape[2] or window.dtype not in CACHE_DTYPES:
-            raise FormatError(f"{_described(values)} and {_described(window)} are no values and window of {self}")
-        sizes = sizes_of(*values.shape[:3])
-        for buffer, given in zip(self.buffers, buffers, strict=True):
-            wanted = buffer.shape(sizes), buffer.dtype or window.dtype, values.device
-            if (tuple(given.shape), given.dtype, given.device) != wanted:
-                raise FormatError(
-                    f"the buffer {buffer.name} of a compressed cache is {_described(given)}; accepted is "
-                    f"{list(wanted[0])} {wanted[1]} on {wanted[2]}, as {self} and its values ask for"
-                )
-
 
 @functools.cache
 def _interned(format: Format) -> Format:
     return format
-
-
-def _described(x: Tensor) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}"

@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from torch import Tensor
-
 from .buffers import Buffer
-from .format import Format, FormatError
-from .layout import Layout
+from .format import Format
+from .layout import FormatError, Layout
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -81,25 +79,6 @@ class HeadGroups(Layout):
 
     def ordered(self, order: str) -> HeadGroups:
         return HeadGroups.of(self.groups, [part.ordered(order) for part in self.parts])
-
-    def check(self, buffers: Sequence[Tensor]) -> None:
-        if len(buffers) != len(self.buffers):
-            raise FormatError(
-                f"a compressed cache of {self.described} has {len(self.buffers)} tensors, not {len(buffers)}"
-            )
-        own = self.split(buffers)
-        for part, given in zip(self.parts, own, strict=True):
-            part.check(given)
-        alike = {
-            (x[0].shape[0], x[0].shape[2], x[-1].device, part.window_of(x).dtype)
-            for part, x in zip(self.parts, own, strict=True)
-        }
-        heads = [part.heads_of(given) for part, given in zip(self.parts, own, strict=True)]
-        if len(alike) != 1 or heads != [len(group) for group in self.groups]:
-            raise FormatError(
-                f"the groups of a compressed cache have {heads} KV heads and batch, blocks, device and dtype {alike}; "
-                f"accepted are {[len(group) for group in self.groups]} heads, and all else alike"
-            )
 
 
 @functools.cache

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .buffers import BLOCK_TOKENS, Buffer, blocks_for
+from .buffers import BLOCK_TOKENS, CACHE_DTYPES, Buffer, blocks_for
 
 if TYPE_CHECKING:
     from .format import Format
+
+
+class FormatError(ValueError):
+    """Buffers that are not those of a cache of a format, or a text that names no format."""
 
 
 class Layout(ABC):
@@ -48,13 +52,26 @@ class Layout(ABC):
     def ordered(self, order: str) -> Layout:
         """The same with kept elements in another order."""
 
-    @abstractmethod
-    def check(self, buffers: Sequence[Tensor]) -> None:
-        """Raise FormatError unless these tensors are the buffers of one cache: names, shapes, dtypes, one device."""
-
     def __deepcopy__(self, memo: Any) -> Layout:
         """Itself, so that Dynamo's guards, which keep a copy, compare one object with itself."""
         return self
+
+    def check(self, buffers: Sequence[Tensor]) -> None:
+        """Raise FormatError unless these tensors are the buffers of one cache: shapes, dtypes, one device."""
+        if len(buffers) != len(self.buffers) or not all(isinstance(b, Tensor) and b.dim() for b in buffers):
+            names = ", ".join(buffer.name for buffer in self.buffers)
+            raise FormatError(f"a cache of {self.described} has the tensors {names}; given are {len(buffers)} things")
+        values, window = buffers[0], self.window_of(buffers)
+        if values.dim() != len(self.buffers[0].dims) or not values.shape[2] or window.dtype not in CACHE_DTYPES:
+            raise FormatError(f"{_described(values)} and {_described(window)} are no values and window of {self}")
+        sizes = sizes_of(*values.shape[:3])
+        for buffer, given in zip(self.buffers, buffers, strict=True):
+            wanted = buffer.shape(sizes), buffer.dtype or window.dtype, values.device
+            if (tuple(given.shape), given.dtype, given.device) != wanted:
+                raise FormatError(
+                    f"the buffer {buffer.name} of a compressed cache is {_described(given)}; accepted is "
+                    f"{list(wanted[0])} {wanted[1]} on {wanted[2]}, as {self} and its values ask for"
+                )
 
     def split(self, buffers: Sequence[Any]) -> list[list[Any]]:
         """The buffers of each part."""
@@ -101,3 +118,7 @@ class Layout(ABC):
 def sizes_of(batch: Any, heads: Any, blocks: Any) -> dict[str, Any]:
     """What the dims of buffers stand for."""
     return {"batch": batch, "heads": heads, "blocks": blocks, "tokens": BLOCK_TOKENS}
+
+
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}"

@@ -1,9 +1,10 @@
 """The custom ops: the stable boundary between graph rewriting and kernels, and the handle of the test oracle.
 
-``compress``, ``decompress`` and ``decode_attention`` are composites. Where kernels of our own can do the work
-(``backends``) they become the op of the same name with ``_kernel`` behind it, which stays whole in a traced graph and
-runs them, on a GPU ``kernels`` and on a CPU ``native``; elsewhere they become the plain PyTorch of ``portable``, which
-Inductor compiles. Both follow from device, dtypes and shapes alone, so tracing decides as eager does.
+``compress``, ``decompress`` and ``decode_attention`` are composites (``composites``). Where kernels of our own can do
+the work (``backends``) they become the op of the same name with ``_kernel`` behind it, which stays whole in a traced
+graph (``kernel_ops``) and runs them, on a GPU ``kernels`` and on a CPU ``native``; elsewhere they become the plain
+PyTorch of ``portable``, which Inductor compiles. Both follow from device, dtypes and shapes alone, so tracing decides
+as eager does.
 
 A cache tensor is given as the list of its buffers and the text of its ``Format``, or of its ``HeadGroups``, whose
 groups the composites take one after the other.
@@ -11,16 +12,12 @@ groups the composites take one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import attention, backends, band, by_channel, by_group, head_groups, native, portable
-from .format import MAX_QUERY_TOKENS, Format
-from .head_groups import HeadGroups
-from .strategies.answers import as_state, as_weights
+from . import attention, band, composites, kernel_ops
 
 _LIBRARY = torch.library.Library("mustafar", "DEF")
 
@@ -47,237 +44,42 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
 
-
-def _compress(
-    dense: Tensor,
-    tokens: Tensor,
-    format: str,
-    capacity: int,
-    queries: Tensor | None = None,
-    past: Sequence[Tensor] | None = None,
-    attention: Tensor | None = None,
-) -> list[Tensor]:
-    form = head_groups.decode(format)
-    if isinstance(form, HeadGroups):
-        return by_group.compress(dense, tokens, form, capacity, queries, past, attention)
-    if form.by_channel:
-        return by_channel.compress(dense, tokens, form, capacity, attention)
-    written, rows = tokens.reshape(-1).to(torch.int64).expand(dense.shape[0]), form.plain
-    weights, state = form.ranking.of_prompt(dense, written, form, queries, past)
-    weights, state = as_weights(weights, dense, form, 1), as_state(state, dense, form)
-    if backends.for_cache(form, dense.dtype, dense.device) is backends.PORTABLE:
-        packed = portable.compress(dense, tokens, rows, capacity, weights)
-    else:
-        packed = torch.ops.mustafar.compress_kernel(dense, tokens, rows.encode(), capacity, weights)
-    return form.joined(packed, state)
-
-
-def _decompress(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
-    form = head_groups.decode(format)
-    if isinstance(form, HeadGroups):
-        return by_group.decompress(buffers, form, length)
-    if form.by_channel:
-        return by_channel.decompress(buffers, form, length)
-    window = form.window_of(buffers)
-    if backends.for_cache(form, window.dtype, window.device) is backends.PORTABLE:
-        return portable.decompress(buffers, form, length)
-    return torch.ops.mustafar.decompress_kernel(form.plain_of(buffers), form.plain.encode(), length)
-
-
-def _decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_format: str,
-    value_format: str,
-    position: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float = 0.0,
-    length: int | None = None,
-) -> Tensor:
-    counts = [x.shape[2] for x in (query, key, value)]
-    if not 1 <= counts[0] <= MAX_QUERY_TOKENS or counts[1] != counts[0] or counts[2] != counts[0]:
-        raise ValueError(
-            f"decode_attention was given a query, key and value of {counts} tokens; accepted are as many of each, 1 to "
-            f"{MAX_QUERY_TOKENS}"
-        )
-    key_form, value_form = head_groups.decode(key_format), head_groups.decode(value_format)
-    if isinstance(key_form, HeadGroups) and isinstance(value_form, HeadGroups):
-        grouped = key_form, value_form, position, mask, sinks, scale, softcap, length
-        return by_group.decode_attention(query, key, value, keys, values, *grouped)
-    if isinstance(key_form, HeadGroups) or isinstance(value_form, HeadGroups):
-        raise ValueError(
-            f"decode_attention was given keys of {key_format!r} and values of {value_format!r}; accepted are both in "
-            "the same groups of KV heads"
-        )
-    forms, caches = (key_form, value_form), (keys, values)
-    if forms[0].by_channel or (forms[1].by_channel and forms[0].window != forms[1].window):
-        raise ValueError(
-            f"decode_attention was given keys of {forms[0]} and values of {forms[1]}; accepted are keys that are "
-            "pruned by token, and values by channel with the window of their keys"
-        )
-    window, other = (form.window_of(cache) for form, cache in zip(forms, caches, strict=True))
-    work = backends.Work(*forms, window.dtype, window.device, query.shape[1] // window.shape[1], counts[0])
-    alike = query.dtype == other.dtype == window.dtype and other.shape[1] == window.shape[1]
-    portably = not alike or backends.for_step(work) is backends.PORTABLE
-    by_kernel = not portably and window.device.type == "cuda"
-    rankings = [_Ranking(form, cache, query, position, by_kernel) for form, cache in zip(forms, caches, strict=True)]
-    weights = [ranking.weights() for ranking in rankings]
-    rest: Any = position, mask, sinks, scale, softcap, length, *weights
-    if portably:
-        carried_by = by_channel if forms[1].by_channel else portable
-        result = carried_by.decode_attention(query, key, value, keys, values, *forms, *rest)
-    else:
-        plain = [form.plain_of(cache) for form, cache in zip(forms, caches, strict=True)]
-        texts = [form.plain.encode() for form in forms]
-        result = torch.ops.mustafar.decode_attention_kernel(query, key, value, *plain, *texts, *rest)
-    for ranking in rankings:  # not before the step has checked where its tokens go
-        ranking.remember()
-    return result
-
-
-class _Ranking:
-    """The strategy of K or V in one decode step. by_kernel: in one launch, where there is a kernel for it."""
-
-    def __init__(
-        self, format: Format, buffers: Sequence[Tensor], query: Tensor, position: Tensor | None, by_kernel: bool
-    ) -> None:
-        self.strategy, self.window = format.ranking, format.window_of(buffers)
-        self.kernel = self.strategy.step_kernel if by_kernel else None
-        self.asks = format.strategy != "magnitude"
-        if self.asks:  # which needs a place; the counts move on in the step
-            tokens = buffers[format.place("counts")][:, 0]
-            if position is not None:
-                at = position.reshape(-1).to(torch.int64).expand(tokens.shape[0])
-            else:
-                at = tokens if self.kernel else tokens.clone()  # which is read behind the step, too
-            self.given = query, at, format, format.state_of(buffers)
-
-    def weights(self) -> Tensor | None:
-        if not self.asks:
-            return None
-        query, at, format, state = self.given
-        if self.kernel is not None:
-            return getattr(torch.ops.mustafar, self.kernel)(query, at, *state)
-        return as_weights(self.strategy.of_step(*self.given), self.window, format, query.shape[2])
-
-    def remember(self) -> None:
-        if self.asks and self.kernel is None:
-            self.strategy.remember(*self.given)
-
-
-def _compress_kernel(
-    dense: Tensor, tokens: Tensor, format: str, capacity: int, weights: Tensor | None = None
-) -> list[Tensor]:
-    from . import kernels
-
-    with torch.cuda.device_of(dense):  # kernels are launched on the current device
-        return kernels.compress(dense, tokens, Format.decode(format), capacity, weights)
-
-
-def _decompress_kernel(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
-    from . import kernels
-
-    with torch.cuda.device_of(buffers[0]):
-        return kernels.decompress(buffers, Format.decode(format), length)
-
-
-def _decode_attention_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_format: str,
-    value_format: str,
-    *rest: Any,
-) -> Tensor:
-    from . import kernels
-
-    forms = Format.decode(key_format), Format.decode(value_format)
-    with torch.cuda.device_of(query):
-        return kernels.decode_attention(query, key, value, keys, values, *forms, *rest)
-
-
-def _weigh_queries_kernel(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:
-    from . import weighing
-
-    with torch.cuda.device_of(query):
-        return weighing.weigh_queries(query, position, ring)
-
-
-def _natively(name: str, *given: Any) -> Any:
-    """A function of ``native``, or of ``portable`` where its kernel cannot be built."""
-    try:
-        return getattr(native, name)(*given)
-    except native.NotBuiltError:
-        return getattr(portable, name)(*given)
-
-
-def _compress_native(
-    dense: Tensor, tokens: Tensor, format: str, capacity: int, weights: Tensor | None = None
-) -> list[Tensor]:
-    return _natively("compress", dense, tokens, Format.decode(format), capacity, weights)
-
-
-def _decompress_native(buffers: Sequence[Tensor], format: str, length: int) -> Tensor:
-    return _natively("decompress", buffers, Format.decode(format), length)
-
-
-def _decode_attention_native(*given: Any) -> Tensor:
-    return _natively("decode_attention", *given[:5], *map(Format.decode, given[5:7]), *given[7:])
-
-
-for _name in ("compress", "decompress", "decode_attention"):
-    _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeImplicitAutograd")
-    _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_kernel"], "CUDA")
-    _LIBRARY.impl(f"{_name}_kernel", globals()[f"_{_name}_native"], "CPU")
-_LIBRARY.impl("weigh_queries_kernel", _weigh_queries_kernel, "CUDA")
-_LIBRARY.impl("latest_weights", attention.latest_weights, "CompositeImplicitAutograd")
-_LIBRARY.impl("band_limits", band.band_limits, "CompositeImplicitAutograd")
-_LIBRARY.impl("band_attention", band.band_attention, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mustafar::compress_kernel", lib=_LIBRARY)
-def _(dense, tokens, format, capacity, weights=None):
-    form = Format.decode(format)
-    if dense.device.type == "cpu":
-        native.prepare_prompt(form, dense.dtype)
-    shapes = form.shapes(dense.shape[0], dense.shape[1], capacity, dense.dtype)
-    return [dense.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
-
-
-@torch.library.register_fake("mustafar::decompress_kernel", lib=_LIBRARY)
-def _(buffers, format, length):
-    form = Format.decode(format)
-    window = form.window_of(buffers)
-    if window.device.type == "cpu":
-        native.prepare_prompt(form, window.dtype)
-    return window.new_empty(*window.shape[:2], length, form.head_dim)
-
-
-@torch.library.register_fake("mustafar::decode_attention_kernel", lib=_LIBRARY)
-def _(query, key, value, keys, values, key_format, value_format, *rest, **options):
-    forms = Format.decode(key_format), Format.decode(value_format)
-    group = query.shape[1] // key.shape[1]
-    if query.device.type == "cpu" and isinstance(group, int):  # else it is built at the first call
-        native.prepare_step(*forms, query.dtype, group)
-    return query.new_empty(*query.shape[:3], forms[1].head_dim)
-
-
-@torch.library.register_fake("mustafar::band_attention", lib=_LIBRARY)
-def _(query, key, value, columns, limits, scale):
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-
-
-@torch.library.register_fake("mustafar::weigh_queries_kernel", lib=_LIBRARY)
-def _(query, position, ring):
-    return ring.new_empty(*ring.shape[:2], *query.shape[2:], dtype=torch.float32)
-
+_COMPOSITES = {
+    "compress": composites.compress,
+    "decompress": composites.decompress,
+    "decode_attention": composites.decode_attention,
+    "latest_weights": attention.latest_weights,
+    "band_limits": band.band_limits,
+}
+_ON_GPU = {
+    "compress_kernel": kernel_ops.compress_on_gpu,
+    "decompress_kernel": kernel_ops.decompress_on_gpu,
+    "decode_attention_kernel": kernel_ops.decode_attention_on_gpu,
+    "weigh_queries_kernel": kernel_ops.weigh_queries_on_gpu,
+}
+_ON_CPU = {
+    "compress_kernel": kernel_ops.compress_on_cpu,
+    "decompress_kernel": kernel_ops.decompress_on_cpu,
+    "decode_attention_kernel": kernel_ops.decode_attention_on_cpu,
+}
+_ANYWHERE = {"band_attention": band.band_attention}
+_TRACED: dict[str, Callable] = {
+    "compress_kernel": kernel_ops.compress_traced,
+    "decompress_kernel": kernel_ops.decompress_traced,
+    "decode_attention_kernel": kernel_ops.decode_attention_traced,
+    "weigh_queries_kernel": kernel_ops.weigh_queries_traced,
+    "band_attention": band.band_attention_traced,
+}
+for _functions, _key in (
+    (_COMPOSITES, "CompositeImplicitAutograd"),
+    (_ON_GPU, "CUDA"),
+    (_ON_CPU, "CPU"),
+    (_ANYWHERE, "CompositeExplicitAutograd"),
+):
+    for _name, _function in _functions.items():
+        _LIBRARY.impl(_name, _function, _key)
+for _name, _function in _TRACED.items():
+    torch.library.register_fake(f"mustafar::{_name}", _function, lib=_LIBRARY)
 
 compress: Callable[..., list[Tensor]] = torch.ops.mustafar.compress.default
 """Prune and pack a dense cache tensor.

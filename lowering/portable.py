@@ -20,6 +20,7 @@ from .attention import attend
 from .buffers import BLOCK_TOKENS, Buffer, blocks_for
 from .cache import Cache, of_each_row
 from .checks import OUT_OF_PLACE, UNWRITTEN
+from .decode_step import DecodeStep
 from .format import Format
 from .masks import admitted, with_four_dims
 from .strategies.rings import ring_tokens, rows_at
@@ -114,47 +115,22 @@ def append(
     cache.write_rows(slot, [torch.where(leaves, new, old) for new, old in zip(packed, stays, strict=True)])
 
 
-def check_step(cache: Cache, position: Tensor | None, count: int, mask: Tensor | None, length: int | None) -> None:
-    """See ``checks``. Stops before anything is written."""
-    _check_place(cache, position, count, length)
-    if mask is not None and length is not None:
-        _check_mask(mask, cache, position, count)
-
-
-def _check_place(cache: Cache, position: Tensor | None, count: int, length: int | None) -> None:
-    room = cache.slots + cache.format.window if length is None else length
-    start = cache.start(position)
-    fits = (start >= 0) & (start <= cache.tokens.unsqueeze(-1)) & (start + count <= room)
+def check_step(cache: Cache, step: DecodeStep) -> None:
+    """See ``checks``. Stops before anything is written. cache: K of the step."""
+    start, end = cache.start(step.position), cache.start(step.position) + step.query_tokens
+    room = cache.slots + cache.format.window if step.length is None else step.length
+    fits = (start >= 0) & (start <= cache.tokens.unsqueeze(-1)) & (end <= room)
     aten._assert_async.msg(fits.all(), OUT_OF_PLACE)
+    if step.mask is not None and step.length is not None:
+        mask = with_four_dims(step.mask)
+        unwritten = torch.arange(mask.shape[-1], device=mask.device) >= end[:, :, None, None]
+        aten._assert_async.msg(~(admitted(mask) & unwritten).any(), UNWRITTEN)
 
 
-def _check_mask(mask: Tensor, cache: Cache, position: Tensor | None, count: int) -> None:
-    mask = with_four_dims(mask)
-    token = torch.arange(mask.shape[-1], device=mask.device)
-    unwritten = token >= (cache.start(position) + count)[:, :, None, None]
-    aten._assert_async.msg(~(admitted(mask) & unwritten).any(), UNWRITTEN)
-
-
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_format: Format,
-    value_format: Format,
-    position: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float = 0.0,
-    length: int | None = None,
-    key_weights: Tensor | None = None,
-    value_weights: Tensor | None = None,
-) -> Tensor:
-    """One decode step of one layer: append the new tokens' keys and values, then attend. See ``ops.py``."""
-    cache = Cache(keys, key_format)
-    check_step(cache, position, query.shape[2], mask, length)
-    append(key, keys, key_format, position, key_weights)
-    append(value, values, value_format, position, value_weights)
-    return attend(query, cache, Cache(values, value_format), mask, sinks, scale, softcap)
+def decode_attention(step: DecodeStep) -> Tensor:
+    """One decode step of one layer: append the new tokens' keys and values, then attend. See ``ops``."""
+    cache = Cache(step.keys, step.key_format)
+    check_step(cache, step)
+    append(step.key, step.keys, step.key_format, step.position, step.key_weights)
+    append(step.value, step.values, step.value_format, step.position, step.value_weights)
+    return attend(step, cache, Cache(step.values, step.value_format))

@@ -22,7 +22,8 @@ from .calling.recordable import Places, graph_device, is_step, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
 from .lowering import ops
-from .lowering.format import CACHE_DTYPES, MAX_QUERY_TOKENS, grown_capacity
+from .lowering.buffers import CACHE_DTYPES
+from .lowering.format import MAX_QUERY_TOKENS, grown_capacity
 from .lowering.strategies import all_packaged
 from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.nodes import drop_meta, may_be_attention

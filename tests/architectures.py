@@ -24,7 +24,7 @@ from architectures_page import ATTENTIONS, CACHES, INT8, Outcome, Row, changes, 
 from compilers import without_compiler
 from models import prompt
 from mustafar_compile import explain
-from mustafar_compile.lowering import native
+from mustafar_compile.lowering import builds
 from reference import pruned_generation
 
 WINDOW, NEW_TOKENS = 4, 8
@@ -238,7 +238,7 @@ def measure_all(names: list[str], workers: int) -> list[Row]:
 
 def _without_native() -> None:
     """C++ would be built for the dtype, head dims and group of each architecture."""
-    native.why_not = lambda: "the table asks for PyTorch"  # type: ignore[assignment]
+    builds.why_not = lambda: "the table asks for PyTorch"  # type: ignore[assignment]
 
 
 def _row(name: str, attention: str, cache: str) -> Row:

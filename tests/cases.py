@@ -9,7 +9,9 @@ import torch
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops, portable
-from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, MAX_QUERY_TOKENS, Format
+from mustafar_compile.lowering.buffers import CACHE_DTYPES
+from mustafar_compile.lowering.decode_step import DecodeStep
+from mustafar_compile.lowering.format import CODES, MAX_QUERY_TOKENS, Format
 from reference import kept_count, prune, pruned_cache, reference_attention
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -99,10 +101,13 @@ def decompressed(cache, length, by=ops):
 
 
 def attention(query, key, value, keys, values, position=None, mask=None, sinks=None, scale=1.0, softcap=0.0, **how):
-    """``decode`` (default: the op) over two caches."""
+    """``decode`` (default: the op; else a function that takes a ``DecodeStep``) over two caches."""
     decode = how.pop("decode", ops.decode_attention)
-    formats = [x.format.encode() if decode is ops.decode_attention else x.format for x in (keys, values)]
-    return decode(query, key, value, keys, values, *formats, position, mask, sinks, scale, softcap, **how)
+    given = position, mask, sinks, scale, softcap
+    if decode is ops.decode_attention:
+        return decode(query, key, value, keys, values, keys.format.encode(), values.format.encode(), *given, **how)
+    more = {name: how.pop(name) for name in DecodeStep._fields if name in how}
+    return decode(DecodeStep(query, key, value, keys, values, keys.format, values.format, *given, **more), **how)
 
 
 @st.composite

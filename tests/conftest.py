@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from mustafar_compile.lowering import native
+from mustafar_compile.lowering import builds
 from mustafar_compile.lowering.strategies import STRATEGIES
 
 # The only fixture that property tests take is `device`, a constant.
@@ -68,4 +68,4 @@ def _strategies():
 def _cpu_kernels(request, monkeypatch) -> None:
     """Without the mark ``native`` the portable code runs on a CPU: C++ is built for each dtype, head dim and group."""
     if "native" not in request.keywords:
-        monkeypatch.setattr(native, "why_not", lambda: "the tests ask for PyTorch")
+        monkeypatch.setattr(builds, "why_not", lambda: "the tests ask for PyTorch")

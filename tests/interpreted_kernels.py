@@ -404,10 +404,10 @@ def test_a_step_over_coded_rows_keeps_to_its_buffers(codes, kept):
 
 @pytest.mark.nightly
 def test_a_step_that_is_done_again_keeps_to_its_buffers(exact_for_extremes):
-    def decode(*given, **how):
-        for cache in given[3:5]:
+    def decode(step, **how):
+        for cache in (step.keys, step.values):
             cache.counts[:, 2] = 1
-        return portable_kernels(*given, **how)
+        return portable_kernels(step, **how)
 
     check_step(decode, steps=STEPS[2::4])
 

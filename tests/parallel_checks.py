@@ -20,7 +20,7 @@ from torch.distributed._functional_collectives import all_reduce
 from compilers import without_compiler
 from models import TupleModel, hf_model, prompt
 from mustafar_compile import _compat, cache_stats, explain, load_sharded, save_sharded
-from mustafar_compile.lowering import native
+from mustafar_compile.lowering import builds
 from ranks import device, printed_by, sharded
 from stand_in_graphs import record_on_a_cpu
 
@@ -32,7 +32,7 @@ SHORT = 3
 
 
 def options(sparsity: float) -> dict[str, Any]:
-    native.why_not = lambda: "the tests ask for PyTorch"
+    builds.why_not = lambda: "the tests ask for PyTorch"
     return {"key_sparsity": sparsity, "value_sparsity": sparsity, "window": WINDOW}
 
 

@@ -16,8 +16,9 @@ from mustafar_compile.cache.tensor import restored
 from mustafar_compile.errors import SavedCacheError
 from mustafar_compile.integrations.teacher_forced import teacher_forced
 from mustafar_compile.lowering import head_groups, ops
-from mustafar_compile.lowering.format import Format, FormatError
+from mustafar_compile.lowering.format import Format
 from mustafar_compile.lowering.head_groups import HeadGroups
+from mustafar_compile.lowering.layout import FormatError
 from mustafar_compile.planning.footprint import measure
 from mustafar_compile.planning.memory import compressed_plan
 from mustafar_compile.settings import merged_options, read_options

@@ -32,7 +32,9 @@ from models import BufferModel, TokensFirstModel, TupleModel, hf_model, prompt, 
 from mustafar_compile import CompressedKV, SavedCacheError, explain
 from mustafar_compile.integrations import teacher_forced
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.format import CACHE_DTYPES, CODES, Format, FormatError
+from mustafar_compile.lowering.buffers import CACHE_DTYPES
+from mustafar_compile.lowering.format import CODES, Format
+from mustafar_compile.lowering.layout import FormatError
 from nightly import at_night
 from ranked import Layer as RankedLayer
 from ranked import ranked_generation

@@ -9,16 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mustafar_compile.lowering import ops
-from mustafar_compile.lowering.buffers import blocks_for
-from mustafar_compile.lowering.format import (
-    BLOCK_TOKENS,
-    CACHE_DTYPES,
-    MAX_QUERY_TOKENS,
-    Format,
-    FormatError,
-    grown_capacity,
-    kept_elements,
-)
+from mustafar_compile.lowering.buffers import CACHE_DTYPES, blocks_for
+from mustafar_compile.lowering.format import BLOCK_TOKENS, MAX_QUERY_TOKENS, Format, grown_capacity, kept_elements
+from mustafar_compile.lowering.layout import FormatError
 from reference import kept_count
 
 head_dims = st.integers(1, 64).map(lambda eights: 8 * eights)

@@ -644,8 +644,8 @@ def test_rows_that_leave_the_window_rank_by_weights(dtype, queries):
         [cache.to("cpu") for cache in ours],
         dict(zip(("key_weights", "value_weights"), weights, strict=True)),
     )
-    by_weights = functools.partial(kernels.decode_attention, **{role: w.cuda() for role, w in ranked.items()})
-    case.to("cuda").step(*ours, decode=by_weights)
+    on_gpu = {role: w.cuda() for role, w in ranked.items()}
+    case.to("cuda").step(*ours, decode=kernels.decode_attention, **on_gpu)
     for x, mine, other, w in zip((case.keys, case.values), ours, theirs, weights, strict=True):
         portable.append(x[:, :, case.written :], other, other.format, None, w)
         assert_same_cache(mine, other)

@@ -40,7 +40,7 @@ from compilers import allocations, without_inductor
 from guarded import HEAD_DIM, SENTINELS, VALUE_DIM, Zones, check_compress, check_decompress, check_step
 from models import BufferModel, hf_model, prompt, run_steps
 from mustafar_compile import CompressedKV, _compat, explain
-from mustafar_compile.lowering import backends, native, portable
+from mustafar_compile.lowering import backends, builds, native, portable
 from mustafar_compile.lowering.checks import OUT_OF_PLACE, UNWRITTEN
 from mustafar_compile.lowering.format import CODES, Format
 from nightly import at_night
@@ -52,7 +52,7 @@ from test_own_loops import oracle as loop_oracle
 
 pytestmark = [
     pytest.mark.native,
-    pytest.mark.skipif(native.why_not() is not None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(builds.why_not() is not None, reason="needs a C++ compiler"),
 ]
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -323,11 +323,11 @@ def test_a_step_of_a_static_cache_asserts_that_the_mask_leaves_out_what_was_neve
 def refusing(kernels):
     """``decode_attention`` that gives zeros where it refuses a step."""
 
-    def decode(*given, checked, **how):
+    def decode(step, *, checked):
         try:
-            return kernels.decode_attention(*given, **how)
+            return kernels.decode_attention(step)
         except RuntimeError:
-            return torch.zeros(*given[0].shape[:3], given[2].shape[3])
+            return torch.zeros(*step.query.shape[:3], step.value.shape[3])
 
     return decode
 
@@ -425,20 +425,20 @@ def run_step():
 
 def expected_of_portable(monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(native, "why_not", lambda: "not now")
+        patched.setattr(builds, "why_not", lambda: "not now")
         return run_step()
 
 
 def test_what_cannot_be_built_is_done_by_pytorch_with_a_warning(monkeypatch):
     expected = expected_of_portable(monkeypatch)
-    native._build.cache_clear()
-    monkeypatch.setattr(native, "source", lambda *given, **constants: "this is no C++")
+    builds._build.cache_clear()
+    monkeypatch.setattr(builds, "source", lambda *given, **constants: "this is no C++")
     with pytest.warns(UserWarning, match="could not be built") as warned:
         results = run_step()
     assert len([w for w in warned if "could not be built" in str(w.message)]) == 2, (
         "of a step and of a prompt, once each"
     )
-    native._build.cache_clear()
+    builds._build.cache_clear()
     assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
@@ -448,17 +448,17 @@ def test_without_a_compiler_pytorch_does_it_with_one_warning(monkeypatch):
 
     expected = expected_of_portable(monkeypatch)
     monkeypatch.setattr(_compat, "cpp_compiler", none_there)
-    native.why_not.cache_clear()
+    builds.why_not.cache_clear()
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as warned:
         results = run_step()
-    native.why_not.cache_clear()
+    builds.why_not.cache_clear()
     assert len(warned) == 1
     assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
 def test_a_build_knows_the_processor():
     """The cache on disk may be shared by machines of different processors."""
-    assert torch.backends.cpu.get_cpu_capability() in native.source("prompt.cpp", F32, ROW_DIM=64)
+    assert torch.backends.cpu.get_cpu_capability() in builds.source("prompt.cpp", F32, ROW_DIM=64)
 
 
 # --------------------------------------------------------------------------------------------- the order of elements

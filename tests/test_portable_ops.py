@@ -50,7 +50,8 @@ from cases import (
 )
 from mustafar_compile.lowering import ops, portable
 from mustafar_compile.lowering import rows as packing
-from mustafar_compile.lowering.format import CACHE_DTYPES, EXTREME, MAX_QUERY_TOKENS, Format
+from mustafar_compile.lowering.buffers import CACHE_DTYPES
+from mustafar_compile.lowering.format import EXTREME, MAX_QUERY_TOKENS, Format
 from nightly import at_night
 from reference import kept_count, kept_mask, prune, pruned_cache
 

@@ -1,4 +1,4 @@
-// A compressed cache tensor: its buffers, as lowering/format.py describes them with order=rows.
+// A compressed cache tensor: its buffers, as lowering/buffers.py describes them with order=rows.
 #pragma once
 #include <algorithm>
 #include "rows.h"

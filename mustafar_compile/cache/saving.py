@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SavedCacheError
-from ..lowering.format import CHUNK, MAX_QUERY_TOKENS, Format, FormatError
+from ..lowering.format import CHUNK, MAX_QUERY_TOKENS, Format
+from ..lowering.layout import FormatError
 from .tensor import CompressedKV, restored
 
 

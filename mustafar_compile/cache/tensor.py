@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import _compat
 from ..errors import ForeignCompilerError
 from ..lowering import ops, portable
-from ..lowering.buffers import blocks_for
-from ..lowering.format import CACHE_DTYPES, CHUNK, Format, grown_capacity, order_for
+from ..lowering.buffers import CACHE_DTYPES, blocks_for
+from ..lowering.format import CHUNK, Format, grown_capacity, order_for
 from ..lowering.head_groups import decode
 from ..lowering.layout import Layout
 from .growth import Form, Handle, extent_of

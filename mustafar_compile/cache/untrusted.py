@@ -11,8 +11,9 @@ from torch import Tensor
 from ..errors import SavedCacheError
 from ..lowering.buffers import blocks_for
 from ..lowering.codes import TOP
-from ..lowering.format import BLOCK_TOKENS, Format, FormatError
+from ..lowering.format import BLOCK_TOKENS, Format
 from ..lowering.head_groups import decode
+from ..lowering.layout import FormatError
 from ..lowering.rows import channel_bits
 
 

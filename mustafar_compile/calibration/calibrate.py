@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering.format import CACHE_DTYPES, CHUNK, CODES
+from ..lowering.buffers import CACHE_DTYPES
+from ..lowering.format import CHUNK, CODES
 from .budget import Budget
 from .errors import Reader
 from .measured import Measured

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from .. import _compat
-from ..lowering import native
+from ..lowering import builds
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
     """Within it tensors are fake and nothing is computed."""
-    with native.building_nothing(), _compat.FakeTensorMode(), torch.no_grad():
+    with builds.building_nothing(), _compat.FakeTensorMode(), torch.no_grad():
         yield
 
 
