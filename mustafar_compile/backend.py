@@ -33,7 +33,7 @@ from .patterns.rewriting.free_of_lengths import LengthError
 from .patterns.rewriting.lengths import free_of_lengths, lengths_of
 from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
-from .policy import check_layers, policy
+from .policy import check_found_layers, policy
 from .ranks import Statement, agreeing, check_heads, of_attention, of_options
 from .reporting.record import (
     record_decompression,
@@ -146,7 +146,7 @@ def _through_stages(
     context = _context(functional, given, compressed, settings)
     with stage("matched", settings.raise_errors):
         found = find_matches(functional, context)
-        check_layers(settings, found)
+        check_found_layers(settings, found)
     count_for_each_layer(found)
     heed_hooks()
     let_models_share_a_function()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -44,15 +45,26 @@ def policy(settings: Settings) -> FormatOf:
     return format_of
 
 
-def check_layers(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
-    """Raise UnknownLayerError where settings name a layer that the model does not have, as far as that is known.
+def check_found_layers(settings: Settings, found: Sequence[Match | NoMatch]) -> None:
+    """``check_layers``, as far as a graph tells how many layers there are.
 
     found: the attention layers of a graph, which may be some of the model.
     """
     known = [m.attention.layers for m in found if m.attention.layers is not None]
     seen = [m.attention.layer + 1 for m in found if m.attention.layer is not None]
-    for name, layers in settings.named_layers().items() if known else ():
-        if max(layers) >= (count := max(known + seen)):
+    if known:
+        check_layers(settings, max(known + seen))
+
+
+def layers_of(config: Any) -> int:
+    """How many layers there are in a causal language model of transformers with such a config."""
+    return config.get_text_config().num_hidden_layers
+
+
+def check_layers(settings: Settings, count: int) -> None:
+    """Raise UnknownLayerError where settings name a layer that a model of ``count`` layers does not have."""
+    for name, layers in settings.named_layers().items():
+        if max(layers) >= count:
             others = ", ".join(str(layer) for layer in sorted(layers) if layer >= count)
             raise UnknownLayerError(
                 f"{name} names layer {others}, which the model does not have; accepted are layers from 0 to {count - 1}"

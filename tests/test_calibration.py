@@ -211,12 +211,12 @@ def test_what_is_refused(case):
         (
             lambda: hf_model("gemma2", attention="eager"),
             NotImplementedError,
-            "attention with softcap cannot be followed",
+            "Gemma2Attention attends with a softcap, which cannot be followed",
         ),
         (
             lambda: hf_model("gpt_oss", attention="eager"),
             NotImplementedError,
-            "attention with s_aux cannot be followed",
+            "GptOssAttention attends with sinks, which cannot be followed",
         ),
         (lambda: hf_model("mistral", sliding_window=6), ValueError, "nothing of MistralForCausalLM can be stored"),
     ],

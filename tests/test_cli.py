@@ -120,7 +120,7 @@ def test_explain_shows_layers_that_are_alike_in_one_row(two_layers):
 def measured(monkeypatch) -> None:
     """What ``test_planning.py`` measures, as numbers: it takes a while."""
     tensors = tuple(CacheTensor(0, role, 2, 16, torch.float32, None, True) for role in ("key", "value"))
-    footprint = Footprint(10**6, tensors, 300 * BATCH * CONTEXT, BATCH * CONTEXT**2, 100 * BATCH, 512)
+    footprint = Footprint(10**6, tensors, 300 * BATCH * CONTEXT, BATCH * CONTEXT**2, 100 * BATCH, 512, 1)
     monkeypatch.setattr("mustafar_compile.planning.footprint.measure", lambda config, dtype: footprint)
 
 
@@ -134,6 +134,14 @@ def test_plan(folder):
     assert given["peak_bytes"] == max(sum(parts.values()) for parts in given["phases"].values())
     assert {"0.7", "preset safe", "preset balanced", "preset small"} < {way["way"] for way in found["ways"]}
     assert "context" in dense["formulas"]["prompt"]["cache"]
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("command", ["plan", "explain"])
+def test_a_layer_that_the_model_does_not_have(folder, command):
+    error = run(command, folder, "--key-sparsity", '{"0": 0.3, "5": 0.5, "default": 0.7}', code=1).stderr
+    words = "key_sparsity names layer 5, which the model does not have; accepted are layers from 0 to 0"
+    assert error.strip().endswith(f"{folder}: {words}")
 
 
 @pytest.mark.usefixtures("measured")

@@ -146,7 +146,7 @@ MEMORY = 40 * 10**9
 def test_the_largest_batch_is_planned_and_tried(monkeypatch, more, unseen):
     """more: what a row takes over what is planned for it. unseen: more of it that no peak shows, as of fragments."""
     tensors = [CacheTensor(i, role, 8, 128, torch.bfloat16, None, True) for i in range(4) for role in ("key", "value")]
-    footprint = Footprint(WEIGHTS, tuple(tensors), *[sympy.Integer(0)] * 3, None)
+    footprint = Footprint(WEIGHTS, tuple(tensors), *[sympy.Integer(0)] * 3, None, 4)
     monkeypatch.setattr(largest, "_footprint", lambda *_: footprint)
     tried = []
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from models import hf_model
+from mustafar_compile.errors import UnknownLayerError
 from mustafar_compile.integrations import teacher_forced
 from mustafar_compile.settings import Settings
 from nightly import at_night
@@ -47,10 +48,20 @@ def test_a_text_is_read_as_token_by_token(family, changes, layers, monkeypatch):
     assert torch.equal(model(ids).logits, dense)  # it attends as before
 
 
-def test_attention_that_is_not_plain_is_refused():
-    model = hf_model("gpt_oss", attention="eager", num_hidden_layers=1, layer_types=["full_attention"])
-    with pytest.raises(NotImplementedError, match="s_aux"), teacher_forced.teacher_forced(model, Settings()):
+def forward_of_one_layer(family, settings, **how):
+    model = hf_model(family, num_hidden_layers=1, **how)
+    with teacher_forced.teacher_forced(model, settings):
         model(torch.ones(1, 4, dtype=torch.int64), use_cache=False)
+
+
+def test_attention_that_is_not_plain_is_refused():
+    with pytest.raises(NotImplementedError, match="attends with sinks"):
+        forward_of_one_layer("gpt_oss", Settings(), attention="eager", layer_types=["full_attention"])
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused():
+    with pytest.raises(UnknownLayerError, match="skip_layers names layer 1, which the model does not"):
+        forward_of_one_layer("llama", Settings(skip_layers=[0, 1]))
 
 
 @pytest.mark.parametrize("tool", ["kvpress", "lm_eval"])

@@ -99,13 +99,25 @@ def test_no_setting_is_asked_of_a_model_that_is_none():
         explain_config(hf_model().config, {"sparsity": 0.5})
 
 
-@pytest.mark.parametrize("tokens", [100, 1500])
-def test_activations_are_those_of_the_model_with_its_weights(footprint, tokens):
-    model = hf_model(num_hidden_layers=2)
+def activations(model, tokens: int) -> int:
+    """Of a prompt of two rows."""
     with torch.no_grad(), LiveBytes() as meter:
         cache = forward(model, 2, tokens, masked=False).past_key_values
-    expected = meter.peak - cache_stats(cache).stored_bytes
+    return meter.peak - cache_stats(cache).stored_bytes
+
+
+@pytest.mark.parametrize("tokens", [100, 1500])
+def test_activations_are_those_of_the_model_with_its_weights(footprint, tokens):
+    expected = activations(hf_model(num_hidden_layers=2), tokens)
     assert footprint.prompt.subs({BATCH: 2, CONTEXT: tokens}) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_layer_that_slides_is_masked_in_prompts_as_long_as_its_window():
+    model = hf_model("mistral", num_hidden_layers=1, sliding_window=1100)
+    prompt = measure(model.config, torch.float32).prompt
+    for tokens in (200, 1099, 1100, 1500):
+        expected = activations(model, tokens)
+        assert prompt.subs({BATCH: 2, CONTEXT: tokens}) == pytest.approx(expected, rel=0.02), tokens
 
 
 def degrees(footprint: Footprint) -> list[int]:
@@ -138,7 +150,7 @@ def test_caches_are_those_of_a_generation(footprint, options):
 def test_a_dense_cache_has_each_token_and_of_a_sliding_layer_its_window():
     full = CacheTensor(0, "key", 2, 8, torch.float16, None, True)
     sliding = CacheTensor(1, "key", 2, 8, torch.float16, 64, False)
-    plan = dense_plan(Footprint(0, (full, sliding), sympy.Integer(0), sympy.Integer(0), sympy.Integer(0), None), 10)
+    plan = dense_plan(Footprint(0, (full, sliding), *[sympy.Integer(0)] * 3, None, 2), 10)
     assert plan.parts(3, 90)["prompt"]["cache"] == 3 * 2 * 8 * 2 * (100 + 64)
     assert plan.parts(3, 20)["prompt"]["cache"] == 3 * 2 * 8 * 2 * (30 + 30)
 

@@ -13,7 +13,7 @@ from .. import _compat
 from ..patterns.graph.layers import stated_window
 
 _NAME = "mustafar_attending"
-_NOT_PLAIN = "softcap", "s_aux"  # arguments of attention that change it
+_NOT_PLAIN = {"softcap": "a softcap", "s_aux": "sinks"}  # arguments of attention that change it
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,13 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
 
 def _check_plain(module: Any, more: dict[str, Any]) -> None:
     """Check that an attention is what ``Attention`` says. more: its arguments by name."""
-    unknown = [name for name in _NOT_PLAIN if more.get(name) is not None]
+    unknown = [text for name, text in _NOT_PLAIN.items() if more.get(name) is not None]
     if more.get("sliding_window") != stated_window(module):
         unknown.append("chunks")
     if not getattr(module, "is_causal", True):
         unknown.append("later tokens")
     if unknown:
-        raise NotImplementedError(f"mustafar: attention with {', '.join(unknown)} cannot be followed in one forward")
+        raise NotImplementedError(
+            f"mustafar: {type(module).__name__} attends with {' and '.join(unknown)}, which cannot be followed over a "
+            "whole text at once; accepted is causal attention without them, to all tokens or in a sliding window"
+        )

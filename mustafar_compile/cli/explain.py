@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import MustafarError
 from .models import DeviceOption, DtypeOption, ModelArgument, config_dtype, device_of, read_config
 from .output import JsonOption, console, fail, first_line, print_json, quiet, table
 from .settings import with_settings
@@ -39,6 +40,8 @@ def explain(
             entries, report = explain_config(
                 config, settings, batch=batch, context=context, dtype=element, device=place
             )
+    except MustafarError as error:  # settings for other layers than there are
+        fail(f"{model}: {error}")
     except Exception as error:  # whatever the model's code raises where it meets tensors without numbers
         fail(f"{model} cannot be traced without its weights: {type(error).__name__}: {first_line(error)}")
     if as_json:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import MustafarError
 from ..settings import PRESETS
 from .models import DtypeOption, ModelArgument, config_dtype, read_config
 from .output import JsonOption, console, fail, first_line, print_json, quiet, table
@@ -54,8 +55,11 @@ def plan(
     except Exception as error:  # whatever the model's code raises where it meets tensors without numbers
         fail(f"{model} cannot be measured without its weights: {type(error).__name__}: {first_line(error)}")
     plans = {"dense": dense_plan(footprint, new_tokens)}
-    for name, options in (_COMPARED | ({"as given": settings} if settings else {})).items():
-        plans[name] = compressed_plan(footprint, options, new_tokens)
+    try:
+        for name, options in (_COMPARED | ({"as given": settings} if settings else {})).items():
+            plans[name] = compressed_plan(footprint, options, new_tokens)
+    except MustafarError as error:  # settings for other layers or heads than there are
+        fail(f"{model}: {error}")
     rows: list[dict[str, Any]] = [
         {
             "way": name,

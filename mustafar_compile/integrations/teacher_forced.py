@@ -19,7 +19,7 @@ from ..lowering import ops, portable
 from ..lowering.by_group import put_back, taken
 from ..lowering.format import BLOCK_TOKENS, Format
 from ..lowering.strategies.answers import as_weights
-from ..policy import policy
+from ..policy import check_layers, layers_of, policy
 from ..settings import Settings
 
 _QUERIES = 512  # at a time: the mask of all would take gigabytes
@@ -30,9 +30,11 @@ def teacher_forced(model: Any, settings: Settings) -> Iterator[None]:
     """Within it a model of transformers attends, in a forward without a cache, as if ``settings`` had made its cache.
 
     Texts begin at the first token and may be padded on the right. Layers with a sliding window and ``skip_layers`` are
-    dense. The model runs as it is, also where it was compiled. Raises NotImplementedError, in the forward, for
-    attention with a softcap, with sinks or in chunks.
+    dense. The model runs as it is, also where it was compiled. Raises UnknownLayerError for settings that name a layer
+    which the model does not have, and NotImplementedError, in the forward, for attention with a softcap, with sinks or
+    in chunks.
     """
+    check_layers(settings, layers_of(model.config))
     format_of = policy(settings)
 
     def attend(of: Attention) -> Tensor:

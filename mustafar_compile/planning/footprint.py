@@ -10,13 +10,14 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
+from ..policy import layers_of
 from .fake import fake_model, forward, weight_bytes, without_memory
 from .layers import explain_config
 from .live_bytes import LiveBytes
 
 BATCH, CONTEXT = sympy.symbols("batch context", integer=True, positive=True)
 
-_PROBES = (512, 1024)  # tokens of the prompts that are measured
+_PROBES = (512, 1024)  # tokens of the prompts that are measured, unless a window is longer
 _TRACED = 61  # tokens of the prompt that is compiled: no other size of a model
 _CPU = torch.device("cpu")  # sizes are the same everywhere, and only there every build of torch has kernels to trace
 
@@ -50,7 +51,7 @@ class Footprint:
     weights: parameters and buffers. tensors: those of the cache. prompt: activations and logits at the worst moment
     of a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled, without what
     has the square of ``CONTEXT`` unless its graph has, such as a mask. step: those of a decode step, by ``BATCH``.
-    positions: the most tokens that the model was made for, None where unknown.
+    positions: the most tokens that the model was made for, None where unknown. layers: of all kinds.
     """
 
     weights: int
@@ -59,6 +60,7 @@ class Footprint:
     compiled_prompt: sympy.Expr
     step: sympy.Expr
     positions: int | None
+    layers: int
 
 
 def measure(config: Any, dtype: torch.dtype) -> Footprint:
@@ -79,14 +81,17 @@ def measure(config: Any, dtype: torch.dtype) -> Footprint:
     with without_memory():
         model = fake_model(config, dtype, _CPU)
         cache = forward(model, 1, 2).past_key_values
-        prompt = _prompt(model, masked=False)
+        tensors = tuple(_cache_tensors(cache, compressible))
+        window = min((x.window for x in tensors if x.window is not None), default=0)
+        short, prompt = _uncompiled_prompts(model, window)
         return Footprint(
             weight_bytes(model),
-            tuple(_cache_tensors(cache, compressible)),
+            tensors,
             prompt,
-            _prompt(model, masked=True) if any(squares) else prompt - prompt.coeff(CONTEXT, 2) * CONTEXT**2,
+            _prompt(model, _PROBES, masked=True) if any(squares) else short - short.coeff(CONTEXT, 2) * CONTEXT**2,
             _step(model),
             getattr(config.get_text_config(), "max_position_embeddings", None),
+            layers_of(config),
         )
 
 
@@ -104,9 +109,23 @@ def _holds_square(gm: GraphModule) -> bool:
     return any(isinstance(x, torch.Tensor) and x.shape[-2:] == (_TRACED, _TRACED) for x in values)
 
 
-def _prompt(model: Any, masked: bool) -> sympy.Expr:
+def _uncompiled_prompts(model: Any, window: int) -> tuple[sympy.Expr, sympy.Expr]:
+    """Activations of a prompt that is shorter than a window, if there is one, and of any prompt.
+
+    transformers masks the layers that slide in no shorter prompt than their window.
+    """
+    if window <= _PROBES[0]:
+        prompt = _prompt(model, _PROBES, masked=False)
+        return prompt, prompt
+    short = _prompt(model, (window // 4, window // 2), masked=False)
+    long = _prompt(model, (window, 2 * window), masked=False)
+    return short, sympy.Piecewise((short, sympy.Lt(CONTEXT, window)), (long, True))
+
+
+def _prompt(model: Any, probes: tuple[int, int], masked: bool) -> sympy.Expr:
+    """Activations of a prompt, from those of two lengths."""
     one, two = (
-        sympy.interpolate([(0, 0), *((n, _peak(model, batch, n, masked=masked)) for n in _PROBES)], CONTEXT)
+        sympy.interpolate([(0, 0), *((n, _peak(model, batch, n, masked=masked)) for n in probes)], CONTEXT)
         for batch in (1, 2)
     )
     return sympy.expand(one + (BATCH - 1) * (two - one))  # some of it, such as rotary angles, is for all rows

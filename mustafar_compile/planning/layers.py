@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..backend import mustafar
+from ..policy import check_layers, layers_of
 from ..reporting.explain import explain
 from ..reporting.report import Entry, Report
 from ..settings import read_options
@@ -37,8 +38,8 @@ def explain_config(
     A prompt of ``context`` tokens and a decode step are traced with a growing cache, as ``model.compile`` would have
     it; the sizes of the entries are those after both. options: of the backend. every_layer: trace also those that are
     like another one. inner: gets each graph, with its example inputs, and gives what is called. Raises ValueError for
-    unknown options and for a config of no causal language model, and what the model raises where it cannot be traced
-    without its weights.
+    unknown options and for a config of no causal language model, UnknownLayerError for options that name a layer which
+    it does not have, and what the model raises where it cannot be traced without its weights.
     """
     settings, _ = read_options(None, options)
     device = torch.device(device)
@@ -46,6 +47,7 @@ def explain_config(
     torch._dynamo.reset()
     with without_memory(), explain() as report:
         model = fake_model(config, dtype, device)
+        check_layers(settings, layers_of(config))
         alike = [] if every_layer else leave_out_alike(model, lambda: forward(model, 1, 2), settings.of_layer)
         compiled = torch.compile(model, backend=backend)
         past = getattr(forward(model, batch, context, of=compiled), "past_key_values", None)

@@ -12,7 +12,7 @@ import torch
 
 from ..lowering.format import grown_capacity
 from ..lowering.layout import Layout
-from ..policy import FormatOf, policy
+from ..policy import FormatOf, check_layers, policy
 from ..settings import read_options
 from .footprint import BATCH, CONTEXT, CacheTensor, Footprint
 
@@ -82,9 +82,11 @@ def dense_plan(footprint: Footprint, new_tokens: int) -> Plan:
 def compressed_plan(footprint: Footprint, options: Mapping[str, Any], new_tokens: int) -> Plan:
     """Of a growing, compressed cache, with a compiled prompt: ``model.compile(backend="mustafar", options=options)``.
 
-    Raises ValueError for unknown options.
+    Raises ValueError for unknown options, and UnknownLayerError for such as name a layer that the model does not have,
+    or give none to one that it has.
     """
     settings, _ = read_options(None, options)
+    check_layers(settings, footprint.layers)
     rows = [_rows(x, policy(settings), new_tokens) for x in footprint.tensors]
     before, after = (sum(row[i] for row in rows) for i in (0, 1))
     moving = sympy.Max(0, *(last for first, last in rows if last != first))  # a buffer that grows stands twice
