@@ -24,19 +24,20 @@ from typing import Any, NamedTuple, Protocol
 import dense
 import llama
 import torch
+from comparing import Row, add_ratios, in_order, key_of, rows_of
 from profile_of_a_step import print_profile, profile_of
-from timing import DEVICE, ON_GPU, Function, cold, free, median_ms, parser, read, synchronize, write
+from timing import DEVICE, ON_GPU, Function, cold, free, median_ms, parser, synchronize, write
 from transformers import DynamicCache
 
 import mustafar_compile
 
 NAME = "decode_step"
 WAYS = ("eager", "hf", "dense", "ours", "op")
+SIZES = ("phase", "batch", "context", "layers")
+FIELDS = (*SIZES, "way", "sparsity")
 _WARM_UPS = 5  # compiling, then warming up and recording CUDA graphs, then replaying
 _STEPS = 20
 _ROUNDS = 3
-
-Row = dict[str, Any]
 
 
 class Sizes(Protocol):
@@ -241,23 +242,6 @@ def run(way: str, sparsity: float | None, given: argparse.Namespace) -> Row | No
     return row
 
 
-def key_of(row: Row) -> tuple:
-    """What a row is about."""
-    return tuple(row[name] for name in ("phase", "batch", "context", "layers", "way", "sparsity"))
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """How many times faster each row is than the dense ones of the same sizes."""
-    rows = sorted(rows, key=lambda row: (*key_of(row)[:4], WAYS.index(row["way"]), row["sparsity"] or 0))
-    reference = {key_of(row)[:5]: row["ms"] for row in rows if row["sparsity"] is None}
-    for row in rows:
-        for way in ("eager", "hf", "dense"):
-            baseline = reference.get((*key_of(row)[:4], way))
-            if baseline is not None:
-                row[f"over_{way}"] = baseline / row["ms"]
-    return rows
-
-
 def arguments() -> argparse.Namespace:
     """What is asked for."""
     options = parser(__doc__)
@@ -280,12 +264,15 @@ def main() -> None:
     given = arguments()
     ways = [way for way in (PREFILL if given.ttft else DECODE) if way in (given.only or WAYS)]
     cases = [(way, s) for way in ways for s in (given.sparsity or [0.5, 0.7] if way in ("ours", "op") else [None])]
-    rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
+    rows = rows_of(NAME, FIELDS, given.keep)
     for case in cases:
         row = run(*case, given)
         if row is not None:
-            rows[key_of(row)] = row
-    write(NAME, with_ratios(list(rows.values())))
+            rows[key_of(row, FIELDS)] = row
+    ordered = in_order(rows.values(), SIZES, WAYS)
+    dense = {f"over_{way}": {"way": way, "sparsity": None} for way in ("eager", "hf", "dense")}
+    add_ratios(ordered, SIZES, **dense)
+    write(NAME, ordered)
 
 
 if __name__ == "__main__":

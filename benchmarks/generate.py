@@ -28,7 +28,8 @@ from typing import Any
 
 import llama
 import torch
-from timing import DEVICE, ON_GPU, free, parser, read, synchronize, write
+from comparing import Row, add_ratios, in_order, key_of, rows_of
+from timing import DEVICE, ON_GPU, free, parser, synchronize, write
 from transformers import CompileConfig
 
 import mustafar_compile
@@ -36,7 +37,7 @@ from mustafar_compile.lowering.format import CODES
 
 NAME = "generate"
 SIZES = ("batch", "context", "layers", "sparsity", "code")
-Row = dict[str, Any]
+FIELDS = (*SIZES, "way")
 
 
 class Clock:
@@ -182,21 +183,6 @@ def run(way: str, given: argparse.Namespace) -> Row | None:
     return row
 
 
-def key_of(row: Row) -> tuple:
-    """What a row is about."""
-    return tuple(row[name] for name in (*SIZES, "way"))
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """How many times faster a step is than with Hugging Face's own compiled static cache."""
-    rows = sorted(rows, key=lambda row: (*key_of(row)[:-1], list(WAYS).index(row["way"])))
-    reference = {key_of(row)[:4]: row["step_ms"] for row in rows if row["way"] == "hf"}
-    for row in rows:
-        if key_of(row)[:4] in reference:
-            row["over_hf"] = reference[key_of(row)[:4]] / row["step_ms"]
-    return rows
-
-
 def arguments() -> argparse.Namespace:
     """What is asked for."""
     options = parser(__doc__)
@@ -215,12 +201,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
+    rows = rows_of(NAME, FIELDS, given.keep)
     for way in given.only or WAYS:
         row = run(way, given)
         if row is not None:
-            rows[key_of(row)] = row
-    write(NAME, with_ratios(list(rows.values())))
+            rows[key_of(row, FIELDS)] = row
+    ordered = in_order(rows.values(), SIZES, list(WAYS))
+    add_ratios(ordered, SIZES[:-1], "step_ms", over_hf={"way": "hf"})
+    write(NAME, ordered)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .teacher_forced import scores_of, weighted_sum
 from .window import Window
 
 _QUERIES = 128  # of a prompt at a time: all its weights at once would take gigabytes
@@ -67,12 +68,8 @@ def attention(
 
     q: [B, Hq, T, D], k, v and what is stored of them: [B, H, T, D], where H divides Hq. Returns [B, Hq, T, D].
     """
-    results = []
-    for start, weights in weights_of(q, k, stored_k, window, scale, eviction):
-        end = weights.shape[-1]
-        exact = _is_exact(start, end, window, q.device)
-        result = _by_group(weights * exact, v[:, :, :end]) + _by_group(weights * ~exact, stored_v[:, :, :end])
-        results.append(result.flatten(1, 2))
+    parts = weights_of(q, k, stored_k, window, scale, eviction)
+    results = [weighted_sum(weights, start, v, stored_v, Window.of(window)) for start, weights in parts]
     return torch.cat(results, dim=2)
 
 
@@ -96,26 +93,10 @@ def weights_of(
     """
     sums = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     held = torch.ones_like(sums, dtype=torch.bool)
-    positions = torch.arange(k.shape[2], device=k.device)
     for start, end in eviction.parts(k.shape[2]):
-        part = (q[:, :, start:end] * scale).unflatten(1, (k.shape[1], -1))
-        exact = _is_exact(start, end, window, k.device)
-        scores = torch.where(exact, _by_group(part, k[:, :, :end].mT), _by_group(part, stored_k[:, :, :end].mT))
-        later = positions[:end] > positions[start:end, None]
-        scores = scores.masked_fill(later | ~held[:, :, None, None, :end], float("-inf"))
-        weights = scores.softmax(-1)
-        yield start, weights
+        scores = scores_of(q[:, :, start:end], start, k, stored_k, Window.of(window), scale)
+        weights = scores.masked_fill_(~held[:, :, None, None, :end], float("-inf")).softmax(-1)
         sums[:, :, :end] += weights.float().sum((2, 3))
+        yield start, weights
         if end >= eviction.prompt:
             held[:, :, :end] = eviction.staying(sums[:, :, :end], held[:, :, :end])
-
-
-def _is_exact(start: int, end: int, window: int | Window, device: torch.device) -> Tensor:
-    """Which tokens before ``end`` the queries from ``start`` on read exactly, [end - start, end]."""
-    firsts = Window.of(window).first_exact(torch.arange(start, end, device=device))
-    return torch.arange(end, device=device) >= firsts[:, None]
-
-
-def _by_group(x: Tensor, of_head: Tensor) -> Tensor:
-    """x [B, H, G, n, a] @ of_head [B, H, a, b], one product for a KV head."""
-    return (x.flatten(2, 3) @ of_head).unflatten(2, x.shape[2:4])

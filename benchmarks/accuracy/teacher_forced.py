@@ -71,8 +71,13 @@ def attended(
     """``attention`` for some of the queries, the first of which is at ``start``; [B, Hq, n, D]."""
     window = Window.of(window)
     weights = weights_of(q, start, k, stored_k, window, scale)
+    return weighted_sum(weights, start, v, stored_v, value_window or window)
+
+
+def weighted_sum(weights: Tensor, start: int, v: Tensor, stored_v: Tensor, window: Window) -> Tensor:
+    """What queries read of values by weights [B, H, G, n, end], which it overwrites; [B, Hq, n, D]."""
     end = weights.shape[-1]
-    first, exact = _exact_columns(value_window or window, start, end, q.device)
+    first, exact = _exact_columns(window, start, end, weights.device)
     latest = weights[..., first:]
     results = _by_group(latest * exact, v[:, :, first:end])
     latest.masked_fill_(exact, 0)
@@ -81,6 +86,11 @@ def attended(
 
 def weights_of(q: Tensor, start: int, k: Tensor, stored_k: Tensor, window: Window, scale: float) -> Tensor:
     """Attention weights [B, H, Hq / H, n, start + n] of some of the queries [B, Hq, n, D], the first at ``start``."""
+    return scores_of(q, start, k, stored_k, window, scale).softmax(-1)
+
+
+def scores_of(q: Tensor, start: int, k: Tensor, stored_k: Tensor, window: Window, scale: float) -> Tensor:
+    """What ``weights_of`` are the softmax of: minus infinity for later tokens."""
     end = start + q.shape[2]
     q = (q * scale).unflatten(1, (k.shape[1], -1))
     first, exact = _exact_columns(window, start, end, q.device)
@@ -88,8 +98,7 @@ def weights_of(q: Tensor, start: int, k: Tensor, stored_k: Tensor, window: Windo
     scores = _by_group(q, stored_k[:, :, :end].mT)
     latest = scores[..., first:]
     latest.copy_(torch.where(exact, _by_group(q, k[:, :, first:end].mT), latest))
-    scores.masked_fill_(positions > positions[start:, None], float("-inf"))
-    return scores.softmax(-1)
+    return scores.masked_fill_(positions > positions[start:, None], float("-inf"))
 
 
 def token_weights(
