@@ -16,7 +16,8 @@ class History:
     """The K and V of one layer, and how many of the first tokens are pruned for good.
 
     rows: K and V as they came in, [B, H, n, D] each. held: None while the cache is dense. room: slots of a static
-    cache. of_caller: whether that is a dense buffer, which stays right beside the compressed state.
+    cache. of_caller: whether that is a dense buffer, which stays right beside the compressed state. first: of a growing
+    cache, the K and V that came in first, [B, H, 1, D] each.
     """
 
     shape: Shape
@@ -24,6 +25,7 @@ class History:
     held: int | None = None
     room: int | None = None
     of_caller: bool = False
+    first: list[Tensor] | None = None
 
     @classmethod
     def empty(cls, shape: Shape, batch: int, room: int | None = None, of_caller: bool = False) -> History:
@@ -39,7 +41,7 @@ class History:
         """K and V as the latest token sees them."""
         if self.held is None:
             return self.rows
-        return self.shape.stored(self.rows, max(self.held, self.tokens - self.shape.window))
+        return self.shape.stored(self.rows, max(self.held, self.tokens - self.shape.window), self.first)
 
     def attend(self, query: Tensor, new: list[Tensor], at: int, mask: Tensor | None, eager: bool, **how) -> Tensor:
         """What queries [B, Hq, L, D] get as their K and V come in at ``at``. mask: [B or 1, Hq or 1, L, at + L].
@@ -68,6 +70,7 @@ class History:
 
     def _write(self, new: list[Tensor], at: int) -> None:
         self.rows = [torch.cat([x[:, :, :at], y], dim=2) for x, y in zip(self.rows, new, strict=True)]
+        self.first = self.first or [x[:, :, :1] for x in self.rows]
 
     def _step(self, query: Tensor, new: list[Tensor], at: int, mask: Tensor, i: int, how: dict) -> Tensor:
         """Token ``i`` of a call."""
@@ -86,8 +89,10 @@ class History:
 
     def selected(self, picks: list[int]) -> History:
         """Of a copy of these rows of the batch."""
-        return replace(self.copied(), rows=[x[picks] for x in self.rows])
+        first = self.first and [x[picks] for x in self.first]
+        return replace(self.copied(), rows=[x[picks] for x in self.rows], first=first)
 
     def reset(self) -> None:
         self.crop(0)
         self.held = None if self.of_caller or self.room is None else 0
+        self.first = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from channels import OFF_BY, OFF_BY_ROUNDED_KEYS, TOKENS, Blocks
 from mustafar_compile import CompressedKV, StaleCacheError
-from ramp import ramp_weights
+from ramp import first_weights, ramp_weights
 from ranked import Packed
 from reference import kept_count, prune, quantized
 
@@ -57,21 +57,26 @@ class Shape:
                 packed.append(Packed.of_prompt(strategy, kept, code, self.window, x, queries))
         return packed
 
-    def stored(self, rows: list[Tensor], pruned: int) -> list[Tensor]:
+    def stored(self, rows: list[Tensor], pruned: int, first: list[Tensor] | None) -> list[Tensor]:
         """K and V [B, H, n, D] of which the first ``pruned`` tokens are what the cache has of them.
 
-        By strategies that rank each row by itself.
+        By strategies of ``ramp``. first: the first tokens that came in.
         """
         kinds = (
             (self.key_sparsity, self.key_code, self.key_strategy),
             (self.value_sparsity, self.value_code, self.value_strategy),
         )
-        past = [_stored(x[:, :, :pruned], *kind) for x, kind in zip(rows, kinds, strict=True)]
+        past = [
+            _stored(x[:, :, :pruned], *kind, None if first is None else first[i])
+            for i, (x, kind) in enumerate(zip(rows, kinds, strict=True))
+        ]
         return [torch.cat([old, x[:, :, pruned:]], dim=2) for old, x in zip(past, rows, strict=True)]
 
 
-def _stored(x: Tensor, sparsity: float, code: str, strategy: str) -> Tensor:
+def _stored(x: Tensor, sparsity: float, code: str, strategy: str, first: Tensor | None) -> Tensor:
     kept, weights = kept_count(x.shape[3], sparsity), ramp_weights(x) if strategy == "ramp" else None
+    if strategy == "first" and first is not None:
+        weights = first_weights(first).expand_as(x)
     return prune(x, kept, weights) if code == "none" else quantized(x, kept, code, weights).to(x.dtype)
 
 

@@ -284,3 +284,4 @@ class OwnModel:
         for history in live.histories:
             history.crop(0)
             history.held = history.held if history.of_caller else None
+            history.first = None

@@ -1,11 +1,11 @@
-"""A strategy such as users register: it remembers nothing, and ranks each row by itself."""
+"""Strategies such as users register: one that ranks each row by itself, and one that remembers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mustafar_compile.strategies import Strategy
+from mustafar_compile.strategies import Buffer, Strategy
 
 
 class Ramp(Strategy):
@@ -26,7 +26,21 @@ class Ramp(Strategy):
         return self.weights(query.new_empty(format.head_dim))
 
 
-RAMP = Ramp()
+class First(Strategy):
+    """Channels count for as much as the first token of the first prompt has in them."""
+
+    def buffers(self, format):
+        return (Buffer("first", ("batch", "heads", 1, format.head_dim), torch.float32),)
+
+    def of_prompt(self, dense, tokens, format, queries, past):
+        first = dense[:, :, :1].abs().float()
+        return (first, [first]) if past is None else (past[0], list(past))
+
+    def of_step(self, query, position, format, state):
+        return state[0]
+
+
+RAMP, FIRST = Ramp(), First()
 
 
 def ramp_weights(x: Tensor) -> Tensor:
@@ -34,3 +48,9 @@ def ramp_weights(x: Tensor) -> Tensor:
     weights = torch.arange(x.shape[-1]).float() / 64
     weights[3] = 0
     return weights.expand_as(x)
+
+
+def first_weights(first: Tensor) -> Tensor:
+    """The oracle's weights [B, H, 1, D] of caches whose first token was [B, H, 1, D]: its largest is from 0.5 to 1."""
+    size = first.abs().float()
+    return torch.ldexp(size, -torch.frexp(size.amax(-1, keepdim=True)).exponent)

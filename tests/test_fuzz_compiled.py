@@ -27,7 +27,7 @@ from mustafar_compile.cache.memory import place_of
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import CODES
 from nightly import mostly_at_night
-from ramp import RAMP
+from ramp import FIRST, RAMP
 from test_fuzz_cache import TOLERANCE, saved_and_loaded
 
 ARCHITECTURES = max(3, settings().max_examples // 20)
@@ -38,7 +38,9 @@ FORMS = (
     "StaticCache of the caller",
 )  # fmt: skip
 MOST_TOKENS = 150
-STRATEGIES = ("magnitude", "ramp")  # that rank each row by itself; test_fuzz_cache.py has those that remember
+GROWING = {"cat", "DynamicCache", "cat to nothing"}
+STRATEGIES = ("magnitude", "ramp")  # that rank each row by itself
+REMEMBERING = ("first", *STRATEGIES)  # of growing caches; test_fuzz_cache.py has those of the package
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Architecture:
         choose = random.Random(number)
         torch.manual_seed(number)
         form = FORMS[number % len(FORMS)]
+        strategies = REMEMBERING if form in GROWING else STRATEGIES
         shape = Shape(
             heads=choose.choice([1, 1, 2, 3]),
             group=choose.choice([1, 2, 3, 5, 7]),
@@ -67,17 +70,20 @@ class Architecture:
             window=choose.choice([1, 2, 5, 12, 20, 200]),
             key_code=choose.choice(CODES),
             value_code=choose.choice(CODES),
-            key_strategy=choose.choice(STRATEGIES),
-            value_strategy=choose.choice(STRATEGIES),
+            key_strategy=choose.choice(strategies),
+            value_strategy=choose.choice(strategies),
         )
         model = (TransformersModel if form in CACHES else OwnModel)(choose, shape, form)
         grows = model.room is None
         largest_batch, inference = choose.choice([1, 3, 4]), grows and choose.random() < 0.3
-        return cls(model, choose.choice([None, True]), largest_batch, choose.random() < 0.5, inference)
+        remembers = "first" in (shape.key_strategy, shape.value_strategy)  # what a prompt tells, if it is compiled
+        eager_prompts = choose.random() < 0.5 and not remembers
+        return cls(model, choose.choice([None, True]), largest_batch, eager_prompts, inference)
 
     def compile(self) -> None:
         shape = self.model.shape
         register_strategy("ramp", RAMP)
+        register_strategy("first", FIRST)
         names = [
             "window",
             *(f"{role}_{what}" for role in ("key", "value") for what in ("sparsity", "code", "strategy")),

@@ -21,9 +21,8 @@ class Entry:
     "decode" where matched. reason: why not in some graph, "" where matched in all. waits: whether that is of a prompt
     that its next step compresses. kernels: what carries out its decode steps, "" without any. kept: elements of a row
     of K and of one of V, in which code and by which strategy, such as ("64/128", "40/128 int8 by think"); () where
-    dense. dense_bytes, stored_bytes: of K and V together, when the
-    graph was compiled; 0 where there is no cache or an earlier layer shares it. function: the one that Dynamo compiled,
-    as it names it.
+    dense. dense_bytes, stored_bytes: of K and V together, when the graph was compiled; 0 where there is no cache or an
+    earlier layer shares it. function: the one that Dynamo compiled, as it names it.
     """
 
     layer: int | None
