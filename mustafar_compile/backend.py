@@ -29,10 +29,10 @@ from .patterns.cache.conditions import CacheInput, Context
 from .patterns.graph.nodes import drop_meta, may_be_attention
 from .patterns.graph.normalise import Functional, normalise
 from .patterns.match import Match, NoMatch, find_matches
-from .patterns.rewriting.free_of_lengths import LengthError
 from .patterns.rewriting.lengths import free_of_lengths, lengths_of
 from .patterns.rewriting.plan import Plan
 from .patterns.rewriting.rewriter import Rewriter
+from .patterns.rewriting.rounded_sizes import LengthError
 from .policy import check_found_layers, policy
 from .ranks import Statement, agreeing, check_heads, of_attention, of_options
 from .reporting.record import (

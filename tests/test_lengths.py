@@ -17,7 +17,8 @@ from mustafar_compile import explain
 from mustafar_compile.calling import recordable
 from mustafar_compile.calling.recordable import rounded
 from mustafar_compile.patterns.graph.symbols import expression
-from mustafar_compile.patterns.rewriting.free_of_lengths import FreeOfLengths, LengthError
+from mustafar_compile.patterns.rewriting.free_of_lengths import FreeOfLengths
+from mustafar_compile.patterns.rewriting.rounded_sizes import LengthError
 from nightly import at_night, mostly_at_night
 from reference import pruned_generation
 from stand_in_graphs import record_on_a_cpu

@@ -19,8 +19,9 @@ from mustafar_compile import _compat
 
 from ..graph.nodes import is_call, symbolic_size
 from ..graph.symbols import expression
-from .free_of_lengths import FreeOfLengths, LengthError
+from .free_of_lengths import FreeOfLengths
 from .plan import Argument, Plan, Size
+from .rounded_sizes import LengthError
 
 ops = torch.ops.mustafar
 
