@@ -113,12 +113,12 @@ def _run(
 
 def decode_attention(step: DecodeStep, *, simd: str = "") -> Tensor:
     """See ``portable.decode_attention``."""
-    key_format, value_format, count = step.key_format, step.value_format, step.query_tokens
-    (batch, query_heads), heads = step.query.shape[:2], step.key.shape[1]
+    key_format, value_format = step.key_format, step.value_format
+    (batch, query_heads, count, _), heads = step.query.shape, step.key.shape[1]
     out = step.query.new_empty(batch, query_heads, count, value_format.head_dim)
     if not out.numel():
         return out
-    library = builds.built(builds.prepare_step(key_format, value_format, out.dtype, step.group, simd))
+    library = builds.built(builds.prepare_step(key_format, value_format, out.dtype, query_heads // heads, simd))
     # Held until the call is over.
     tokens = [x.contiguous() for x in (step.query, step.key, step.value)]
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
