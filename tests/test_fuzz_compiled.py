@@ -76,9 +76,15 @@ class Architecture:
         model = (TransformersModel if form in CACHES else OwnModel)(choose, shape, form)
         grows = model.room is None
         largest_batch, inference = choose.choice([1, 3, 4]), grows and choose.random() < 0.3
-        remembers = "first" in (shape.key_strategy, shape.value_strategy)  # what a prompt tells, if it is compiled
-        eager_prompts = choose.random() < 0.5 and not remembers
-        return cls(model, choose.choice([None, True]), largest_batch, eager_prompts, inference)
+        architecture = cls(model, choose.choice([None, True]), largest_batch, choose.random() < 0.5, inference)
+        if architecture.remembers:
+            architecture.eager_prompts = False  # it is told by a compiled one
+        return architecture
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a strategy does."""
+        return "first" in (self.model.shape.key_strategy, self.model.shape.value_strategy)
 
     def compile(self) -> None:
         shape = self.model.shape
@@ -151,7 +157,8 @@ class LiveModels(RuleBasedStateMachine):
 
     @rule(live=caches, by=st.sampled_from([1, 2, 3, 15, 16, 17, 40]), count=st.sampled_from([1, 2, 5, 20]), seed=seeds)
     def rewind(self, live, by, count, seed):
-        at = max(live.tokens - by, 0)
+        # Of a cache that remembers and is cropped to nothing, the graph decides whether another prompt is the first.
+        at = max(live.tokens - by, min(live.tokens, int(self.architecture.remembers)))
         if self.model.room is None and live.tokens:
             self.model.crop(live, at)
         self.call(live, count, seed, at)
