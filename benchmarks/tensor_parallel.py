@@ -7,7 +7,9 @@
 
 hf     the model as Hugging Face shards and compiles it: a static cache, torch.compile with mode="reduce-overhead"
 dense  the best dense step that could be built, as decode_step.py has it, over the same shards
+op     the step of dense with our op over compressed caches in place of its attention
 ours   the model of hf with backend="mustafar", over a compressed static cache
+own    the model of examples/sharded_llama.py with backend="mustafar": like dense, it joins matrices with the same input
 
 Weights are random and the same for any number of ranks. over_one is how many times faster a row is than that of one
 rank, largest_batch what fits beside what one rank holds, by the memory that is free. Without a GPU it runs over gloo.
@@ -21,7 +23,9 @@ import faulthandler
 import functools
 import io
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import decode_step
@@ -29,11 +33,16 @@ import llama
 import torch
 import torch.distributed as dist
 from decode_step import Row
-from timing import DEVICE, ON_GPU, cold, free, parser, read, write
+from profile_of_a_step import waits_of
+from timing import DEVICE, ON_GPU, Function, cold, free, parser, read, save, show, write
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import mustafar_compile
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+from sharded_llama import ShardedLlama
 
 NAME = "tensor_parallel"
 SHAPES = {"8b": (llama.SHAPE, 32), "70b": (llama.SHAPE_70B, 80), "tiny": (llama.TINY, 2)}
@@ -77,11 +86,20 @@ def build(given: argparse.Namespace) -> Any:
     """The model, of which each rank holds its part. No rank ever holds more than one whole weight."""
     from transformers.distributed import DistributedConfig
 
-    with torch.device("meta"):
-        model = llama.model_of(SHAPES[given.shape][0], given.layers, given.context + 1)
+    model = _on_paper(given)
     if given.ranks > 1:
         config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=given.ranks))
         model = type(model).maybe_distribute_model(model, config, mesh)
+    return _made(model)
+
+
+def _on_paper(given: argparse.Namespace) -> Any:
+    with torch.device("meta"):
+        return llama.model_of(SHAPES[given.shape][0], given.layers, given.context + 1)
+
+
+def _made(model: Any) -> Any:
+    """``model`` with random weights, the same for any number of ranks."""
     torch.manual_seed(0)
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -101,29 +119,73 @@ def _random(weight: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(part.to_local().clone(), weight.device_mesh, weight.placements, run_check=False)
 
 
-def ours(model: Any, given: argparse.Namespace, options: Row) -> Row:
-    """The step over a compressed cache; whether all ranks choose the same tokens."""
+def ours(given: argparse.Namespace, options: Row) -> Row:
+    """The step of a model as Hugging Face shards it, over a compressed cache."""
+    model = build(given)
     cache = llama.compressed_cache(model, given.batch, given.context, options)
+    return _compressed(decode_step.hf_step(_compiled(model, options), cache, given.batch, given.context), cache, given)
+
+
+def own(given: argparse.Namespace, options: Row) -> Row:
+    """The step of a loop of one's own, whose layers have given up their dense caches."""
+    model = ShardedLlama(_made(_on_paper(given)), given.batch, given.context)
+    for layer in model.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    ids = torch.zeros(given.batch, 1, dtype=torch.int64, device=DEVICE)
+    compiled, last = _compiled(model, options | {"release_dense": ON_GPU}), model.slots[-1:].clone()
+    return _compressed(lambda: compiled(ids, last), model, given)
+
+
+def _compiled(model: Any, options: Row) -> Any:
     options = options | {"triton.cudagraphs": ON_GPU}
-    step = decode_step.hf_step(
-        torch.compile(model, backend="mustafar", fullgraph=True, options=options), cache, given.batch, given.context
-    )
+    return torch.compile(model, backend="mustafar", fullgraph=True, options=options)
+
+
+def _compressed(step: Function, caches: Any, given: argparse.Namespace) -> Row:
+    """Of a compiled step: a row, and whether all layers ran compressed and all ranks choose the same tokens."""
     with mustafar_compile.explain() as report:
         row = decode_step.measured(step, given) | decode_step.held(given)
     report.print_once(dist.group.WORLD)
-    tokens: list[Any] = [None] * given.ranks
-    dist.all_gather_object(tokens, step().argmax(-1).tolist())
-    alike = "same tokens" if tokens.count(tokens[0]) == given.ranks else "OTHER TOKENS"
+    alike = "same tokens" if len(set(_of_all(str(step().argmax(-1).tolist())))) == 1 else "OTHER TOKENS"
     note = f"{decode_step.matched(report, given)}, {alike} on {given.ranks} ranks"
-    sizes = [mustafar_compile.cache_stats(cache, group=group).stored_bytes for group in (None, dist.group.WORLD)]
+    sizes = [mustafar_compile.cache_stats(caches, group=group).stored_bytes for group in (None, dist.group.WORLD)]
     return row | {"cache_GB": sizes[0] / 1e9, "cache_of_all_GB": sizes[1] / 1e9, "note": note}
 
 
+def _of_all(x: Any) -> list[Any]:
+    """What each rank has."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def _over_ranks(row: Row) -> Row:
+    """``row`` with the times of the slowest rank, and what the profiles of all of them say."""
+    rows = _of_all(row)
+    slowest = {name: max(of[name] for of in rows) for name in ("ms", "host_ms") if name in row}
+    if "profile" not in row:
+        return row | slowest
+    profiles = [of["profile"] for of in rows]
+    waits = waits_of(profiles)
+    show("ranks in a step", waits)
+    return row | slowest | {"profile": {"ranks": waits, "of_ranks": profiles}}
+
+
+def _built_by_hand(way: str, given: argparse.Namespace, options: Row) -> Row:
+    return decode_step.decode(way, build(given), given, options)
+
+
+def _first_token(way: str, given: argparse.Namespace, options: Row) -> Row:
+    return decode_step.PREFILL[way](build(given), given, options)
+
+
 DECODE: dict[str, Callable[..., Row]] = {
-    "hf": functools.partial(decode_step.decode, "hf"),
-    "dense": functools.partial(decode_step.decode, "dense"),
+    **{way: functools.partial(_built_by_hand, way) for way in ("hf", "dense", "op")},
     "ours": ours,
+    "own": own,
 }
+PREFILL = {way: functools.partial(_first_token, way) for way in decode_step.PREFILL}
 
 
 def run(way: str, given: argparse.Namespace) -> Row:
@@ -133,9 +195,9 @@ def run(way: str, given: argparse.Namespace) -> Row:
     _forget()
     cold()  # its buffer is there from now on, and no row's memory
     given.reserved, given.allocated = decode_step.reserved_bytes(), torch.cuda.memory_allocated() if ON_GPU else 0
-    sparsity = given.sparsity if way == "ours" else None
+    sparsity = given.sparsity if way in ("op", "ours", "own") else None
     options = {} if sparsity is None else decode_step.options_of(sparsity)
-    row = (decode_step.PREFILL if given.ttft else DECODE)[way](build(given), given, options)
+    row = _over_ranks((PREFILL if given.ttft else DECODE)[way](given, options))
     phase = {"phase": "first token" if given.ttft else "decode step"}
     sizes = {
         "shape": given.shape,
@@ -148,7 +210,7 @@ def run(way: str, given: argparse.Namespace) -> Row:
     row = phase | sizes | {"way": way, "sparsity": sparsity} | row
     if ON_GPU and not given.ttft:
         row["largest_batch"] = _largest_batch(given, row)
-    print(row, flush=True)
+    print({name: x for name, x in row.items() if name != "profile"}, flush=True)
     return row
 
 
@@ -211,9 +273,11 @@ def main() -> None:
     silent = contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(io.StringIO())
     with silent:
         rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
-        for way in given.only or (decode_step.PREFILL if given.ttft else DECODE):
+        for way in given.only or (PREFILL if given.ttft else DECODE):
             row = run(way, given)
             rows[key_of(row)] = row
+            if dist.get_rank() == 0:
+                save(NAME, with_ratios(list(rows.values())))  # what follows may fail
         if dist.get_rank() == 0:
             write(NAME, with_ratios(list(rows.values())))
     leave()

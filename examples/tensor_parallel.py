@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
     torchrun --nproc-per-node 2 examples/tensor_parallel.py --ways hf --model meta-llama/Llama-3.1-8B --sparsity 0.7
 
-own  a loop of your own, as gpt-fast has it: slices of the weights, and an all-reduce behind attention and MLP
+own  a loop of your own over slices of the weights, ``sharded_llama.py``
 hf   a model that transformers shards, which needs the package accelerate, and its generate()
 
 Both are compiled as on one GPU. It runs on CPUs as well, over gloo.
@@ -14,89 +14,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_reduce
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import mustafar_compile
 from quickstart import TINY_MODEL, fact_prompts
-
-
-class ShardedLayer(nn.Module):
-    """The part of a Llama layer that this rank holds: heads, their cache [B, heads, slots, D], columns of the MLP."""
-
-    def __init__(self, whole: nn.Module, batch: int, slots: int) -> None:
-        super().__init__()
-        attention, mlp = whole.self_attn, whole.mlp
-        self.norm, self.mlp_norm = whole.input_layernorm, whole.post_attention_layernorm
-        self.q, self.k, self.v = (_rows(m.weight) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
-        self.gate, self.up = (_rows(m.weight) for m in (mlp.gate_proj, mlp.up_proj))
-        self.out, self.down = (_columns(m.weight) for m in (attention.o_proj, mlp.down_proj))
-        self.head_dim = attention.head_dim
-        cache = self.k.new_zeros(batch, self.k.shape[0] // self.head_dim, slots, self.head_dim)
-        self.register_buffer("keys", cache)
-        self.register_buffer("values", cache.clone())
-
-    def forward(self, x: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        y = self.norm(x)
-        q, k, v = (F.linear(y, w).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.q, self.k, self.v))
-        q, k = apply_rotary_pos_emb(q, k, *rotation)
-        self.keys[:, :, positions] = k
-        self.values[:, :, positions] = v
-        y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask, enable_gqa=True)
-        x = x + _summed(F.linear(y.transpose(1, 2).flatten(2), self.out))
-        y = self.mlp_norm(x)
-        return x + _summed(F.linear(F.silu(F.linear(y, self.gate)) * F.linear(y, self.up), self.down))
-
-
-class ShardedLlama(nn.Module):
-    """A Llama of whose layers this rank holds a part."""
-
-    def __init__(self, whole: nn.Module, batch: int, slots: int) -> None:
-        super().__init__()
-        self.embedding, self.rotary, self.norm = whole.model.embed_tokens, whole.model.rotary_emb, whole.model.norm
-        self.layers = nn.ModuleList(ShardedLayer(layer, batch, slots) for layer in whole.model.layers)
-        self.head = whole.lm_head
-        self.register_buffer("slots", torch.arange(slots, device=whole.device))
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, vocabulary] behind the last of ``ids`` [B, L], which stand at ``positions`` [L]."""
-        x = self.embedding(ids)
-        rotation, mask = self.rotary(x, positions[None]), self.slots <= positions[:, None]
-        for layer in self.layers:
-            x = layer(x, positions, rotation, mask)
-        return self.head(self.norm(x[:, -1]))
-
-
-def _rows(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.chunk(dist.get_world_size(), 0)[dist.get_rank()].clone(), requires_grad=False)
-
-
-def _columns(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.chunk(dist.get_world_size(), 1)[dist.get_rank()].clone(), requires_grad=False)
-
-
-def _summed(x: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    return all_reduce(x, "sum", dist.group.WORLD)
-
-
-@torch.no_grad()
-def generate(step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, new_tokens: int) -> Tensor:
-    """Greedy decoding: the new tokens [B, new_tokens]."""
-    positions, tokens = torch.arange(ids.shape[1], device=ids.device), []
-    for _ in range(new_tokens):
-        ids = step(ids, positions).argmax(-1, keepdim=True)
-        positions = positions[-1:] + 1
-        tokens.append(ids)
-    return torch.cat(tokens, 1)
+from sharded_llama import ShardedLlama, generate
 
 
 def own(args: argparse.Namespace, ids: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
