@@ -65,7 +65,8 @@ def waits_of(profiles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     is what the collective takes (collectives_ms), and what others are in it beyond that is waiting (waiting_ms). last:
     the share of collectives to which the rank comes last. No clocks are compared.
     """
-    took = torch.tensor([found["collectives_us"] for found in profiles])  # [ranks, collectives of all steps]
+    count = min(len(found["collectives_us"]) for found in profiles)
+    took = torch.tensor([found["collectives_us"][-count:] for found in profiles])  # [ranks, collectives of all steps]
     least, last = took.amin(0), took.argmin(0)
     return [
         {"rank": rank, "ms": found["ms"], "busy_ms": found["busy_ms"], "collectives_ms": _of_a_step(least)}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_reduce
+from torch.distributed._functional_collectives import all_reduce
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
@@ -47,13 +47,14 @@ class ShardedLayer(nn.Module):
 
 
 class ShardedLlama(nn.Module):
-    """A Llama of whose layers and vocabulary this rank holds a part. The number of ranks must divide both."""
+    """A Llama of whose layers and vocabulary this rank holds a part."""
 
     def __init__(self, whole: nn.Module, batch: int, slots: int) -> None:
         super().__init__()
         self.embedding, self.rotary, self.norm = whole.model.embed_tokens, whole.model.rotary_emb, whole.model.norm
         self.layers = nn.ModuleList(ShardedLayer(layer, batch, slots) for layer in whole.model.layers)
-        self.head = _rows(whole.lm_head.weight)
+        self.vocabulary = len(whole.lm_head.weight)
+        self.head = _rows(F.pad(whole.lm_head.weight, (0, 0, 0, -self.vocabulary % dist.get_world_size())))
         self.register_buffer("slots", torch.arange(slots, device=self.head.device))
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class ShardedLlama(nn.Module):
         rotation, mask = self.rotary(x, positions[None]), self.slots <= positions[:, None]
         for layer in self.layers:
             x = layer(x, positions, rotation, mask)
-        return all_gather_tensor(F.linear(self.norm(x[:, -1]), self.head), -1, dist.group.WORLD)
+        return _joined(F.linear(self.norm(x[:, -1]), self.head))[:, : self.vocabulary]
 
 
 def _rows(*weights: Tensor) -> nn.Parameter:
@@ -77,7 +78,17 @@ def _columns(weight: Tensor) -> nn.Parameter:
 
 def _summed(x: Tensor) -> Tensor:
     """The sum over all ranks."""
-    return all_reduce(x, "sum", dist.group.WORLD)
+    return all_reduce(x, "sum", dist.group.WORLD) if dist.get_world_size() > 1 else x
+
+
+def _joined(x: Tensor) -> Tensor:
+    """The columns of all ranks beside each other: [B, share] -> [B, ranks * share]."""
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return x
+    joined = x.new_empty(ranks * x.shape[0], x.shape[1])
+    dist.all_gather_into_tensor(joined, x)
+    return joined.view(ranks, *x.shape).transpose(0, 1).flatten(1)
 
 
 @torch.no_grad()
