@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +25,7 @@ import llama
 import torch
 from comparing import Row, add_ratios, in_order, key_of, rows_of
 from profile_of_a_step import print_profile, profile_of
-from timing import DEVICE, ON_GPU, Function, cold, free, median_ms, parser, synchronize, write
+from timing import DEVICE, ON_GPU, Function, cold, free, in_a_row, median_ms, parser, synchronize, write
 from transformers import DynamicCache
 
 import mustafar_compile
@@ -70,22 +69,13 @@ def measured(step: Function, given: Sizes) -> Row:
     for _ in range(_WARM_UPS):
         step()
     synchronize()
-    rounds = [_round(step) for _ in range(_ROUNDS)]
+    rounds = [in_a_row(step, _STEPS) for _ in range(_ROUNDS)]
     whole, host = (statistics.median(times) for times in zip(*rounds, strict=True))
     row: Row = {"ms": whole, "host_ms": host}
     if given.profile:
         row["profile"] = profile_of(step)
         print_profile("kernels of a step", row["profile"])
     return row
-
-
-def _round(step: Function) -> tuple[float, float]:
-    start = time.perf_counter()
-    for _ in range(_STEPS):
-        step()
-    launched = time.perf_counter()
-    synchronize()
-    return (1e3 * (time.perf_counter() - start) / _STEPS, 1e3 * (launched - start) / _STEPS)
 
 
 def inputs(batch: int, first: int, tokens: int) -> dict[str, Any]:

@@ -102,6 +102,26 @@ def _walls(function: Function, runs: int, before: Function) -> list[float]:
     return times
 
 
+def in_a_row(function: Function, runs: int) -> tuple[float, float]:
+    """Mean times of ``function``, ms: of the device, which is busy with it when the clock starts, and of the host."""
+    function()
+    begin, start = _moment(), time.perf_counter()
+    for _ in range(runs):
+        function()
+    host, end = time.perf_counter() - start, _moment()
+    synchronize()
+    return (begin.elapsed_time(end) if ON_GPU else end - begin) / runs, 1e3 * host / runs
+
+
+def _moment() -> Any:
+    """When the device has done what was launched: an event, or without a GPU ms."""
+    if not ON_GPU:
+        return 1e3 * time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def graphed(function: Function) -> Function:
     """Capture ``function`` in a CUDA graph and return its replay. Raises what ``function`` raises."""
     if not ON_GPU:
