@@ -90,23 +90,28 @@ def build(given: argparse.Namespace) -> Any:
     if given.ranks > 1:
         config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=given.ranks))
         model = type(model).maybe_distribute_model(model, config, mesh)
-    return _made(model)
+    _fill(model)
+    model.model.rotary_emb = _rotary(model)
+    return model
 
 
 def _on_paper(given: argparse.Namespace) -> Any:
+    """The whole model without any memory."""
     with torch.device("meta"):
         return llama.model_of(SHAPES[given.shape][0], given.layers, given.context + 1)
 
 
-def _made(model: Any) -> Any:
-    """``model`` with random weights, the same for any number of ranks."""
+def _fill(model: nn.Module) -> None:
+    """Give ``model`` random weights, the same for any number of ranks."""
     torch.manual_seed(0)
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(_random(weight), requires_grad=False))
+
+
+def _rotary(model: Any) -> nn.Module:
     with DEVICE:
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    return model
+        return type(model.model.rotary_emb)(model.config)
 
 
 def _random(weight: torch.Tensor) -> torch.Tensor:
@@ -128,10 +133,12 @@ def ours(given: argparse.Namespace, options: Row) -> Row:
 
 def own(given: argparse.Namespace, options: Row) -> Row:
     """The step of a loop of one's own, whose layers have given up their dense caches."""
-    model = ShardedLlama(_made(_on_paper(given)), given.batch, given.context)
+    whole = _on_paper(given)
+    model = ShardedLlama(whole, given.batch, given.context)
+    _fill(model)
+    model.rotary, model.slots = _rotary(whole), torch.arange(given.context, device=DEVICE)
     for layer in model.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
+        layer.keys, layer.values = (torch.randn_like(x, device=DEVICE) for x in (layer.keys, layer.values))
     ids = torch.zeros(given.batch, 1, dtype=torch.int64, device=DEVICE)
     compiled, last = _compiled(model, options | {"release_dense": ON_GPU}), model.slots[-1:].clone()
     return _compressed(lambda: compiled(ids, last), model, given)
