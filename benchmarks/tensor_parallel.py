@@ -24,7 +24,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ import decode_step
 import llama
 import torch
 import torch.distributed as dist
-from decode_step import Row
+from comparing import Row, add_ratios, in_order, key_of, rows_of
 from profile_of_a_step import waits_of
-from timing import DEVICE, ON_GPU, Function, cold, free, parser, read, save, show, write
+from timing import DEVICE, ON_GPU, Function, cold, free, parser, save, show, write
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -231,22 +231,12 @@ def _largest_batch(given: argparse.Namespace, row: Row) -> int:
     return given.batch + int(room.item() // of_row)
 
 
-def key_of(row: Row) -> tuple:
-    """What a row is about."""
-    return tuple(row[name] for name in (*SIZES, "way", "sparsity"))
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
     """How many times faster each row is than the dense ones of the same sizes, and than itself on one rank."""
-    ways = list(DECODE)
-    rows = sorted(rows, key=lambda row: (*key_of(row)[: len(SIZES)], ways.index(row["way"]), row["sparsity"] or 0))
-    times = {key_of(row): row["ms"] for row in rows}
-    for row in rows:
-        sizes, what = key_of(row)[: SIZES.index("ranks")], key_of(row)[len(SIZES) :]
-        others = {f"over_{way}": (*sizes, row["ranks"], row["all_reduce"], way, None) for way in ("hf", "dense")}
-        for name, other in (others | {"over_one": (*sizes, 1, "none", *what)}).items():
-            if other in times:
-                row[name] = times[other] / row["ms"]
+    rows = in_order(rows, SIZES, ["eager", *DECODE])
+    dense = {f"over_{way}": {"way": way, "sparsity": None} for way in ("hf", "dense")}
+    add_ratios(rows, SIZES, **dense)
+    add_ratios(rows, [*SIZES[: SIZES.index("ranks")], "way", "sparsity"], over_one={"ranks": 1, "all_reduce": "none"})
     return rows
 
 
@@ -279,14 +269,15 @@ def main() -> None:
         sum_in_one_shot()
     silent = contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(io.StringIO())
     with silent:
-        rows = {key_of(row): row for row in (read(NAME) if given.keep else [])}
+        fields = (*SIZES, "way", "sparsity")
+        rows = rows_of(NAME, fields, given.keep)
         for way in given.only or (PREFILL if given.ttft else DECODE):
             row = run(way, given)
-            rows[key_of(row)] = row
+            rows[key_of(row, fields)] = row
             if dist.get_rank() == 0:
-                save(NAME, with_ratios(list(rows.values())))  # what follows may fail
+                save(NAME, with_ratios(rows.values()))  # what follows may fail
         if dist.get_rank() == 0:
-            write(NAME, with_ratios(list(rows.values())))
+            write(NAME, with_ratios(rows.values()))
     leave()
 
 
