@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 WORD = 0xFFFFFFFF
 STATEMENT = re.compile(r"([\w.:]+)\s+(.*)", re.DOTALL)
 
@@ -28,6 +30,16 @@ def dot_two(weights, bytes_, total, first):
     return total + sum(signed(weights >> 16 * i & 0xFFFF, 16) * byte(bytes_, first + i) for i in range(2))
 
 
+def halves(words):
+    """float16 in the halves of 32-bit words."""
+    return np.array([words], dtype=np.uint32).view(np.float16).astype(np.float64)
+
+
+def multiply_add(a, b, c):
+    """fma.rn.f16x2: rounded once, as float64 holds products and sums of such numbers exactly."""
+    return int((halves(a) * halves(b) + halves(c)).astype(np.float16).view(np.uint32)[0])
+
+
 OPERATIONS = {
     "mov": lambda a: a,
     "and": lambda a, b: a & b,
@@ -40,6 +52,7 @@ OPERATIONS = {
     "setp.ne": lambda a, b: int(a != b),
     "selp": lambda a, b, p: a if p else b,
     "prmt": permuted,
+    "fma.rn": multiply_add,
     "dp2a.lo.s32": lambda a, b, c: dot_two(a, b, c, 0),
     "dp2a.hi.s32": lambda a, b, c: dot_two(a, b, c, 2),
     "dp4a.u32": lambda a, b, c: c + sum(byte(a, i) * byte(b, i) for i in range(4)),
@@ -69,6 +82,12 @@ class Lane:
         elif name.startswith("st.shared"):
             address, source = re.fullmatch(r"\[(.*)\],\s*(\w+)", operands).groups()
             self.shared[self._address(address)] = self._value(source)
+        elif name == "mov" and operands.startswith("{"):
+            lower, upper, source = re.split(r"[\s,{}]+", operands.strip("{"))
+            self.registers[lower], self.registers[upper] = (self._value(source) >> 16 * i & 0xFFFF for i in range(2))
+        elif name == "mov" and operands.endswith("}"):
+            target, lower, upper = re.split(r"[\s,{}]+", operands.strip("}"))
+            self.registers[target] = self._value(lower) | self._value(upper) << 16
         else:
             target, *sources = re.split(r"\s*,\s*", operands)
             self.registers[target] = OPERATIONS[name](*map(self._value, sources)) & WORD

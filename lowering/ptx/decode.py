@@ -205,10 +205,10 @@ class Decode:
         return [f"s{i}" for i in range(4 * self.groups)] + [f"e{i}" for i in range(4) if self.groups == 1]
 
     def softmax(self) -> Block:
-        """s, and the running m, l, o -> p, and m, l, o brought up to date. Of coded values it takes c as well."""
+        """s, and the running m, l, o -> p, and m, l, o brought up to date. Of coded values it takes c<e> as well."""
         heads = 2 * self.groups
         state = names("m", heads, "f") | names("l", heads, "f") | names("o", self.summed, "f")
-        scores = names("s", 2 * heads, "f") | ({"c": "r"} if self.values.coded else {})
+        scores = names("s", 2 * heads, "f") | names("c", 2 * self.values.coded)
         return Block.of(scores | state, names("p", 4) | state, self._softmax())
 
     def _softmax(self) -> Lines:

@@ -3,7 +3,7 @@
 The vocabulary is that of ``decode_steps``, and two registers more:
 
 ==========  ==============================================================================================
-c           of coded rows: the largest magnitude of the lane's row, in the cache's dtype
+c<e>        of coded rows: the largest magnitude of the rows that s<k> of this lane are for, in the cache's dtype
 f           of int4: the floor of the lane's row
 ==========  ==============================================================================================
 
@@ -80,16 +80,16 @@ class Rows:
     def deciding(self) -> int:
         """Of its registers the first so many: a row in which they are zero counts as zero.
 
-        Of coded rows the peak. What else a row has may be anything, as levels are finite.
+        Of coded rows the peaks. What else a row has may be anything, as levels are finite.
         """
-        return 1 if self.coded else self.words
+        return 2 if self.coded else self.words
 
     def registers(self, prefix: str = "") -> dict[str, str]:
         """The registers that hold a row."""
         bitmap = names(f"{prefix}b", self.words if self.has_bitmap else 0)
-        peak = {f"{prefix}c": "r"} if self.coded else {}
+        peaks = names(f"{prefix}c", 2 * self.coded)
         floor = {f"{prefix}f": "r"} if self.code == "int4" else {}
-        return peak | bitmap | names(f"{prefix}v", self.packed) | floor
+        return peaks | bitmap | names(f"{prefix}v", self.packed) | floor
 
     def staged_bytes(self) -> int:
         """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
@@ -107,7 +107,8 @@ class Rows:
 
 
 def prefetch(rows: Rows) -> Lines:
-    """Lane: its row of block ``next`` of the buffers, given that of block 0 -> nb<w>, nv<j>, nc, nf.
+    """Lane: its row of block ``next`` of the buffers, given that of block 0 -> nb<w>, nv<j>, nf. Peaks of the rows of
+    s<k> -> nc<e>.
 
     The warp barriers keep ptxas from sinking the loads to their first use, an iteration later.
     """
@@ -120,7 +121,7 @@ def prefetch(rows: Rows) -> Lines:
     for w, kind, target in vectors("nb", rows.words if rows.has_bitmap else 0):
         yield f"{load}.{kind} {target}, [bitmap_row+{4 * w}];"
     if rows.coded:
-        yield f"{load}.u16 nc, [peaks_row];"
+        yield f"{load}.u16 nc0, [peaks_row]; {load}.u16 nc1, [peaks_row+8];"
     if rows.code == "int4":
         yield f"{load}.u8 nf, [floors_row];"
     for chunk in range(rows.kept // 8):
@@ -137,6 +138,7 @@ def level_setup(rows: Rows, alternating: bool) -> Lines:
         yield "and.b32 odd_lane, odd_lane, 1; setp.ne.u32 is_odd, odd_lane, 0;"
     for name, (even, odd) in _CONSTANTS.items():
         yield f"selp.b32 {name}, {odd}, {even}, is_odd;" if alternating else f"mov.b32 {name}, {even};"
+    yield ".reg .b32 unit, naught; mov.b32 unit, 0x3C003C00; mov.b32 naught, 0x80008000;"  # 1 and -0, as float16
     if rows.code == "int4":
         yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
         yield "ld.shared.v2.b32 {small,large}, [f];"
@@ -240,7 +242,11 @@ def _four_levels(k: int, x: int, step: int) -> Iterator[str]:
     """The two selectors by one product, as each byte of it sums up the bits of bytes before: the lower digit of byte c
     is the number of kept channels before c, and 4 more, a zero, where c is not kept itself."""
     yield f"mad.lo.u32 selector, bytes, {(0x01010100 - 4) >> k}, fill; prmt.b32 x{x}, pair, zeros, selector;"
-    yield f"shr.u32 selector, selector, 16; prmt.b32 x{x + 1}, pair, zeros, selector;"
+    # The upper half comes down as a product of float16 with 1, since shifts and permutes share a pipe that is full. Its
+    # upper digits are 4 or 12, so it is a normal number and stays what it is.
+    yield "{ .reg .b16 lower, upper; mov.b32 {lower,upper}, selector; mov.b32 selector, {upper,upper};"
+    yield "fma.rn.f16x2 selector, selector, unit, naught; }"
+    yield f"prmt.b32 x{x + 1}, pair, zeros, selector;"
 
 
 def _widen(four: str, x: int) -> Iterator[str]:
@@ -249,19 +255,17 @@ def _widen(four: str, x: int) -> Iterator[str]:
 
 
 def scales(dtype: str) -> Lines:
-    """Warp: c -> scale0, scale1: what the levels are multiplied with of the two tokens that s<k> of this lane are for.
+    """Lane: c<e> -> scale<e>: what the levels are multiplied with of the two tokens that s<k> are for.
 
     dtype: of the cache, "bf16" or "f16".
     """
-    yield ".reg .b32 token, peak; .reg .f32 scale<2>; .reg .b16 half;"
-    yield "and.b32 token, lane, 3; shl.b32 token, token, 3; shr.u32 peak, lane, 3; add.u32 token, token, peak;"
+    yield ".reg .f32 scale<2>; .reg .b16 half;"
     for e in range(2):
-        yield "shfl.sync.idx.b32 peak, c, token, 31, -1;"
         if dtype == "bf16":
-            yield f"shl.b32 peak, peak, 16; mov.b32 scale{e}, peak;"
+            yield f"shl.b32 c{e}, c{e}, 16; mov.b32 scale{e}, c{e};"
         else:
-            yield f"cvt.u16.u32 half, peak; cvt.f32.f16 scale{e}, half;"
-        yield f"mul.f32 scale{e}, scale{e}, {_TOP};" + (" add.u32 token, token, 4;" if e == 0 else "")
+            yield f"cvt.u16.u32 half, c{e}; cvt.f32.f16 scale{e}, half;"
+        yield f"mul.f32 scale{e}, scale{e}, {_TOP};"
 
 
 def _signed(word: int) -> int:
