@@ -210,8 +210,8 @@ class Tuned:
         if max(self.step.key.head_dim, self.step.value.head_dim) > 128:
             return 255
         both = self.decode.keys, self.decode.values
-        if not all(rows.has_bitmap for rows in both):
-            return 168  # nothing is staged: both rows are in registers at once
+        if not all(rows.gathered for rows in both):  # not staged: both rows are in registers at once
+            return 168 if sum(len(rows.registers()) for rows in both) <= 72 else 255
         if self.decode.sums > 32:
             return 168  # they stay in registers throughout
         prefetched = max(len(rows.registers()) for rows in both)

@@ -38,6 +38,7 @@ DECODES = [
         ((3, 48), (4, 64)),
         ((4, 40), (4, 40)),
         ((4, 128), (2, 8)),
+        ((4, 128), (4, 128)),
         ((5, 80), (7, 8)),
         ((8, 128), (8, 128)),
     ]
@@ -204,7 +205,7 @@ def test_shared_memory_of_decoding(decode):
     rows = 4 * 32
     for step, packed in (("score", decode.keys), ("weighted_sum", decode.values)):
         kept = packed.kept
-        if not packed.has_bitmap:
+        if not packed.gathered:
             assert "[stage+" not in blocks[step].text, "a lane has its channels in registers"
             continue
         staged = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", blocks[step].text)]
@@ -419,7 +420,9 @@ MAIN = {
     "128, eight heads": step_of(group=8, mask="additive"),
     "128, a third": step_of(group=8, kept=88, dtype="fp16", mask="boolean"),
     "128, five tokens": step_of(kept=40, queries=5, mask="boolean"),
+    "128, unpruned": step_of(kept=128, group=8, mask="boolean"),
     "64": step_of(64, group=8, dtype="fp16", softcap=True),
+    "64, unpruned": step_of(64, kept=64, softcap=True),
     "256": step_of(256, group=2),
 }
 

@@ -80,7 +80,7 @@ class Decode:
     @property
     def halved(self) -> bool:
         """Whether sums over values are halved, see ``values``: where columns of an mma are free and registers are."""
-        staged = self.keys.has_bitmap and self.values.has_bitmap  # else both rows stand in registers at once
+        staged = self.keys.gathered and self.values.gathered  # else both rows stand in registers at once
         return self.groups == 1 and self.values.words <= 4 and staged
 
     @property
@@ -117,7 +117,7 @@ class Decode:
 
     def _next(self, rows: Rows) -> dict[str, str]:
         """What ``prefetch`` takes."""
-        return dict.fromkeys(rows.buffers, "l") | {"next": "r"}
+        return dict.fromkeys(rows.loaded, "l") | {"next": "r"}
 
     def _table(self, rows: Rows) -> dict[str, str]:
         """What ``stage`` takes besides the row."""

@@ -186,7 +186,7 @@ class Prune:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program: a slot for each value, and one for what is not kept behind the last."""
-        return self.warps * self.rows.staged_bytes()
+        return self.warps * 128 * (self.kept + 1) * self.rows.has_bitmap
 
     @property
     def addresses(self) -> list[str]:

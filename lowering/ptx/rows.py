@@ -62,9 +62,20 @@ class Rows:
         return not self.coded or self.kept < 32 * self.words
 
     @property
+    def gathered(self) -> bool:
+        """Whether channels look up their elements by the bitmap. A row of all channels has them in order, and stays in
+        registers if there are not too many."""
+        return self.kept < 32 * self.words or self.packed > 64
+
+    @property
     def buffers(self) -> list[str]:
-        """The buffers that a row is loaded from."""
+        """The buffers that a row is stored in."""
         return ["values", *["bitmap"] * self.has_bitmap, *["peaks"] * self.coded, *["floors"] * (self.code == "int4")]
+
+    @property
+    def loaded(self) -> list[str]:
+        """Those that a row is loaded from."""
+        return [name for name in self.buffers if name != "bitmap" or self.gathered]
 
     @property
     def row_bytes(self) -> dict[str, int]:
@@ -82,18 +93,20 @@ class Rows:
 
         Of coded rows the peaks. What else a row has may be anything, as levels are finite.
         """
-        return 2 if self.coded else self.words
+        if self.coded:
+            return 2
+        return self.words if self.gathered else self.packed
 
     def registers(self, prefix: str = "") -> dict[str, str]:
         """The registers that hold a row."""
-        bitmap = names(f"{prefix}b", self.words if self.has_bitmap else 0)
+        bitmap = names(f"{prefix}b", self.words * self.gathered)
         peaks = names(f"{prefix}c", 2 * self.coded)
         floor = {f"{prefix}f": "r"} if self.code == "int4" else {}
         return peaks | bitmap | names(f"{prefix}v", self.packed) | floor
 
     def staged_bytes(self) -> int:
         """Shared memory of a warp's staged rows: a word for each value and one to read past the last."""
-        return (self.kept + 1) * 128 * self.has_bitmap
+        return (self.kept + 1) * 128 * self.gathered
 
     @property
     def clamped(self) -> bool:
@@ -103,7 +116,7 @@ class Rows:
 
     def overread_bytes(self) -> int:
         """Shared memory behind the staged rows that may be read because of a bitmap with more bits than values."""
-        return 128 * (32 if self.clamped else max(32 * self.words - self.kept, 0)) * self.has_bitmap
+        return 128 * (32 if self.clamped else 32 * self.words - self.kept) * self.gathered
 
 
 def prefetch(rows: Rows) -> Lines:
@@ -113,12 +126,12 @@ def prefetch(rows: Rows) -> Lines:
     The warp barriers keep ptxas from sinking the loads to their first use, an iteration later.
     """
     bits, load = _BITS[rows.code], "ld.global.L1::no_allocate"
-    yield f".reg .b64 {', '.join(f'{name}_row' for name in rows.buffers)};"
-    for name in rows.buffers:
+    yield f".reg .b64 {', '.join(f'{name}_row' for name in rows.loaded)};"
+    for name in rows.loaded:
         block = 4 * rows.kept * bits if name == "values" else 32 * rows.row_bytes[name]
         yield f"mad.wide.u32 {name}_row, next, {block}, {name};"
     yield "bar.warp.sync -1;"
-    for w, kind, target in vectors("nb", rows.words if rows.has_bitmap else 0):
+    for w, kind, target in vectors("nb", rows.words * rows.gathered):
         yield f"{load}.{kind} {target}, [bitmap_row+{4 * w}];"
     if rows.coded:
         yield f"{load}.u16 nc0, [peaks_row]; {load}.u16 nc1, [peaks_row+8];"
@@ -143,7 +156,7 @@ def level_setup(rows: Rows, alternating: bool) -> Lines:
         yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
         yield "ld.shared.v2.b32 {small,large}, [f];"
         if alternating:
-            yield ".reg .b32 turn; selp.b32 turn, 0x88888888, 0, is_odd;"
+            yield ".reg .b32 turn; selp.b32 turn, -1, 0, is_odd; xor.b32 small, small, turn; xor.b32 large, large, turn;"
 
 
 def levels(rows: Rows, j: int, alternating: bool) -> Lines:
@@ -152,13 +165,12 @@ def levels(rows: Rows, j: int, alternating: bool) -> Lines:
 
     Of int4, four codes in 16 bits are the selector of a byte permute. Its fourth bit, the sign, asks for the sign bits
     of the byte, which are none: so one permute has the levels of the positive elements, with zeros between, and one
-    with all signs turned those of the negative ones.
+    with all signs turned those of the negative ones. In odd lanes the table has complements, -1 - level, and -1 stands
+    between them, so that the difference of both is the negative.
     """
     if rows.code == "int8":
         yield f"xor.b32 u{j}, v{j}, zeros;"
         return
-    if alternating and j % 2 == 0:
-        yield f"xor.b32 v{j // 2}, v{j // 2}, turn;"
     yield f"mov.b32 codes, v{j // 2};" if j % 2 == 0 else f"shr.u32 codes, v{j // 2}, 16;"
     yield f"xor.b32 turned, codes, 0x8888; prmt.b32 u{j}, small, large, codes; prmt.b32 minus, small, large, turned;"
     yield f"sub.u32 minus, zeros, minus; add.u32 u{j}, u{j}, minus;"
@@ -174,10 +186,10 @@ def stage(rows: Rows, alternating: bool = False) -> Lines:
         yield from level_setup(rows, alternating)
     source, shifts = ("u", ("0x4321", "0x5432", "0x6543")) if rows.coded else ("v", ("0x5432",))
     count, step = (rows.kept // 4, 512) if rows.coded else (rows.packed, 256)
-    if rows.coded and rows.has_bitmap:
+    if rows.coded and rows.gathered:
         for j in range(count):
             yield from levels(rows, j, alternating)
-    if rows.has_bitmap:
+    if rows.gathered:
         yield ".reg .b32 overlap;"
         for j in range(count):
             following = f"{source}{min(j + 1, count - 1)}"
@@ -194,7 +206,7 @@ def expand_setup(rows: Rows) -> Lines:
     0x1044 (zero, the value), 0x4444 (zeros); bytes 4 to 7 of the permuted pair are zero. The bits arrive as 0 or 2^k,
     so the weights are scaled by 2^-k.
     """
-    if not rows.has_bitmap:
+    if not rows.gathered:
         return
     yield ".reg .b32 at, bytes, second, selector, pair; mov.b32 at, stage;"
     if rows.clamped:
@@ -212,10 +224,13 @@ def expand_word(rows: Rows, w: int, first: int, alternating: bool = False) -> Li
     by 128 for each kept value, added up by dp4a. No branch, no predicate. If clamped, a word begins at most behind the
     last value: a bitmap with more bits than the row has values thus reads at most ``overread_bytes`` past the row.
     """
-    if not rows.has_bitmap:
+    if not rows.gathered:
         for i in range(8):
-            yield from levels(rows, 8 * w + i, alternating)
-            yield from _widen(f"u{8 * w + i}", first + 2 * i)
+            if rows.coded:
+                yield from levels(rows, 8 * w + i, alternating)
+                yield from _widen(f"u{8 * w + i}", first + 2 * i)
+            else:
+                yield " ".join(f"mov.b32 x{first + k}, v{16 * w + k};" for k in (2 * i, 2 * i + 1))
         return
     if rows.clamped and w:
         yield "min.u32 at, at, behind;"
