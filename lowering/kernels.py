@@ -38,8 +38,8 @@ from .step import (
 _PACKED = ("values", "bitmap", "peaks", "floors")  # what formats have of packed rows, some of them
 _COMPRESS_WARPS = 4
 _PORTABLE_PROGRAMS = 4  # to a multiprocessor
-_APPENDING_IN_PLACE = 5  # programs of ``append``, by their registers, where one of ``attend`` would run
-_GIVEN_UP = 16  # of so many programs of ``attend`` one, so that ``append`` runs beside them
+_ROUNDS_OF_A_PROGRAM = 1  # that its start and its end take as long as: a split's price
+_MOST_WAVES = 4  # of programs of ``attend``, where rows are shared
 
 
 def compress(
@@ -118,22 +118,27 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _splits(rows: int, blocks: int, programs: int, blocks_a_round: int, beside: int = 0) -> int:
-    """Programs to share a row: as many as run at once, since a second wave would run with most of the GPU idle.
+@functools.cache
+def _splits(rows: int, blocks: int, multiprocessors: int, resident: int, blocks_a_round: int) -> int:
+    """Programs to share a row, so that the GPU is done soonest.
 
-    beside: room for how many of them another kernel can use. It gets that where each row gives up little.
+    resident: programs that a multiprocessor holds. Programs run in waves of so many to each multiprocessor. What is left
+    for the last wave takes more than its share of a wave's time, as fewer programs hide less of each other's waiting.
     """
-    most = programs // rows
-    most = max(most - most // _GIVEN_UP, (programs - beside) // rows)
-    return max(1, min(most, cdiv(blocks, blocks_a_round)))
+
+    def duration(splits: int) -> float:
+        waves, left = divmod(cdiv(rows * splits, multiprocessors), resident)
+        waves += (1 + left / resident) / 2 if left else 0
+        return waves * (blocks / (blocks_a_round * splits) + _ROUNDS_OF_A_PROGRAM)
+
+    most = min(cdiv(blocks, blocks_a_round), _MOST_WAVES * multiprocessors * resident // rows)
+    return min(range(1, max(1, most) + 1), key=duration)
 
 
 def _splits_for(attending: Tuned | Step, rows: int, blocks: int, device: torch.device) -> int:
     if isinstance(attending, Step):
-        return _splits(rows * attending.row_tiles, blocks, _multiprocessors(device) * _PORTABLE_PROGRAMS, 1)
-    programs, chunks = _multiprocessors(device) * attending.programs, attending.chunks
-    beside = cdiv(rows * attending.step.window_parts, _APPENDING_IN_PLACE)
-    return _splits(rows * chunks, blocks, programs, attending.warps, beside)
+        return _splits(rows * attending.row_tiles, blocks, _multiprocessors(device), _PORTABLE_PROGRAMS, 1)
+    return _splits(rows * attending.chunks, blocks, _multiprocessors(device), attending.programs, attending.warps)
 
 
 def decode_attention(

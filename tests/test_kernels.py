@@ -258,18 +258,24 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
     assert given is None or (given.dtype != torch.bool and strides == given.stride()[:2] + given.stride()[3:])
 
 
-def test_a_gpu_is_filled_once_and_no_split_is_empty():
-    every = itertools.product((1, 3, 64, 1000), (1, 5, 4096), (4, 528), (1, 4), (0, 16))
-    for rows_, blocks, programs, a_round, beside in every:
-        splits = kernels._splits(rows_, blocks, programs, a_round, beside)
+def test_no_split_is_empty_and_waves_are_few():
+    every = itertools.product((1, 3, 64, 1000), (1, 5, 4096), (1, 132), (2, 4), (1, 4))
+    for rows_, blocks, multiprocessors, resident, a_round in every:
+        splits = kernels._splits(rows_, blocks, multiprocessors, resident, a_round)
         assert 1 <= splits <= math.ceil(blocks / a_round)
-        assert splits == 1 or splits * rows_ <= programs
+        assert splits == 1 or splits * rows_ <= 4 * multiprocessors * resident
 
 
-@pytest.mark.parametrize(("rows_", "splits"), [(8, 65), (32, 15), (64, 8), (256, 2)])
-def test_room_is_left_for_the_appending_kernel_where_it_costs_little(rows_, splits):
-    """Of 528 programs a sixteenth at most, for 5 of ``append`` to a row, each of which takes a fifth of the room."""
-    assert kernels._splits(rows_, 4096, 528, 4, beside=rows_) == splits
+@pytest.mark.parametrize(
+    ("rows_", "blocks", "splits"),
+    [
+        *[(8, 1024, 49), (32, 256, 12), (64, 512, 6), (128, 256, 3), (384, 256, 1), (768, 256, 1)],  # whole waves at once
+        *[(256, 256, 3), (320, 128, 2), (512, 128, 3)],  # one split would leave multiprocessors idle
+    ],
+)
+def test_splits_are_those_that_were_measured_to_be_fastest(rows_, blocks, splits):
+    """On an H200, of 3 programs to a multiprocessor."""
+    assert kernels._splits(rows_, blocks, 132, 3, 4) == splits
 
 
 @pytest.mark.parametrize(
