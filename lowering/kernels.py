@@ -122,8 +122,8 @@ def _multiprocessors(device: torch.device) -> int:
 def _splits(rows: int, blocks: int, multiprocessors: int, resident: int, blocks_a_round: int) -> int:
     """Programs to share a row, so that the GPU is done soonest.
 
-    resident: programs that a multiprocessor holds. Programs run in waves of so many to each multiprocessor. What is left
-    for the last wave takes more than its share of a wave's time, as fewer programs hide less of each other's waiting.
+    resident: programs that a multiprocessor holds. Programs run in waves of so many to each multiprocessor. What is
+    left for the last wave takes more than its share of a wave's time: fewer programs hide less of each other's waiting.
     """
 
     def duration(splits: int) -> float:

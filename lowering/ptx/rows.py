@@ -156,7 +156,8 @@ def level_setup(rows: Rows, alternating: bool) -> Lines:
         yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
         yield "ld.shared.v2.b32 {small,large}, [f];"
         if alternating:
-            yield ".reg .b32 turn; selp.b32 turn, -1, 0, is_odd; xor.b32 small, small, turn; xor.b32 large, large, turn;"
+            yield ".reg .b32 turn; selp.b32 turn, -1, 0, is_odd;"
+            yield "xor.b32 small, small, turn; xor.b32 large, large, turn;"
 
 
 def levels(rows: Rows, j: int, alternating: bool) -> Lines:
