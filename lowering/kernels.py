@@ -127,8 +127,8 @@ def _splits(rows: int, blocks: int, multiprocessors: int, resident: int, blocks_
     """
 
     def duration(splits: int) -> float:
-        waves, left = divmod(cdiv(rows * splits, multiprocessors), resident)
-        waves += (1 + left / resident) / 2 if left else 0
+        whole, left = divmod(cdiv(rows * splits, multiprocessors), resident)
+        waves = whole + ((1 + left / resident) / 2 if left else 0)
         return waves * (blocks / (blocks_a_round * splits) + _ROUNDS_OF_A_PROGRAM)
 
     most = min(cdiv(blocks, blocks_a_round), _MOST_WAVES * multiprocessors * resident // rows)
