@@ -206,13 +206,13 @@ def decode_attention(
         **given, **cache, **placed, **new, num_warps=step.append_warps, **early, **asserting
     )
 
-    combined, channels = _to_combine(rows, step.query_rows, value_format.head_dim, _multiprocessors(device))
-    combine = step.combine(splits + step.window_parts, combined, channels, tuned is not None, overlap)
+    parts = splits + step.window_parts
+    combine = step.combine(parts, tuned is not None, overlap)
     few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
     combining: dict[str, Any] = {name: cache[name] for name in ("key_counts", "value_counts")}
     combining |= {"sinks": sinks, "moved": scratch["moved"], "result": result}
-    combine.combine[rows * step.query_rows // combined, cdiv(value_format.head_dim, channels)](
-        **given, **packed, **combining, parts=splits + step.window_parts, **early, **few
+    combine.combine[rows * step.query_rows, cdiv(value_format.head_dim, step.channels_at_once(parts))](
+        **given, **packed, **combining, parts=parts, num_warps=1, **early, **few
     )
     return result
 
@@ -247,20 +247,6 @@ def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device
         "states": torch.empty(*leading, 2, dtype=torch.float32, device=device),
         "moved": torch.empty(batch, 3, dtype=torch.int64, device=device),
     }
-
-
-def _to_combine(rows: int, query_rows: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
-    """Query rows of a KV head and channels to a program of the combining kernel: enough programs for the GPU, no more.
-
-    A program costs about as much for four query rows as for one.
-    """
-    combined, channels = 1, padded(head_dim)
-    programs = rows * query_rows
-    while query_rows % (2 * combined) == 0 and combined < 4 and programs // (2 * combined) >= multiprocessors:
-        combined *= 2
-    while channels > 16 and programs // combined * cdiv(head_dim, channels) < 2 * multiprocessors and combined == 1:
-        channels //= 2
-    return combined, channels
 
 
 @functools.cache

@@ -20,9 +20,8 @@ from .ptx.rows import Rows
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 STATIC_SHARED_BYTES = 48 * 1024
-# Of a thread of ``combine``, so that all its programs run at once. What it does for extreme values would take up to 255
-# and spills instead.
-COMBINE_REGISTERS = 64
+# Of a thread of ``combine``: enough for what it does for extreme values, few enough for 16 programs at once.
+COMBINE_REGISTERS = 128
 _SLOTS_A_WARP = 8  # of the window
 # Arguments of which a new value does not compile the kernels of a step anew.
 _INTEGERS = (
@@ -31,8 +30,10 @@ _INTEGERS = (
 )
 MASK_PIECE = 4096  # tokens of a mask that a program looks through for such as were never written
 _LOWEST = -3.4028234663852886e38  # of float32: a running maximum before any score
-_MOST_ROWS = 32  # of the query: with more, tl.dot takes instructions that need more than COMBINE_REGISTERS
+_MOST_ROWS = 32  # of the query, in a program of the portable kernel
 _PORTABLE_TILE = 32  # tokens that a program of the portable kernel works on at a time
+_SUMS_AT_ONCE = 1024  # that a program of ``combine`` loads: 32 to a thread
+_TOKENS_AGAIN = 4  # that ``combine`` works on at a time where a cache holds extreme values: little code, few registers
 _ROWS_A_PROGRAM = 8  # of the query: columns of an mma
 _MMA_DTYPES = {"bf16": "bf16", "fp16": "f16"}
 
@@ -162,14 +163,23 @@ class Step:
         """Kernel ``attend`` with inline PTX, or None where its preconditions do not hold."""
         return _tuned(self)
 
-    def combine(self, parts: int, heads: int, channels: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
-        """Kernel ``combine``: of ``heads`` query rows and ``channels`` channels to a program.
+    def combine(self, parts: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
+        """Kernel ``combine``, of a query row and ``channels_at_once`` to a program, which is one warp.
 
         exact_for_extremes: it does the work again where a cache holds extreme values.
         """
-        slots = next((n for n in (8, 16, 32, 128) if parts <= n), power_of_two(parts))  # few values: each compiles anew
-        constants = {"heads": heads, "channels": channels, "parts_padded": slots, "overlap": overlap}
+        constants = {"parts_padded": _part_slots(parts), "channels": self.channels_at_once(parts)}
+        constants |= {"overlap": overlap, "tokens_again": _TOKENS_AGAIN}
         return _kernels(self, "combine", **constants, exact_for_extremes=exact_for_extremes)
+
+    def channels_at_once(self, parts: int) -> int:
+        """Channels of V that a program of ``combine`` takes."""
+        return min(padded(self.value.head_dim), max(8, _SUMS_AT_ONCE // _part_slots(parts)))
+
+
+def _part_slots(parts: int) -> int:
+    """Few values, for each compiles ``combine`` anew."""
+    return next((n for n in (8, 16, 32, 128) if parts <= n), power_of_two(parts))
 
 
 @functools.cache

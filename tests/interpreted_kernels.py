@@ -266,9 +266,9 @@ def exact_for_extremes(monkeypatch):
     """Kernels of a step with a tuned ``attend``, whose results are lost: only what is done again can be right."""
     combine = kernels.Step.combine
 
-    def with_repetition(self, parts, heads, channels, exact_for_extremes, overlap):
+    def with_repetition(self, parts, exact_for_extremes, overlap):
         assert not exact_for_extremes, "the plain kernel is exact"
-        return combine(self, parts, heads, channels, True, overlap)
+        return combine(self, parts, True, overlap)
 
     class Lossy:
         def __init__(self, step):

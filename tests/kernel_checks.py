@@ -31,6 +31,7 @@ from cases import (
     with_length,
 )
 from mustafar_compile.lowering import portable
+from mustafar_compile.lowering.codes import level_table
 from nightly import mostly_at_night
 from pairwise import pairwise
 from ragged import POSITIONS, check_ragged, check_ragged_cache
@@ -107,6 +108,12 @@ def check_rows(kernels, x, kept, code="none", weights=None):
     assert_same_rows(decompressed(cache, len(x), by=kernels), expected, code)
 
 
+def every_level():
+    """[128, 16]: a row for each floor of int4, with all its levels and their negatives."""
+    levels = torch.tensor(level_table(), dtype=torch.float32)
+    return torch.cat([levels, -levels], dim=1)
+
+
 class KernelChecks:
     """A class of tests that has this one as its base runs these on the fixture ``kernels``."""
 
@@ -117,6 +124,10 @@ class KernelChecks:
         assert not cache.window.any()
         assert decompressed(cache, 0, by=kernels).shape == (1, 2, 0, head_dim)
         assert not decompressed(cache, 3, by=kernels).any()
+
+    def test_every_level_of_every_floor(self, kernels):
+        """Of int4, whose levels are a rounded quotient."""
+        check_rows(kernels, every_level(), 16, "int4")
 
     @pytest.mark.parametrize(("dtype", "value", "flag"), mostly_at_night(BORDERS, 4))
     def test_the_flag_of_extreme_values(self, kernels, dtype, value, flag):

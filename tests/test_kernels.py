@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import every_level
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import (
@@ -241,7 +242,7 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
     assert sinks is None or combine["sinks"].is_contiguous()
     assert how.get("maxnreg") == registers
     assert early.get("launch_pdl", False) == late.get("launch_pdl", False) == (registers is not None)
-    assert late.get("maxnreg") == (registers and 64)
+    assert late.get("maxnreg") == (registers and 128)
     splits, parts = attend["splits"], combine["parts"]
     assert grid == (8 * (1 if registers is None else -(-group // 8)), splits)
     assert append["splits"] == splits
@@ -279,17 +280,10 @@ def test_splits_are_those_that_were_measured_to_be_fastest(rows_, blocks, splits
 
 
 @pytest.mark.parametrize(
-    ("rows_", "group", "head_dim", "expected"),
-    [
-        (64, 4, 128, (1, 64)),  # a second program for each head fills the GPU
-        (256, 4, 128, (4, 128)),
-        (64, 8, 128, (2, 128)),
-        (512, 6, 80, (2, 128)),  # no more than divides the group
-        (8, 4, 128, (1, 16)),
-    ],
+    ("head_dim", "parts", "channels"), [(128, 8, 128), (128, 9, 64), (80, 17, 32), (64, 71, 8), (32, 7, 32)]
 )
-def test_the_combining_kernel_fills_a_gpu(rows_, group, head_dim, expected):
-    assert kernels._to_combine(rows_, group, head_dim, 132) == expected
+def test_programs_share_the_channels_where_there_are_many_parts(head_dim, parts, channels):
+    assert step_of(head_dim).channels_at_once(parts) == channels
 
 
 # ------------------------------------------------------------------------------------------------------- on the GPU
@@ -884,6 +878,16 @@ def test_rows_that_are_hard_to_rank(dtype, sizes, shift, code):
         shifted(dense.cuda(), shift), length, kept, 1, length, kernels, code=code, weights=weights.cuda()
     )
     assert_same_cache(cache, compressed(dense, length, kept, 1, length, portable, code=code, weights=weights))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32])  # the tuned kernel, the plain one
+def test_every_level_of_every_floor(dtype):
+    dense = every_level().to(dtype).repeat(1, 2)[None, None]
+    cache = compressed(dense.cuda(), 128, 32, 1, 128, by=kernels, code="int4")
+    expected = compressed(dense, 128, 32, 1, 128, by=portable, code="int4")
+    assert_same_cache(cache, expected)
+    assert_same_rows(decompressed(cache, 128, by=kernels).cpu(), decompressed(expected, 128, by=portable), "int4")
 
 
 @needs_gpu

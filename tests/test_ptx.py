@@ -509,9 +509,26 @@ def test_the_plain_kernels_compile(mask, dtype, queries, sizes, checked):
     ("mask", "dtype", "queries", "exact", "sinks"), pairwise(MASKS, DTYPES, QUERIES, (False, True), (False, True))
 )
 def test_the_combine_compiles(mask, dtype, queries, exact, sinks):
-    combine = plain_step(mask, dtype, queries, sinks=sinks).combine(9, 1 + exact, 32, exact, exact).combine
+    combine = plain_step(mask, dtype, queries, sinks=sinks).combine(9, exact, exact).combine
     few = {"maxnreg": COMBINE_REGISTERS} if exact else {}
-    assert compiled(combine, dtype, mask, sinks, **few).asm["cubin"]
+    assert compiled(combine, dtype, mask, sinks, num_warps=1, **few).asm["cubin"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("step", "parts"),
+    [
+        (step_of(kept=40), 7),
+        (step_of(kept=128, value_kept=64, codes=("int4", "int4")), 7),
+        *at_night([(step_of(kept=64, codes=("int4", "int4"), mask="additive"), 13), (step_of(256, group=2), 71)]),
+    ],
+)
+def test_the_combine_compiles_without_spilling(step, parts, tmp_path):
+    """What it does for extreme values must cost nothing where there are none."""
+    how = {"formats": {"key_": step.key, "value_": step.value}, "num_warps": 1, "maxnreg": COMBINE_REGISTERS}
+    kernel = compiled(step.combine(parts, True, True).combine, step.dtype, step.mask, **how)
+    _, stack, local = usage(kernel, tmp_path)
+    assert (stack <= 24, local) == (True, 0)
 
 
 CODED = "int8", "int4"
@@ -531,7 +548,7 @@ def test_the_plain_kernels_of_coded_rows_compile(codes, dtype, sizes):
     weighted = ("key", "value")
     append = compiled(step.append(True, False, weighted).append, dtype, formats=formats, num_warps=step.append_warps)
     attend = compiled(step.portable().attend, dtype, formats=formats)
-    combine = compiled(step.combine(9, 1, 32, True, True).combine, dtype, formats=formats)
+    combine = compiled(step.combine(9, True, True).combine, dtype, formats=formats, num_warps=1)
     assert all(kernel.asm["cubin"] for kernel in (append, attend, combine))
 
 
