@@ -22,6 +22,7 @@ from .backends import runs_ptx
 from .codes import level_table
 from .decode_step import DecodeStep
 from .format import BLOCK_TOKENS, Format
+from .launches import Launch, launch
 from .masks import with_four_dims
 from .ptx.prune import Prune
 from .step import (
@@ -189,12 +190,12 @@ def decode_attention(
 
     attending = given | packed | placed | {"counts": cache["key_counts"]}
     if tuned is None:
-        step.portable().attend[rows * step.row_tiles, splits](**attending)
+        attend = Launch(step.portable().attend, (rows * step.row_tiles, splits), attending)
     else:
         attending["query"] = attending["query"].view(torch.int32)
         attending["levels"] = _levels(device) if tuned.decode.has_table else None
-        limits = {"num_warps": tuned.warps, "maxnreg": tuned.registers}
-        tuned.kernel(overlap).attend[rows * tuned.chunks, splits](**attending, **limits)
+        attending |= {"num_warps": tuned.warps, "maxnreg": tuned.registers}
+        attend = Launch(tuned.kernel(overlap).attend, (rows * tuned.chunks, splits), attending)
 
     early: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     room = blocks["key_blocks"] * BLOCK_TOKENS + key_format.window if length is None else length
@@ -202,18 +203,17 @@ def decode_attention(
     new = {"key": key, "value": value, "moved": scratch["moved"], "length": room}
     new |= {f"{role}_weights": w for role, w in weights.items()}
     asserting = {"sanitize_overflow": False} if device.type == "cuda" else {}  # of all assertions, only our own
-    step.append(overlap, checked, tuple(weights)).append[rows, step.window_parts + mask_pieces](
-        **given, **cache, **placed, **new, num_warps=step.append_warps, **early, **asserting
-    )
+    appending = given | cache | placed | new | {"num_warps": step.append_warps} | early | asserting
+    module = step.append(overlap, checked, tuple(weights))
+    append = Launch(module.append, (rows, step.window_parts + mask_pieces), appending)
 
     parts = splits + step.window_parts
-    combine = step.combine(parts, tuned is not None, overlap)
-    few = {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
-    combining: dict[str, Any] = {name: cache[name] for name in ("key_counts", "value_counts")}
-    combining |= {"sinks": sinks, "moved": scratch["moved"], "result": result}
-    combine.combine[rows * step.query_rows, cdiv(value_format.head_dim, step.channels_at_once(parts))](
-        **given, **packed, **combining, parts=parts, num_warps=1, **early, **few
-    )
+    combining = given | packed | {name: cache[name] for name in ("key_counts", "value_counts")} | early
+    combining |= {"sinks": sinks, "moved": scratch["moved"], "result": result, "parts": parts, "num_warps": 1}
+    combining |= {"maxnreg": COMBINE_REGISTERS} if tuned is not None else {}
+    module = step.combine(parts, tuned is not None, overlap)
+    shares = cdiv(value_format.head_dim, step.channels_at_once(parts))
+    launch([attend, append, Launch(module.combine, (rows * step.query_rows, shares), combining)], device)
     return result
 
 
