@@ -150,7 +150,7 @@ def read(mask_of, queries=7, keys=9):
         fakes = mode.from_tensor(torch.ones(2, keys, dtype=torch.bool)), mode.from_tensor(torch.tensor(5))
     with _compat.tracing_functionally(mode):
         traced, _ = _compat.make_functional_fx(attend, fakes)
-    return read_band(traced.graph.output_node().args[0][0])
+    return read_band(traced.graph.output_node().args[0][0], queries)
 
 
 READ = {  # of positions and padding; whether it begins at key 0, whether it slides, and how many columns it has
@@ -163,6 +163,7 @@ READ = {  # of positions and padding; whether it begins at key 0, whether it sli
     "looked up": (lambda q, k, p, o: (k <= q.view(1, 1, -1, 1)) & p[:, k][:, None, None], (True, False, 1)),
     "moved": (lambda q, k, p, o: k <= q[:, None] + 2, (False, False, 0)),
     "from an input": (lambda q, k, p, o: k <= (q + o)[:, None], (False, False, 0)),
+    "from two inputs": (lambda q, k, p, o: k <= (q + o + o)[:, None], (False, False, 0)),
     "sliding": (lambda q, k, p, o: (k <= q[:, None]) & (k > q[:, None] - 3), (False, True, 0)),
     "sliding ends": (lambda q, k, p, o: (q[:, None] >= k) & (q[:, None] - 3 <= k), (False, True, 0)),
 }

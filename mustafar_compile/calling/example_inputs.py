@@ -70,7 +70,8 @@ class _Examples:
     def of(self, source: Any) -> Any:
         index = source.index
         if isinstance(source, Argument):
-            return self.given[index]
+            given = self.given[index]
+            return given + 0 if isinstance(given, torch.SymInt) else given  # by the symbol that it is known as by now
         if isinstance(source, Size):
             return self.logical[index].shape[source.dim]
         if index not in self.made:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from torch.fx import Graph, Node, Proxy
 from ...lowering.layout import Layout
 from ..attention.band import Band, read_band
 from ..cache.update import CacheUpdate
-from ..graph.calls import call_before
 from ..graph.nodes import is_tensor, symbolic_size
 from ..match import Match
 
@@ -52,17 +50,6 @@ class Emitter:
         """All columns that a mask leaves out, None where there are none."""
         both = functools.partial(self.call, aten.logical_and.default)
         return functools.reduce(both, band.columns) if band.columns else None
-
-    def over_all_slots(self, mask: Node, slots: Any, place: Node) -> Node:
-        """``mask``, of the first slots of a cache, over all ``slots``, the others left out; made before ``place``."""
-        value = mask.meta["val"]
-        dtype = value.dtype if value.dtype == torch.bool or value.is_floating_point() else torch.float32
-        if value.dtype != dtype:
-            mask = call_before(place, aten._to_copy.default, mask, dtype=dtype)
-        *rows, columns = (self.size(mask, dim) for dim in range(value.dim()))
-        out, how = False if dtype == torch.bool else -math.inf, {"dtype": dtype, "device": value.device}
-        whole = call_before(place, aten.full.default, [*rows, slots], out, **how)
-        return call_before(place, aten.slice_scatter.default, whole, mask, len(rows), 0, columns)
 
     def new_rows(self, update: CacheUpdate) -> Node:
         """The new tokens [B, H, L, D] in the dtype of the cache."""
@@ -125,7 +112,7 @@ class Emitter:
         """The attention weights of the last tokens of a prompt."""
         attention, keys = match.attention, self.swapped(match.key.node, match.key.tokens_dim)
         mask, causal = attention.mask, attention.is_causal
-        band = None if mask is None else read_band(mask)
+        band = None if mask is None else read_band(mask, attention.query_length)
         if band is not None and band.begins:  # the mask itself may then be left out
             mask, causal = self.columns(band), True
         how = attention.sinks, causal, attention.scale, attention.softcap

@@ -37,7 +37,7 @@ class Prompts:
         ):
             with located(node), self.functional.graph.inserting_before(node):
                 attention = read_sdpa(node)
-                band = read_band(attention.mask) if _takes_a_band(attention) else None
+                band = read_band(attention.mask, attention.query_length) if _takes_a_band(attention) else None
                 if band is not None:
                     self._replace(attention, band)
 
@@ -61,7 +61,7 @@ class Prompts:
     def _bound(self, edge: Edge) -> Node:
         queries, keys = (
             self.emit.call(aten.select.int, self.emit.call(aten.reshape.default, x, [-1]), 0, 0)
-            for x in (edge.queries, edge.keys)
+            for x in (edge.queries.node, edge.keys.node)
         )
         return self.emit.call(aten.sub.Tensor, self.emit.call(aten.sub.Tensor, queries, keys), edge.less)
 

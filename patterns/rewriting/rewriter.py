@@ -21,6 +21,7 @@ from .emit import Emitter
 from .inputs import Inputs
 from .plan import Argument, Attached, AttachedBuffer, Buffer, Compressed, Extended, Output, Plan, Result
 from .prompts import Prompts
+from .steps import StepMasks
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
@@ -93,7 +94,7 @@ class Rewriter:
         self.attached: list[Attached] = []
         self.shared: set[Node] = set()  # updated keys that several attentions read
         self.steps: dict[Node, _Step] = {}  # by the updated keys
-        self.masks: dict[tuple[Node, Any], Node] = {}  # over all slots of a cache, by the mask and their number
+        self.masks = StepMasks(functional, self.emit, self.inputs)
 
     def run(self, matches: list[Match]) -> Plan:
         readers = Counter(match.key.node for match in matches)
@@ -104,6 +105,7 @@ class Rewriter:
         for match in matches:
             with located(match.attention.node):
                 (self._decode if match.phase == "decode" else self._prefill)(match)
+        self.masks.check()
         if all(match.phase == "prefill" for match in matches):  # a step is recorded, and waits for nothing
             Prompts(self.functional, self.emit).run()
         self._keep_escaping_caches_compressed()
@@ -134,7 +136,7 @@ class Rewriter:
                 *step.buffers,
                 *(format.encode() for format in match.formats),
                 step.position,
-                self._mask(match),
+                self.masks.of(match),
                 attention.sinks,
                 attention.scale,
                 attention.softcap,
@@ -163,16 +165,6 @@ class Rewriter:
             position = self.emit.call(aten.clone.default, self.emit.call(aten.select.int, buffers[0][-1], 1, 0))
         self.steps[match.key.node] = _Step(rows, buffers, position)
         return self.steps[match.key.node]
-
-    def _mask(self, match: Match) -> Node | None:
-        """The mask of a step; where it is of the first slots alone, it is to leave out all behind them."""
-        mask, attended = match.attention.mask, match.prefix
-        if mask is None or attended is None or not same_size(mask.meta["val"].shape[-1], attended):
-            return mask
-        slots = self.inputs.size_of(match.key.base, match.key.tokens_dim)
-        if (mask, slots) not in self.masks:
-            self.masks[mask, slots] = self.emit.over_all_slots(mask, slots, match.attention.node)
-        return self.masks[mask, slots]
 
     def _with_strides_of(self, original: Node, result: Node) -> Node:
         """``result`` with the strides of ``original``, on which views behind it rely.
