@@ -75,7 +75,7 @@ def test_a_press_before_ours(name, sparsity):
 @pytest.mark.parametrize("sparsity", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["snap", "streaming", "knorm"])
 def test_a_static_cache_after_an_eager_prompt(name, sparsity):
-    """As ``prepare`` sets it up on a GPU."""
+    """As a ``CompileConfig`` has it on a GPU."""
     from transformers import CompileConfig
 
     press, model = PRESSES[name](), hf_model(num_hidden_layers=2)

@@ -96,6 +96,5 @@ def _show(model: str, asked: dict[str, int], rows: list[dict[str, Any]], positio
     out.print(table(title + bytes_text(asked["gpu_memory_bytes"]), columns, cells))
     out.print(
         f"peak: what torch allocates at most. Of the GPU, {bytes_text(OUTSIDE)} are left for CUDA itself. prompt: "
-        "activations while the prompt is read. prepare() reads "
-        "prompts uncompiled into a dense cache: its peak is that of the row dense, and less after the prompt."
+        "activations while the prompt is read."
     )
