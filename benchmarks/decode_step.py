@@ -29,14 +29,15 @@ from timing import DEVICE, ON_GPU, Function, cold, free, in_a_row, median_ms, pa
 from transformers import DynamicCache
 
 import mustafar_compile
+from turns import alone
 
 NAME = "decode_step"
 WAYS = ("eager", "hf", "dense", "ours", "op")
 SIZES = ("phase", "batch", "context", "layers")
 FIELDS = (*SIZES, "way", "sparsity")
-_WARM_UPS = 5  # compiling, then warming up and recording CUDA graphs, then replaying
+_WARM_UPS = 4  # behind the step that compiles: recording CUDA graphs, then replaying
 _STEPS = 20
-_ROUNDS = 3
+_ROUNDS = 5
 
 
 class Sizes(Protocol):
@@ -64,16 +65,22 @@ def measured(step: Function, given: Sizes) -> Row:
     """Time of one step among many, as in generation: the host may run ahead of the device.
 
     host_ms is what the host needs to launch a step. Where it comes near the time of the step, the host is what limits.
-    Where ``given`` asks for it, profile is what ``profile_of`` finds.
+    spread: the slowest round less the fastest, over ms. Where ``given`` asks for it, profile is what ``profile_of``
+    finds.
     """
-    for _ in range(_WARM_UPS):
-        step()
+    step()  # compiles
     synchronize()
-    rounds = [in_a_row(step, _STEPS) for _ in range(_ROUNDS)]
-    whole, host = (statistics.median(times) for times in zip(*rounds, strict=True))
-    row: Row = {"ms": whole, "host_ms": host}
+    with alone():
+        for _ in range(_WARM_UPS):
+            step()
+        synchronize()
+        rounds = [in_a_row(step, _STEPS) for _ in range(_ROUNDS)]
+        whole, host = zip(*rounds, strict=True)
+        row: Row = {"ms": statistics.median(whole), "host_ms": statistics.median(host)}
+        row["spread"] = (max(whole) - min(whole)) / row["ms"]
+        if given.profile:
+            row["profile"] = profile_of(step)
     if given.profile:
-        row["profile"] = profile_of(step)
         print_profile("kernels of a step", row["profile"])
     return row
 
@@ -129,8 +136,9 @@ def fastest_attention(model: Any, batch: int, context: int) -> str:
     how: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
     query = torch.randn(batch, heads, 1, head_dim, **how)
     key, value = (torch.randn(batch, kv_heads, context, head_dim, **how) for _ in range(2))
-    times = dense.measure(query, key, value)
-    return min(dense.sdpa_attentions().keys() & times.keys(), key=times.__getitem__)
+    with alone():
+        times = dense.measured(dense.sdpa_attentions(), query, key, value)
+    return min(times, key=times.__getitem__)
 
 
 def ours(model: Any, given: Sizes, options: Row) -> Step:
@@ -180,7 +188,9 @@ def prefill(compiled: Any, model: Any, given: Sizes) -> Row:
         cache = DynamicCache(config=model.config)
         return compiled(**prompt, past_key_values=cache).logits[:, -1].argmax(-1)
 
-    taken = median_ms(first_token, runs=10)
+    first_token()  # compiles
+    with alone():
+        taken = median_ms(first_token, runs=10)
     free()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()

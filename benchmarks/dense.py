@@ -94,12 +94,17 @@ def measure(query: Tensor, key: Tensor, value: Tensor, flex: bool = False) -> di
 
     flex: FlexAttention too, which takes seconds to compile.
     """
-    ways = sdpa_attentions() | ({"flex": flex_attention()} if flex else {})
+    found = measured(sdpa_attentions() | ({"flex": flex_attention()} if flex else {}), query, key, value)
+    paged = _time_flashinfer("flashinfer", query, key, value, key.dtype)
+    return found | ({"flashinfer": paged} if paged is not None else {})
+
+
+def measured(ways: dict[str, Attention], query: Tensor, key: Tensor, value: Tensor) -> dict[str, float]:
+    """Milliseconds, in a CUDA graph, of those of ``ways`` that work. Raises RuntimeError where none does."""
     times = {
         name: _time(name, lambda attention=attention: graphed(lambda: attention(query, key, value)))
         for name, attention in ways.items()
     }
-    times["flashinfer"] = _time_flashinfer("flashinfer", query, key, value, key.dtype)
     found = {name: time for name, time in times.items() if time is not None}
     if not found:
         raise RuntimeError("no dense attention runs here")

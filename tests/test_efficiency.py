@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import dense
 import pytest
@@ -16,8 +20,9 @@ from shapes import build, config_of
 from study_files import StudyError
 
 import efficiency_study
+import turns
 from compilers import without_compiler
-from efficiency import child, kernels, largest, processes, tables
+from efficiency import child, kernels, largest, plans, processes, tables
 from efficiency.case import LARGEST, Case, options
 from efficiency.fp8 import FP8, Fp8Decoder
 from efficiency.runs import read_study
@@ -101,6 +106,9 @@ def test_settings_are_options_of_the_backend():
 CHILD = """
 import json, os, sys, time
 request = json.loads(sys.stdin.readline())
+if "case" not in request:
+    print(json.dumps({"device": "GPU", "bytes": 10**11}))
+    sys.exit()
 case = request["case"]
 with open(os.environ["SEEN"], "a") as file:
     file.write(case["way"] + os.environ.get("CUDA_VISIBLE_DEVICES", "") + "\\n")
@@ -118,7 +126,7 @@ def test_each_row_is_a_process_that_may_hang_or_crash(study, tmp_path, monkeypat
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     study = replace(study, runs=tuple(replace(run, limit_s=1.5) for run in study.runs))
     quiet = Console(quiet=True)
-    rows = efficiency_study.complete(study, gpus=2, retry=False, console=quiet)
+    rows = efficiency_study.complete(study, efficiency_study.missing(study, []), 2, 1, quiet)
     ended = {(case.way, case.measure): figures for case, figures in tables.by_case(rows).items()}
     assert ended["hf", "step"] == {"failed": "more than 1.5 s"}
     assert ended["op", "step"]["failed"].startswith("exit code 3, see ")
@@ -126,16 +134,66 @@ def test_each_row_is_a_process_that_may_hang_or_crash(study, tmp_path, monkeypat
     assert len(rows) == 8
     seen = (tmp_path / "seen").read_text().split()
     assert {line[-1] for line in seen} == {"0", "1"}
-    assert efficiency_study.complete(study, gpus=2, retry=False, console=quiet) == rows
-    assert len(efficiency_study.complete(study, gpus=2, retry=True, console=quiet)) == 8 + 4
+    assert not efficiency_study.missing(study, rows)
+    failed = efficiency_study.missing(study, rows, retry=True)
+    assert [case.way for case, *_ in failed] == ["hf", "hf", "op", "op"]
+    assert len(efficiency_study.missing(study, rows, again=["generating"])) == 2
+    assert len(efficiency_study.complete(study, failed, 2, 1, quiet)) == 8 + 4
     assert len((tmp_path / "seen").read_text().split()) == 8 + 4
+
+
+def test_rows_enter_as_their_memory_fits_in_order():
+    room, order = processes.Room(10), []
+
+    def row(name, needed, release):
+        with room.of(needed):
+            order.append(name)
+            release.wait(5)
+
+    releases = [threading.Event() for _ in range(4)]
+    rows = []
+    for name, (needed, release) in enumerate(zip([6, 30, 3, 2], releases, strict=True)):
+        rows.append(threading.Thread(target=row, args=(name, needed, release)))
+        rows[-1].start()
+        time.sleep(0.05)
+    assert order == [0]  # one that wants all that there is waits for it, and those behind it wait, too
+    for i, inside in enumerate([[0, 1], [0, 1, 2, 3]]):
+        releases[i].set()
+        rows[i].join(5)
+        time.sleep(0.05)
+        assert sorted(order) == inside
+    for release in releases:
+        release.set()
+    for thread in rows:
+        thread.join(5)
+
+
+TAKES_TURNS = """
+import sys, time, turns
+for i in range(3):
+    with turns.alone():
+        print("in", flush=True); time.sleep(0.02); print("out", flush=True)
+print(turns.seconds["alone"] >= 0.06)
+"""
+
+
+def test_processes_measure_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv(turns.LOCK, str(tmp_path / "lock"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(turns.__file__).parent))
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        running = [subprocess.Popen([sys.executable, "-c", TAKES_TURNS], stdout=out) for _ in range(3)]
+        assert [process.wait(20) for process in running] == [0, 0, 0]
+    lines = said.read_text().split()
+    assert lines.count("True") == 3
+    assert [line for line in lines if line != "True"] == ["in", "out"] * 9
 
 
 def test_the_largest_batch_without_a_gpu_needs_a_memory(study, monkeypatch):
     monkeypatch.setattr(processes, "COMMAND", ("-S", "-c", 'print(\'{"device": "CPU", "bytes": 0}\')'))
     machine = processes.Machine(0, timing.OUT / "logs")
     with pytest.raises(StudyError, match="the largest batch needs memory_GB where there is no GPU"):
-        list(machine.measure([(replace(STEP, batch=LARGEST), 5)]))
+        list(machine.measure([(replace(STEP, batch=LARGEST), 5, 0)]))
 
 
 WEIGHTS, ROW = 16 * 10**9, 2 * 4 * 8192 * 8 * 128 * 2
@@ -147,7 +205,7 @@ def test_the_largest_batch_is_planned_and_tried(monkeypatch, more, unseen):
     """more: what a row takes over what is planned for it. unseen: more of it that no peak shows, as of fragments."""
     tensors = [CacheTensor(i, role, 8, 128, torch.bfloat16, None, True) for i in range(4) for role in ("key", "value")]
     footprint = Footprint(WEIGHTS, tuple(tensors), *[sympy.Integer(0)] * 3, None, 4)
-    monkeypatch.setattr(largest, "_footprint", lambda *_: footprint)
+    monkeypatch.setattr(plans, "_footprint", lambda *_: footprint)
     tried = []
 
     def measured(case):
@@ -165,6 +223,20 @@ def test_the_largest_batch_is_planned_and_tried(monkeypatch, more, unseen):
     assert tried[0] == pytest.approx(fits * (more + unseen), rel=0.01)
     refused = [batch for batch in tried if batch > fits]
     assert refused == sorted(refused, reverse=True)
+
+
+@pytest.mark.parametrize(("fits", "tried"), [(13, [13]), (12, [13, 11, 12])])
+def test_a_batch_that_is_known_is_tried_first(monkeypatch, fits, tried):
+    monkeypatch.setattr(largest, "planned", lambda *_: 15)
+    monkeypatch.setattr(largest, "weights_of", lambda *_: WEIGHTS)
+    peak = MEMORY / 1e9
+
+    def measured(case):
+        return {"peak_GB": peak} if case.batch <= fits else {"failed": child.OUT_OF_MEMORY}
+
+    found = largest.search(replace(STEP, batch=LARGEST), measured, 2 * MEMORY, known=13)
+    assert [batch for batch, _ in found["tries"]] == tried
+    assert (found["batch"], found["planned"]) == (fits, 15)
 
 
 def test_a_search_ends_with_what_is_no_lack_of_memory(monkeypatch):
@@ -261,8 +333,8 @@ ROWS = [
     step("ours", "0.7", tokens_per_s=2560.0, peak_GB=30.0),
     step("op", "0.7", size=4, tokens_per_s=700.0),
     row_of(Case("step", "dense", batch=4, context=8192), failed="more than 150 s"),
-    step("dense", size=LARGEST, tokens_per_s=1e3, batch=10, tries=[[9, True], [10, True]]),
-    step("op", "0.7", size=LARGEST, tokens_per_s=2.5e3, batch=25, tries=[[25, True]]),
+    step("dense", size=LARGEST, tokens_per_s=1e3, batch=10, tries=[[9, True], [10, True]], planned=9),
+    step("op", "0.7", size=LARGEST, tokens_per_s=2.5e3, batch=25, tries=[[25, True]], planned=25),
     row_of(Case("loss", "ours", "0.7", shape="smollm2", new_tokens=64), **{"over_dense": 0.1, "+-": 0.01, "kl": 0.1}),
     generated("hf", first_token_ms=250.0, tokens_per_s=400.0, tokens_per_s_over={"512": 410.0}),
     generated("prepared", "0.5", first_token_ms=260.0, tokens_per_s=600.0, tokens_per_s_over={"512": 615.0}),

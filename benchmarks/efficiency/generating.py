@@ -10,6 +10,8 @@ import generate
 import torch
 from timing import DEVICE, ON_GPU, free
 
+from turns import alone
+
 from .case import Case
 
 MARKS = (512, 1024, 2048)
@@ -28,7 +30,8 @@ def measured(model: Any, case: Case, options: Row, byte_share: float) -> Row:
         free()
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        clock = _call(model, case, how, case.new_tokens)
+        with alone():
+            clock = _call(model, case, how, case.new_tokens)
     reached = [mark for mark in MARKS if mark < case.new_tokens] + [case.new_tokens]
     return {
         "first_token_ms": clock.first,

@@ -13,6 +13,7 @@ from shapes import build, config_of
 from timing import DEVICE, ON_GPU, cold
 
 import mustafar_compile
+import turns
 from mustafar_compile.policy import policy
 from mustafar_compile.settings import read_options
 
@@ -31,10 +32,15 @@ _WHOLE = 16  # tokens: a multiple of it leaves kernels their aligned loads
 
 @torch.no_grad()
 def figures(case: Case) -> Row:
-    """The figures of a row. Raises what measuring raises, and RuntimeError where not all layers ran compressed."""
+    """The figures of a row; seconds: what measuring it took, of which so many waited or alone, and for the model.
+
+    Raises what measuring raises, and RuntimeError where not all layers ran compressed.
+    """
     cold()  # its buffer is there from now on, and no row's memory
-    measured = _MEASURES[case.measure](case, options(case.setting) if case.setting else {})
-    return measured | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
+    with turns.timed("all"):
+        measured = _MEASURES[case.measure](case, options(case.setting) if case.setting else {})
+    taken = {name: round(value, 1) for name, value in turns.seconds.items()}
+    return measured | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU", "seconds": taken}
 
 
 def _fp8(model: Any, given: SimpleNamespace, _: Row) -> decode_step.Step:
@@ -111,7 +117,8 @@ def _model(case: Case, given: SimpleNamespace) -> Any:
     changes = {"num_hidden_layers": case.layers} if case.layers else {}
     config = config_of(case.shape, case.context + case.new_tokens, **changes)
     given.layers = config.num_hidden_layers
-    return build(config)
+    with turns.timed("model"):
+        return build(config)
 
 
 def _peak(given: SimpleNamespace) -> float:

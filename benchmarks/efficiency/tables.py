@@ -70,8 +70,7 @@ def batch_text(case: Case, figures: Row) -> str:
     """The batch; the largest one with what was planned."""
     if case.batch != LARGEST:
         return str(case.batch)
-    tries = figures.get("tries", [])
-    planned = f", planned {tries[0][0]}" if tries else ""
+    planned = f", planned {figures['planned']}" if "planned" in figures else ""
     card = f" in {case.memory_GB:g} GB" if case.memory_GB else ""
     return f"{figures.get('batch', 0)} (largest{card}{planned})"
 
