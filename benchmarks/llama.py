@@ -200,8 +200,9 @@ class Decoder:
         position = torch.full((batch, 1), context - 1, device=DEVICE)
         self.rotation = model.model.rotary_emb(self.embedding, position)  # from the position alone: made once
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
+        how: dict[str, Any] = {"options": {"shape_padding": False}}  # trying that out takes a second head's memory
         self.enter, self.between, self.finish = (
-            torch.compile(f, dynamic=False, fullgraph=True) for f in (_enter, _between, _finish)
+            torch.compile(f, dynamic=False, fullgraph=True, **how) for f in (_enter, _between, _finish)
         )
 
     def step(self) -> Tensor:

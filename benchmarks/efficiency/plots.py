@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,10 @@ PEER_COLOURS = {"hf": "#bc4c00", "dense": "#24292f", "snapkv": "#8250df", "flash
 OUR_COLOURS = {"0.5": "#0969da", "0.7": "#2da44e", "safe": "#54aeff", "balanced": "#bf3989", "small": "#1b7c83"}
 OTHER_COLOUR = "#57606a"
 KIND_COLOURS = {"attention": "#0969da", "matmul": "#8c959f", REST: "#d4a72c"}
+IDLE_COLOUR = "#eaeef2"
 MARKERS = {"ours": "s", "op": "o"}
+_FAR = 2.5
+"""Times the median step: a bar that is longer is cut off."""
 
 Points = list[tuple[int, Case]]
 Group = dict[str, Points]
@@ -42,7 +46,7 @@ def draw_all(found: Found) -> Iterator[tuple[str, str]]:
 
 
 def _groups(found: Found, along: str) -> Iterator[tuple[str, Group]]:
-    """Steps that differ in ``along`` alone, where there are two values of it or more for one way."""
+    """Steps that differ in ``along`` alone: ways with two values of it or more."""
     groups: dict[tuple[str, ...], Group] = {}
     for case, figures in found.items():
         if case.measure != "step" or "failed" in figures or (along == "context" and case.batch == LARGEST):
@@ -53,8 +57,10 @@ def _groups(found: Found, along: str) -> Iterator[tuple[str, Group]]:
         key = case.shape, f"{case.layers} layers" if case.layers else "all layers", fixed, card + figures["device"]
         groups.setdefault(key, {}).setdefault(case.label, []).append((place, case))
     for key, cases in groups.items():
-        if max(len({place for place, _ in points}) for points in cases.values()) > 1:
-            yield ", ".join(key), {label: sorted(points, key=lambda point: point[0]) for label, points in cases.items()}
+        lines = {label: sorted(points, key=lambda point: point[0]) for label, points in cases.items()}
+        lines = {label: points for label, points in lines.items() if points[0][0] < points[-1][0]}
+        if lines:
+            yield ", ".join(key), lines
 
 
 def _filling(found: Found) -> Iterator[tuple[str, list[Case]]]:
@@ -125,33 +131,46 @@ def _equal_memory(cases: list[Case], found: Found) -> str:
     figure, panel = _bars(cases)
     for place, case in enumerate(reversed(cases)):
         style = style_of(case.label, {case.label: [(0, case)]})
-        panel.barh(place, found[case]["tokens_per_s"], color=style["color"], height=0.66)
-        text = f" batch {batch_of(case, found[case])}"
-        panel.annotate(text, (found[case]["tokens_per_s"], place), va="center", fontsize=8)
+        speed = found[case]["tokens_per_s"]
+        panel.barh(place, speed, color=style["color"], height=0.66)
+        _beside(panel, speed, place, f"{speed:.0f} (batch {batch_of(case, found[case])})")
     panel.set_xlabel("tokens a second")
-    panel.margins(x=0.15)
+    panel.margins(x=0.22)
     _plain(panel)
     return _svg(figure)
 
 
 def _bars(cases: list[Case]) -> tuple[Any, Any]:
     """A panel with a line for each case, the first on top."""
-    figure, panel = pyplot.subplots(figsize=(7.6, 0.9 + 0.42 * len(cases)))
+    figure, panel = pyplot.subplots(figsize=(7.6, 0.9 + 0.36 * len(cases)))
     panel.set_yticks(range(len(cases)), [case.label for case in reversed(cases)])
     return figure, panel
 
 
+def _beside(panel: Any, end: float, place: int, text: str) -> None:
+    """Text behind the end of a bar."""
+    panel.annotate(f" {text}", (end, place), va="center", fontsize=8, annotation_clip=False)
+
+
 def _kinds(cases: list[Case], found: Found) -> str:
+    """A bar that is far longer than the others is cut off: the figure behind it tells."""
+    cases = sorted(cases, key=lambda case: -found[case]["ms"])
+    steps = [found[case]["ms"] for case in cases]
+    most = 1.12 * max(ms for ms in steps if ms <= _FAR * statistics.median(steps))
     figure, panel = _bars(cases)
     for place, case in enumerate(reversed(cases)):
-        start = 0.0
-        for kind, taken in by_kind(found[case]["kernels"]).items():
+        step, start = found[case]["ms"], 0.0
+        for kind, taken in by_kind(found[case]["kernels"], found[case]["busy_ms"]).items():
             panel.barh(place, taken, left=start, color=KIND_COLOURS[kind], height=0.66)
             start += taken
-        panel.plot(found[case]["ms"], place, marker="|", color="#cf222e", markersize=14, markeredgewidth=1.6)
-    panel.set_xlabel("ms of kernels in a step; red: the step")
+        panel.barh(place, max(0.0, step - start), left=start, color=IDLE_COLOUR, height=0.66)
+        _beside(panel, min(step, most), place, f"{step:.2f} ms" + (" (cut off)" if step > most else ""))
+    panel.set_xlim(0, most)
+    panel.set_xlabel("ms of a step")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=KIND_COLOURS[kind]) for kind in (*KINDS, REST)]
-    panel.legend(handles, [*KINDS, REST], frameon=False, fontsize=8)
+    handles.append(pyplot.Rectangle((0, 0), 1, 1, color=IDLE_COLOUR))
+    names = [*KINDS, REST, "no kernel runs"]
+    panel.legend(handles, names, frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     _plain(panel)
     return _svg(figure)
 
