@@ -27,7 +27,7 @@ from study_files import StudyError, known
 from timing import parser
 
 from accuracy.results import Results
-from efficiency import tables
+from efficiency import markdown, tables
 from efficiency.case import Case
 from efficiency.processes import Machine
 from efficiency.runs import Study, read_study
@@ -77,6 +77,7 @@ def main() -> None:
     arguments.add_argument("--retry", action="store_true", help="measure again what failed")
     arguments.add_argument("--again", nargs="+", metavar="NAME", default=[], help="measure these runs again")
     arguments.add_argument("--show", action="store_true", help="tables and report of what there is; measure nothing")
+    arguments.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables between its marks, too")
     arguments.add_argument("--report", type=Path, help="(default: efficiency_<name>.html beside the results)")
     args = arguments.parse_args()
     try:
@@ -91,6 +92,8 @@ def main() -> None:
         rows = results_of(study).rows
         if not args.show:
             rows = complete(study, missing(study, rows, args.retry, args.again), args.gpus, args.jobs, console)
+        if args.markdown:
+            markdown.replace(args.markdown, study, rows)
     except StudyError as error:
         arguments.error(str(error))
     for run in study.runs:

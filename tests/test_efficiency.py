@@ -22,7 +22,7 @@ from study_files import StudyError
 import efficiency_study
 import turns
 from compilers import without_compiler
-from efficiency import child, kernels, largest, plans, processes, tables
+from efficiency import child, kernels, largest, markdown, plans, processes, tables
 from efficiency.case import LARGEST, Case, options
 from efficiency.fp8 import FP8, Fp8Decoder
 from efficiency.runs import read_study
@@ -381,6 +381,25 @@ def test_the_report_is_one_file(study, tmp_path):
     assert "more than 150 s" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "There are no rows to compare yet" in report.html(study, [])
+
+
+def test_a_document_gets_the_tables_between_its_marks(tmp_path):
+    page, path = tmp_path / "page.md", tmp_path / "all.yaml"
+    steps = [Case.of(row).described() for row in ROWS if row["measure"] == "step"]
+    runs = [{"name": "steps", "rows": steps[:4]}, {"name": "none yet", "rows": steps[5:6]}]
+    path.write_text(json.dumps({"runs": runs}))
+    page.write_text(f"# Page\n{markdown.BEGIN}\nold\n{markdown.END}\nmore\n")
+    for _ in range(2):
+        markdown.replace(page, read_study(path), ROWS[:4])
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[1], lines[-2:]) == ("# Page", markdown.BEGIN, [markdown.END, "more"])
+    assert "**steps** (shape llama-3-8b, batch 32, context 8192):" in lines
+    assert "| best dense step with our op, 0.7 | 10 | 4000 | 30 | 1.25 | 5 |  |" in lines
+    assert "tokens a second | best dense step | 3200 | 0 | HF's model, our backend, 0.7 | 2560" in page.read_text()
+    assert "none yet" not in page.read_text()
+    page.write_text("nothing")
+    with pytest.raises(StudyError, match=r"page\.md has no lines <!-- efficiency study: begin"):
+        markdown.replace(page, read_study(path), ROWS)
 
 
 @pytest.mark.nightly

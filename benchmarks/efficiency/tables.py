@@ -53,7 +53,7 @@ def line(case: Case, found: Found) -> Row:
         return size | {"note": figures["failed"]}
     numbers = {name: figures[name] for name in ("ms", "tokens_per_s", "first_token_ms", "peak_GB") if name in figures}
     numbers |= {name: figures[name] for name in ("over_dense", "+-", "kl") if name in figures}
-    for peer in ("hf", "dense", "inductor"):
+    for peer in ("dense", "hf", "inductor"):
         other = _peer(case, peer, found)
         numbers |= {f"over_{peer}": gain(case, other, found)} if other else {}
     lost = loss(case, found)
