@@ -135,7 +135,8 @@ class Machine:
     def __init__(self, gpus: int, logs: Path, jobs: int = 1) -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [seen[i] if len(seen) > i and seen[i] else str(i) for i in range(gpus)] or [None]
-        threads = max(1, (os.cpu_count() or 1) // (jobs * len(names))) if jobs > 1 else 0
+        half = (os.cpu_count() or 1) // 2  # the other half is for those that measure
+        threads = max(1, half // (jobs * len(names))) if jobs > 1 else 0
         self._devices = [Device(name, logs, jobs, threads) for name in names]
         self._jobs, self._on_gpu = jobs, gpus > 0
 
