@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timing import DEVICE, graphed, operations
+from timing import DEVICE, free, graphed, operations
 from torch import Tensor
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.tensor import DTensor
@@ -197,6 +197,7 @@ class Decoder:
         self.embedding = embedding.full_tensor() if isinstance(embedding, DTensor) else embedding
         self.norm = model.model.norm.weight.data
         self.layers = [Layer.taken_from(layer) for layer in model.model.layers]
+        free()  # pieces of what was joined, too small for a cache
         position = torch.full((batch, 1), context - 1, device=DEVICE)
         self.rotation = model.model.rotary_emb(self.embedding, position)  # from the position alone: made once
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)

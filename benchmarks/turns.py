@@ -16,6 +16,11 @@ seconds: dict[str, float] = defaultdict(float)
 """Of this process: ``waited`` for its turn, ``alone`` with the device, and what ``timed`` was given."""
 
 
+def shared() -> bool:
+    """Whether there may be other processes."""
+    return bool(os.environ.get(LOCK))
+
+
 @contextlib.contextmanager
 def timed(name: str) -> Iterator[None]:
     """What it takes is added to ``seconds[name]``."""

@@ -34,12 +34,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
     try:
         return measures.figures(Case.of(request["case"]))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         return {"failed": reason(error)}
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a row cannot be measured. Memory runs out in libraries, too, which raise what they like."""
     if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
         return OUT_OF_MEMORY
