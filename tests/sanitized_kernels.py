@@ -38,9 +38,9 @@ def check_outside(variant, queries, mask):
 
 
 if __name__ == "__main__":
-    # The warps of a program read each other's rows, for nothing, where a bitmap has more bits than its row has values. A
-    # coded row that is not there yet may have one, since its peak alone makes it count as empty. So racecheck sees full
-    # blocks: 4 splits of 4 warps each.
+    # The warps of a program read each other's rows, for nothing, where a bitmap has more bits than its row has values.
+    # A coded row that is not there yet may have one, since its peak alone makes it count as empty. So racecheck sees
+    # full blocks, 16 of them.
     coded = 77 if sys.argv[1] == "memcheck" else 16 * 32 + 4 + 1
     for variant in ("tuned", "portable"):
         check(variant, 128, 4, "bool")
