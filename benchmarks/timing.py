@@ -123,7 +123,10 @@ def _moment() -> Any:
 
 
 def graphed(function: Function) -> Function:
-    """Capture ``function`` in a CUDA graph and return its replay. Raises what ``function`` raises."""
+    """Capture ``function`` in a CUDA graph and return its replay. Raises what ``function`` raises.
+
+    The replay keeps ``function``, and so the tensors that the graph reads.
+    """
     if not ON_GPU:
         return function
     stream = torch.cuda.Stream()
@@ -136,7 +139,11 @@ def graphed(function: Function) -> Function:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+    return functools.partial(_replay, graph, function)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _: Function) -> None:
+    graph.replay()
 
 
 def kernel_us(function: Function, names: Sequence[str], before: Function = cold, runs: int = 10) -> dict[str, float]:
