@@ -20,6 +20,8 @@ OTHER_COLOUR = "#57606a"
 KIND_COLOURS = {"attention": "#0969da", "matmul": "#8c959f", REST: "#d4a72c"}
 IDLE_COLOUR = "#eaeef2"
 MARKERS = {"ours": "s", "op": "o"}
+_DISTURBED = 1.1
+"""Times the step: where kernels take longer, others used the device while they were listed."""
 _FAR = 2.5
 """Times the median step: a bar that is longer is cut off."""
 
@@ -78,13 +80,18 @@ def _profiled(found: Found) -> Iterator[tuple[str, list[Case]]]:
     """Steps of one size for each shape: of that which was measured in most ways."""
     groups: dict[str, dict[str, list[Case]]] = {}
     for case, figures in found.items():
-        if case.measure == "step" and "failed" not in figures and case.batch != LARGEST:
+        if case.measure == "step" and "failed" not in figures and case.batch != LARGEST and _was_alone(figures):
             layers = f"{case.layers} layers" if case.layers else "all layers"
             size = f"{layers}, batch {case.batch}, {case.context} tokens, {figures['device']}"
             groups.setdefault(case.shape, {}).setdefault(size, []).append(case)
     for shape, sizes in groups.items():
         size = max(sizes, key=lambda size: len(sizes[size]))
         yield f"{shape}, {size}", sizes[size]
+
+
+def _was_alone(figures: dict[str, Any]) -> bool:
+    """Whether the kernels that were listed took no longer than in the step that was timed."""
+    return figures["busy_ms"] < _DISTURBED * figures["ms"]
 
 
 def _speeds(case: Case, found: Found) -> float:
@@ -106,7 +113,7 @@ def _along(cases: Group, found: Found, along: str, value: Callable[[Case, Found]
 
 def _speed_ups(cases: Group, found: Found, along: str) -> str:
     """A panel for each peer. Where batches are the largest that fit, the gain is that of equal memory."""
-    ways = [way for way in ("hf", "dense") if any(_gains(points, way, found) for points in cases.values())]
+    ways = [way for way in ("hf", "dense") if any(len(_gains(points, way, found)) > 1 for points in cases.values())]
     figure, panels = pyplot.subplots(1, max(len(ways), 1), figsize=(4.6 * max(len(ways), 1), 3.8), squeeze=False)
     for panel, way in zip(panels[0], ways, strict=False):
         for label, points in cases.items():
@@ -164,7 +171,7 @@ def _kinds(cases: list[Case], found: Found) -> str:
             panel.barh(place, taken, left=start, color=KIND_COLOURS[kind], height=0.66)
             start += taken
         panel.barh(place, max(0.0, step - start), left=start, color=IDLE_COLOUR, height=0.66)
-        _beside(panel, min(step, most), place, f"{step:.2f} ms" + (" (cut off)" if step > most else ""))
+        _beside(panel, min(max(step, start), most), place, f"{step:.2f} ms" + (" (cut off)" if step > most else ""))
     panel.set_xlim(0, most)
     panel.set_xlabel("ms of a step")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=KIND_COLOURS[kind]) for kind in (*KINDS, REST)]
