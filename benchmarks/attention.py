@@ -5,7 +5,6 @@
     python benchmarks/attention.py --shape 8,8,4,16384,128 --sparsity 0.7
     python benchmarks/attention.py --quick --code int8 --code int4 --sparsity 0 --sparsity 0.5 --sparsity 0.7
     python benchmarks/attention.py --quick --key-strategy magnitude --key-strategy output-aware
-    python benchmarks/attention.py --quick --key-strategy magnitude --key-strategy output-aware
 
 Our op is timed whole, in a CUDA graph: it takes in the new token, prunes the one that leaves the window, and attends.
 No row is reported whose result differs from float64 attention over the decompressed cache.

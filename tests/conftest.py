@@ -55,6 +55,15 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing is compiled before the test nor stays compiled behind it, and it runs without gradients."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _strategies():
     """What a test registers is not known to the next."""

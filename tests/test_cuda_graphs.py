@@ -21,17 +21,12 @@ from mustafar_compile.reporting.explain import record_call
 from reference import pruned_generation
 from stand_in_graphs import record_on_a_cpu
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 WINDOW = 4
 HOW = {"max_new_tokens": 14, "do_sample": False}
 AS_GRAPHS = "decode steps run as CUDA graphs"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

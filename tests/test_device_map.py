@@ -11,17 +11,12 @@ from mustafar_compile import cache_stats, explain, prepare
 from mustafar_compile.device_map import is_spread, move_in_graphs
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 BLOCKS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 OPTIONS = {"key_sparsity": 0.7, "value_sparsity": 0.7, "window": 4}
 STEPS = [("prefill", "decode")]
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
 
 
 def spread(*devices):

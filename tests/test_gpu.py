@@ -25,17 +25,13 @@ from mustafar_compile.lowering.format import Format, grown_capacity
 from ranked import ranked_generation
 from reference import pruned_generation
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 WINDOW = 4
 STRATEGIES = "key_strategy", "value_strategy"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
 
 
 def on_gpu(inputs):

@@ -23,16 +23,10 @@ from mustafar_compile.patterns.attention.band import read_band
 from mustafar_compile.planning.live_bytes import LiveBytes
 from nightly import at_night
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 TOKENS = 41  # no other size of a model
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,11 @@ from mustafar_compile.backend import mustafar
 from mustafar_compile.lowering import ops
 from nightly import at_night
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 aten = torch.ops.aten
 SLOTS, TOKENS, WINDOW = 23, 9, 4
 DENSE = {"key_sparsity": 0.0, "value_sparsity": 0.0, "window": WINDOW, "raise_errors": True}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 class Watched:
