@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import mustafar_compile
-
-ROOT = Path(mustafar_compile.__file__).parent
-NAME = mustafar_compile.__name__
-
-
-def dotted(path: Path) -> str:
-    return ".".join((NAME, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+from mustafar_compile import __name__ as NAME
+from mustafar_compile import __path__ as whole
+from mustafar_compile.lowering import __path__ as lowering
+from mustafar_compile.patterns import __path__ as patterns
 
 
-MODULES = {dotted(path): path for path in ROOT.rglob("*.py")}
+def modules(name: str, root: Path) -> dict[str, Path]:
+    """The files under a package's folder by their dotted names."""
+    found = {(name, *path.relative_to(root).with_suffix("").parts): path for path in root.rglob("*.py")}
+    return {".".join(parts).removesuffix(".__init__"): path for parts, path in found.items()}
+
+
+# An editable install leaves the two parts in folders of their own.
+PACKAGES = {NAME: whole, f"{NAME}.lowering": lowering, f"{NAME}.patterns": patterns}
+MODULES = {key: path for name, (root,) in PACKAGES.items() for key, path in modules(name, Path(root)).items()}
 
 
 def statements(body: list[ast.stmt], deep: bool) -> Iterator[ast.stmt]:
