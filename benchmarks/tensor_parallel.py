@@ -241,7 +241,7 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
 
 
 def arguments() -> argparse.Namespace:
-    """What is asked for, and the ranks that there are."""
+    """What is asked for."""
     options = parser(__doc__)
     options.add_argument("--shape", choices=SHAPES, default="8b")
     options.add_argument("--batch", type=int, default=32)
@@ -256,15 +256,20 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--keep", action="store_true", help="keep other rows of earlier runs in the results")
     given = options.parse_args()
     given.layers = given.layers or SHAPES[given.shape][1]
-    given.ranks = dist.get_world_size()
-    given.all_reduce = "none" if given.ranks == 1 else "one-shot" if given.one_shot else dist.get_backend()
-    given.total = torch.cuda.mem_get_info()[1] if ON_GPU else 0
     return given
 
 
+def add_ranks(given: argparse.Namespace) -> None:
+    """How many ranks there are, how they sum up, and the memory of this one's device."""
+    given.ranks = dist.get_world_size()
+    given.all_reduce = "none" if given.ranks == 1 else "one-shot" if given.one_shot else dist.get_backend()
+    given.total = torch.cuda.mem_get_info()[1] if ON_GPU else 0
+
+
 def main() -> None:
-    join()
     given = arguments()
+    join()
+    add_ranks(given)
     if given.all_reduce == "one-shot":
         sum_in_one_shot()
     silent = contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stdout(io.StringIO())

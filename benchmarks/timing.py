@@ -10,6 +10,7 @@ import argparse
 import functools
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -27,7 +28,9 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-OUT = Path(__file__).resolve().parent / "out"
+OUT_VARIABLE = "BENCHMARK_OUT"
+"""The environment variable that names another folder for results than ``out`` beside this file."""
+OUT = Path(os.environ.get(OUT_VARIABLE) or Path(__file__).resolve().parent / "out")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SWEEP_BYTES = 256 * 2**20 if ON_GPU else 2**10  # five times the L2 cache of an H200
 _WARM_UPS = 3
