@@ -36,7 +36,7 @@ from timing import parser, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from mustafar_compile._compat import cpp_code_cache
+from mustafar_compile import _compat
 from mustafar_compile.lowering import builds, native
 from mustafar_compile.lowering.decode_step import DecodeStep
 from mustafar_compile.lowering.format import CODES, Format
@@ -96,7 +96,7 @@ def dense_loop(shape: Shape, simd: str) -> Callable[[Tensor, Tensor, Tensor], Te
     form = Format.of(shape.head_dim, 0.0, WINDOW, "rows")
     attend = builds.source("attend.h", DTYPES[shape.dtype], simd, **builds.step_constants(form, form, shape.gqa))
     text = attend + loop.replace('#include "attend.h"', "")
-    library = cpp_code_cache.load(text, device_type="cpu", extra_flags=builds.FLAGS)
+    library = _compat.inductor.cpp_code_cache.load(text, device_type="cpu", extra_flags=builds.FLAGS)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.empty_like(query)

@@ -60,16 +60,16 @@ def _recorded(module: Any, _: Any, **options: Any) -> Any:
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Compiled graphs cost nothing; all that stands around them stays."""
-    original = _compat.compile_fx
-    _compat.compile_fx = functools.partial(original, inner_compile=_recorded)
+    original = _compat.inductor.compile_fx
+    _compat.inductor.compile_fx = functools.partial(original, inner_compile=_recorded)
     try:
         yield
     finally:
-        _compat.compile_fx = original
+        _compat.inductor.compile_fx = original
 
 
 def _inductor(module: Any, inputs: Any) -> Any:
-    return _compat.compile_fx(module, inputs)
+    return _compat.inductor.compile_fx(module, inputs)
 
 
 def cache_of(way: str, kind: str, model: Any) -> Cache:
@@ -95,7 +95,7 @@ def step_of(way: str, layers: int, kind: str = "static") -> Function:
 
 def first_call(step: Function) -> Row:
     """Seconds of the first call, and of Inductor in it."""
-    original, spent = _compat.compile_fx, 0.0
+    original, spent = _compat.inductor.compile_fx, 0.0
 
     def timed(*given: Any, **options: Any) -> Any:
         nonlocal spent
@@ -104,14 +104,14 @@ def first_call(step: Function) -> Row:
         spent += time.perf_counter() - start
         return compiled
 
-    _compat.compile_fx = timed
+    _compat.inductor.compile_fx = timed
     try:
         start = time.perf_counter()
         step()
         synchronize()
         return {"compile_s": time.perf_counter() - start, "inductor_s": spent}
     finally:
-        _compat.compile_fx = original
+        _compat.inductor.compile_fx = original
 
 
 def fastest_us(step: Function, calls: int) -> float:

@@ -59,10 +59,10 @@ def _inlined(name: str, included: set[str]) -> str:
 
 @functools.cache
 def _build(name: str, dtype: torch.dtype, simd: str, constants: tuple[tuple[str, int], ...]) -> Future[ctypes.CDLL]:
-    from .._compat import cpp_code_cache
+    from .. import _compat
 
     text = source(name, dtype, simd, **dict(constants))
-    return _builders.submit(lambda: cpp_code_cache.load(text, device_type="cpu", extra_flags=FLAGS))
+    return _builders.submit(lambda: _compat.inductor.cpp_code_cache.load(text, device_type="cpu", extra_flags=FLAGS))
 
 
 def _begin(name: str, dtype: torch.dtype, simd: str, constants: dict[str, int]) -> Future[ctypes.CDLL]:
@@ -111,10 +111,10 @@ class NotBuiltError(RuntimeError):
 @functools.cache
 def why_not() -> str | None:
     """Why there are no C++ kernels here; None where there are. Says so once."""
-    from .._compat import cpp_compiler
+    from .. import _compat
 
     try:
-        cpp_compiler()
+        _compat.inductor.cpp_compiler()
     except Exception as error:
         _warn(f"no C++ compiler was found ({type(error).__name__})")
         return "there is no C++ compiler"

@@ -67,23 +67,23 @@ def mustafar(
     and KV heads that are not there, NothingMatchedError under ``strict``, what a stage fails with
     under ``raise_errors``, RanksDisagreeError where ranks that wait for each other compile different graphs.
     """
-    compile_fx = _compat.compile_fx if inner is None else inner
-    _compat.note_recompile_limit()
+    compile_fx = _compat.inductor.compile_fx if inner is None else inner
+    _compat.dynamo.note_recompile_limit()
     with agreeing(gm, example_inputs) as said:
         settings, inductor = read_options(mode, options)
         said.update(of_options(settings, inductor))
         check_heads(settings, gm, example_inputs)
         rewritten = _rewritten(gm, example_inputs, settings, said)
-    with _compat.inductor_options(inductor, code_digest(), traces_are_cached=all_packaged()):
+    with _compat.inductor.configured(inductor, code_digest(), traces_are_cached=all_packaged()):
         if rewritten is None and any(isinstance(x, CompressedKV) for x in example_inputs):
             return gm  # op by op, which decompresses: Inductor would need plain tensors
         if rewritten is None:
             return compile_fx(gm, example_inputs)
         plan, inputs, given = rewritten
         wrap = _launching(plan, inputs, given) if inductor.get("triton.cudagraphs", True) else None
-        loops = _compat.loops_of_cpus() if graph_device(inputs) is None else {}
+        loops = _compat.inductor.loops_of_cpus() if graph_device(inputs) is None else {}
         changes = {"triton.cudagraphs": False, **loops}
-        with _compat.inductor_config.patch(changes), torch.set_grad_enabled(_gives_gradients(gm)):
+        with _compat.inductor.config.patch(changes), torch.set_grad_enabled(_gives_gradients(gm)):
             compiled = compile_fx(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, cache in given.caches.items() if cache.grows]

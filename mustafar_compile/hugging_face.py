@@ -44,7 +44,7 @@ def prepare(
     options, _ = merged_options("prepare", mode, options, settings)
     if is_spread(generating):
         move_in_graphs(generating)
-    if generating.device.type == "cuda" and _compat.takes_static_cache(generating):
+    if generating.device.type == "cuda" and _compat.models.takes_static_cache(generating):
         options.setdefault("release_dense", True)
         generate_over_static_caches(generating)
     generating.compile(backend="mustafar", options=options)

@@ -46,7 +46,7 @@ def compile_loop(
         return function(*args, **kwargs)
 
     for code in _frames_of(loop):
-        _compat.skip_code(code)
+        _compat.dynamo.skip_code(code)
     return torch.compile(loop, backend=functools.partial(mustafar, options=merged))
 
 

@@ -75,8 +75,8 @@ def groups_of(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
         return []
     given = [x for node in gm.graph.nodes if node.op.startswith("call") for x in (*node.args, *node.kwargs.values())]
     named = {x for node in gm.graph.nodes if is_collective(node) for x in node.args if isinstance(x, str)}
-    groups = [group for x in (*inputs, *given) for group in _compat.groups_in(x)]
-    groups += [group for name in sorted(named) if (group := _compat.group_named(name)) is not None]
+    groups = [group for x in (*inputs, *given) for group in _compat.distributed.groups_in(x)]
+    groups += [group for name in sorted(named) if (group := _compat.distributed.group_named(name)) is not None]
     waiting = {g.group_name: g for g in groups if g.size() > 1 and torch.distributed.get_backend(g) != "fake"}
     return [waiting[name] for name in sorted(waiting)]
 
@@ -106,14 +106,14 @@ def _tell(groups: Iterable[Any], said: Statement) -> list[tuple[Any, str]]:
     for group in groups:
         place = f"mustafar/{_counts[group.group_name]}"
         _counts[group.group_name] += 1
-        _compat.store_of(group).set(f"{place}/{group.rank()}", json.dumps(said))
+        _compat.distributed.store_of(group).set(f"{place}/{group.rank()}", json.dumps(said))
         places.append((group, place))
     return places
 
 
 def _heard(group: Any, place: str) -> dict[int, Statement]:
     """What the ranks of ``group`` say, by their number in it. Raises RanksDisagreeError where one says nothing."""
-    store, timeout = _compat.store_of(group), _compat.timeout_of(group)
+    store, timeout = _compat.distributed.store_of(group), _compat.distributed.timeout_of(group)
     end = time.monotonic() + timeout
     heard: dict[int, Statement] = {}
     while True:

@@ -192,14 +192,14 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     if mode is not None and inner is not None and mode != inner:
         raise ValueError(f"mustafar: two modes are given, {mode!r} and, as an option, {inner!r}; accepted is one")
     mode = mode if inner is None else inner
-    modes = _compat.list_mode_options()
+    modes = _compat.inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mustafar: mode {mode!r} is unknown; accepted are {', '.join(map(repr, modes))}")
     inductor = dict(modes[mode]) if mode is not None else {}
     if mode == "max-autotune-no-cudagraphs":
         inductor["triton.cudagraphs"] = False  # which Inductor has by default, and we have not
     ours = _settings_by_name(options)
-    known = _compat.inductor_config.get_config_copy()
+    known = _compat.inductor.config.get_config_copy()
     for key, value in options.items():
         name = key.replace("-", "_")
         if name in setting_names():

@@ -54,13 +54,13 @@ def _as_compiled(compile_graph):
 
 @contextmanager
 def _in_place_of_inductor(compile_graph):
-    original = _compat.compile_fx
-    _compat.compile_fx = _as_compiled(compile_graph)
+    original = _compat.inductor.compile_fx
+    _compat.inductor.compile_fx = _as_compiled(compile_graph)
     torch._dynamo.reset()
     try:
         yield
     finally:
-        _compat.compile_fx = original
+        _compat.inductor.compile_fx = original
         torch._dynamo.reset()
 
 

@@ -73,7 +73,7 @@ def own_loop(sparsity: float) -> tuple:
 def recorded() -> tuple:
     """As ``tokens_of``, with decode steps recorded, and how often that was."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_compat, "backend_of", lambda name, device: "nccl")
+        patch.setattr(_compat.distributed, "backend_of", lambda name, device: "nccl")
         made = record_on_a_cpu(patch)
         return *tokens_of("llama", "static", 0.7, num_hidden_layers=1), len(made)
 

@@ -336,7 +336,7 @@ def test_a_query_that_was_rounded_stays_so(monkeypatch):
         return gm
 
     with without_compiler(), monkeypatch.context() as inner:  # undone first, or Inductor would stay replaced
-        inner.setattr(_compat, "compile_fx", noting_dtypes)
+        inner.setattr(_compat.inductor, "compile_fx", noting_dtypes)
         torch.compile(step(rotated), backend="mustafar")(*case(queries=1, past=9, dtype=torch.bfloat16))
     assert dtypes == [torch.bfloat16]
 

@@ -94,11 +94,11 @@ def test_modes_reach_inductor(mode, monkeypatch):
     seen = {}
 
     def spy(gm, example_inputs):
-        seen.update({key: getattr(_compat.inductor_config, key) for key in ("max_autotune",)})
-        seen["cudagraphs"] = _compat.inductor_config.triton.cudagraphs
+        seen.update({key: getattr(_compat.inductor.config, key) for key in ("max_autotune",)})
+        seen["cudagraphs"] = _compat.inductor.config.triton.cudagraphs
         return gm.forward
 
-    monkeypatch.setattr(_compat, "compile_fx", spy)
+    monkeypatch.setattr(_compat.inductor, "compile_fx", spy)
     torch._dynamo.reset()
     torch.compile(lambda x: x + 1, backend="mustafar", mode=mode)(torch.ones(2))
     assert seen["max_autotune"] == mode.startswith("max-autotune")
@@ -108,19 +108,19 @@ def test_modes_reach_inductor(mode, monkeypatch):
 def test_inductor_options_hold_for_the_compilation_only(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        _compat, "compile_fx", lambda gm, _: seen.append(_compat.inductor_config.epilogue_fusion) or gm.forward
+        _compat.inductor, "compile_fx", lambda gm, _: seen.append(_compat.inductor.config.epilogue_fusion) or gm.forward
     )
     torch._dynamo.reset()
-    before = _compat.inductor_config.epilogue_fusion
+    before = _compat.inductor.config.epilogue_fusion
     options = {"epilogue_fusion": not before, "key_sparsity": 0.7}
     torch.compile(lambda x: x + 1, backend="mustafar", options=options)(torch.ones(2))
     assert seen == [not before]
-    assert _compat.inductor_config.epilogue_fusion == before
+    assert _compat.inductor.config.epilogue_fusion == before
 
 
 def test_an_unmatched_graph_goes_to_inductor_untouched(monkeypatch):
     seen = []
-    monkeypatch.setattr(_compat, "compile_fx", lambda gm, _: seen.append(gm) or gm.forward)
+    monkeypatch.setattr(_compat.inductor, "compile_fx", lambda gm, _: seen.append(gm) or gm.forward)
     torch._dynamo.reset()
     q = torch.randn(1, 2, 3, 8)
     torch.compile(torch.nn.functional.scaled_dot_product_attention, backend="mustafar")(q, q, q)
@@ -257,7 +257,7 @@ def test_code_may_depend_on_the_number_of_blocks(monkeypatch):
             compiled_for.append(bool(blocks == 2))
         return gm.forward
 
-    monkeypatch.setattr(_compat, "compile_fx", guarding)
+    monkeypatch.setattr(_compat.inductor, "compile_fx", guarding)
     torch._dynamo.reset()
     step = torch.compile(TupleModel().step, backend="mustafar", options={"window": 4})
     _, past = step(torch.randn(2, 20, 32), None)

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 from mustafar_compile import __name__ as NAME
 from mustafar_compile import __path__ as whole
+from mustafar_compile._compat.probe import probe
 from mustafar_compile.lowering import __path__ as lowering
 from mustafar_compile.patterns import __path__ as patterns
 
@@ -67,3 +70,14 @@ def test_lowering_imports_nothing_of_the_project_but_names_of_torch():
 
 def test_patterns_know_of_lowering_the_layout_only():
     assert set().union(*beyond("patterns").values()) == {f"{NAME}._compat", f"{NAME}.lowering.layout"}
+
+
+def test_all_names_of_torch_are_probed_when_the_backend_loads():
+    rooms = {module for module in MODULES if module.startswith(f"{NAME}._compat.")}
+    assert imported(f"{NAME}._compat") == rooms - {f"{NAME}._compat.probe"}
+
+
+def test_an_unsupported_version_is_told_at_once():
+    words = r"needs torch\.nowhere, which torch \S+ does not have; supported: torch 2\.11 to"
+    with pytest.raises(ImportError, match=words):
+        probe("torch", "nowhere")

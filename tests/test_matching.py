@@ -702,7 +702,7 @@ class Derived(Decode):
 def test_an_untraceable_graph_leaves_no_level_open():
     actual, expected, report = run(Derived())
     assert report.missed[0].reason.startswith("the graph could not be traced")
-    assert _compat._functorch_depth() == 0
+    assert _compat.tracing._functorch_depth() == 0
     torch.testing.assert_close(actual, expected)
 
 

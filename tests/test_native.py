@@ -447,7 +447,7 @@ def test_without_a_compiler_pytorch_does_it_with_one_warning(monkeypatch):
         raise RuntimeError("no compiler")
 
     expected = expected_of_portable(monkeypatch)
-    monkeypatch.setattr(_compat, "cpp_compiler", none_there)
+    monkeypatch.setattr(_compat.inductor, "cpp_compiler", none_there)
     builds.why_not.cache_clear()
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as warned:
         results = run_step()

@@ -335,5 +335,5 @@ def test_dynamo_may_count_while_its_counts_are_read(monkeypatch):
             return super().startswith(*given)
 
     counts = {Reason("Dynamo recompile limit exceeded in f"): 2, Reason("another"): 1}
-    monkeypatch.setitem(_compat._dynamo_counters, "unimplemented", counts)
-    assert _compat.recompile_limit_hits() == 2
+    monkeypatch.setitem(_compat.dynamo._counters, "unimplemented", counts)
+    assert _compat.dynamo.recompile_limit_hits() == 2

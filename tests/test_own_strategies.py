@@ -121,9 +121,11 @@ def test_a_saved_cache_asks_for_its_strategy():
 
 def test_traces_are_cached_where_all_code_is_ours(monkeypatch):
     seen = []
-    enabled = _compat.functorch_config.enable_autograd_cache
+    enabled = _compat.inductor.functorch_config.enable_autograd_cache
     monkeypatch.setattr(
-        _compat, "compile_fx", lambda gm, _: seen.append(_compat.functorch_config.enable_autograd_cache) or gm.forward
+        _compat.inductor,
+        "compile_fx",
+        lambda gm, _: seen.append(_compat.inductor.functorch_config.enable_autograd_cache) or gm.forward,
     )
     for name in (None, "ramp"):
         if name:
@@ -131,7 +133,7 @@ def test_traces_are_cached_where_all_code_is_ours(monkeypatch):
         torch._dynamo.reset()
         torch.compile(lambda x: x + 1, backend="mustafar")(torch.ones(2))
     assert seen == [enabled, False]
-    assert _compat.functorch_config.enable_autograd_cache == enabled
+    assert _compat.inductor.functorch_config.enable_autograd_cache == enabled
 
 
 @pytest.mark.native

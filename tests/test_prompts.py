@@ -142,8 +142,8 @@ def read(mask_of, queries=7, keys=9):
 
     with FakeTensorMode() as mode:
         fakes = mode.from_tensor(torch.ones(2, keys, dtype=torch.bool)), mode.from_tensor(torch.tensor(5))
-    with _compat.tracing_functionally(mode):
-        traced, _ = _compat.make_functional_fx(attend, fakes)
+    with _compat.tracing.tracing_functionally(mode):
+        traced, _ = _compat.tracing.make_functional_fx(attend, fakes)
     return read_band(traced.graph.output_node().args[0][0], queries)
 
 

@@ -65,8 +65,8 @@ def test_the_graph_is_that_of_an_export(function, symbolic):
     with torch.no_grad():
         expected, signature = aot_export_module(Module(), fakes(symbolic)[1], trace_joint=False, pre_dispatch=True)
     mode, given = fakes(symbolic)
-    with _compat.tracing_functionally(mode):
-        actual, written = _compat.make_functional_fx(lambda x, y, *sizes: function(x, y), given)
+    with _compat.tracing.tracing_functionally(mode):
+        actual, written = _compat.tracing.make_functional_fx(lambda x, y, *sizes: function(x, y), given)
     assert described(actual.graph) == described(expected.graph)
     assert [signature.user_inputs[i] for i in written] == list(signature.user_inputs_to_mutate.values())
 
@@ -75,10 +75,10 @@ def test_the_graph_is_that_of_an_export(function, symbolic):
 def test_an_input_that_is_laid_out_anew_is_refused(relay):
     mode, given = fakes(symbolic=False)
     with (
-        _compat.tracing_functionally(mode),
+        _compat.tracing.tracing_functionally(mode),
         pytest.raises(RuntimeError, match="an input gets another shape or storage"),
     ):
-        _compat.make_functional_fx(lambda x, y: (relay(x) * 2, y), given)
+        _compat.tracing.make_functional_fx(lambda x, y: (relay(x) * 2, y), given)
 
 
 def test_calls_that_are_added_leave_sizes_symbolic():
@@ -89,4 +89,6 @@ def test_calls_that_are_added_leave_sizes_symbolic():
     place = graph.output(given)
     columns = call_before(place, torch.ops.aten.permute.default, given, [1, 0])
     product = call_before(place, torch.ops.aten.matmul.default, given, columns)
-    assert all(isinstance(_compat.symbolic_expression(size), sympy.Symbol) for size in product.meta["val"].shape)
+    assert all(
+        isinstance(_compat.symbols.symbolic_expression(size), sympy.Symbol) for size in product.meta["val"].shape
+    )

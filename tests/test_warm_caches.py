@@ -56,7 +56,7 @@ def test_our_code_is_part_of_the_key():
     for digest, expected in (("a", (0, 1)), ("a", (1, 0)), ("b", (0, 1))):
         torch._dynamo.reset()
         counters.clear()
-        with _compat.inductor_options({}, digest):
+        with _compat.inductor.configured({}, digest):
             torch.compile(torch.mm)(torch.ones(1, 1), torch.ones(1, 1))  # needs no C++
         assert looked_up() == expected
 

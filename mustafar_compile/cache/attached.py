@@ -149,7 +149,7 @@ def current_state(attached: Attached, arguments: Sequence[Any]) -> AttachedState
 
 def is_watchable(dense: Tensor) -> bool:
     """Whether writes into ``dense`` can be noticed."""
-    return not dense.is_inference() or _compat.is_alone_in_memory(dense)
+    return not dense.is_inference() or _compat.memory.is_alone_in_memory(dense)
 
 
 def version_of(dense: Tensor) -> object:
@@ -160,7 +160,7 @@ def version_of(dense: Tensor) -> object:
 def _watch(dense: Tensor) -> None:
     """Let writes into a tensor of inference mode be counted, which no other tensor may make."""
     if is_watchable(dense):
-        _compat.give_version_counter(dense)
+        _compat.memory.give_version_counter(dense)
     else:
         notify("a KV cache is compressed anew at each step, since it was made in inference mode and shares its memory")
 

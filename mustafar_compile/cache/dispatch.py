@@ -25,7 +25,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     cache = _subject(args)
     if cache is not None:
         if func in (aten.detach.default, aten.alias.default):
-            return _compat.return_and_correct_aliasing(func, args, kwargs, cache.alias())
+            return _compat.tensors.return_and_correct_aliasing(func, args, kwargs, cache.alias())
         if cache.has_only_a_shape:
             if func._schema.is_mutable:
                 return cache
@@ -58,7 +58,7 @@ def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
         notify_decompressed(func)
         return x.dense()
 
-    args, kwargs = _compat.tree_map(expand, args), _compat.tree_map(expand, kwargs)
+    args, kwargs = _compat.tensors.tree_map(expand, args), _compat.tensors.tree_map(expand, kwargs)
     result = func(*args, **kwargs)
     return read_only(result) if is_view(func) and not fake[0] else result
 

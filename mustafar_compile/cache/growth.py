@@ -40,7 +40,7 @@ def extent_of(blocks: int, grows: bool) -> Tensor:
         with torch.inference_mode(False):
             extent = torch.empty(blocks, 0, dtype=torch.uint8, device="cpu")
         if grows:
-            _compat.maybe_mark_dynamic(extent, 0)
+            _compat.dynamo.maybe_mark_dynamic(extent, 0)
         extent = _extents.setdefault((blocks, grows), extent)
     return extent
 
@@ -119,7 +119,7 @@ class Handle(WithoutMemory):
         tokens = self.tokens
         if self.counts.is_inference() and not torch.is_inference_mode_enabled():  # where nothing may write them as such
             for buffer in self.buffers:
-                _compat.give_version_counter(buffer)
+                _compat.memory.give_version_counter(buffer)
         if not self.is_latest():
             self._check_standing()
             if not self.cropped:

@@ -31,7 +31,7 @@ def check_releasable(dense: Tensor) -> None:
             "to a CUDA device, or leave release_dense out"
         )
     storage, own = dense.untyped_storage(), dense.numel() * dense.element_size()
-    if storage.nbytes() != own or not dense.is_contiguous() or not _compat.is_allocated_by_torch(storage):
+    if storage.nbytes() != own or not dense.is_contiguous() or not _compat.memory.is_allocated_by_torch(storage):
         raise ReleaseError(
             "release_dense takes caches that are contiguous, allocated by torch and alone in their memory; given is "
             f"one of {own} bytes with strides {dense.stride()} in {storage.nbytes()} bytes of memory. Allocate K and V "
@@ -52,5 +52,5 @@ def release(dense: Tensor) -> None:
     check_releasable(dense)
     dense.record_stream(torch.cuda.current_stream(dense.device))  # which may still read what is to be reused
     storage = dense.untyped_storage()
-    _compat.free_storage(storage, _RELEASED)
+    _compat.memory.free_storage(storage, _RELEASED)
     setattr(storage, _MARK, True)

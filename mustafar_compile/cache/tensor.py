@@ -80,7 +80,7 @@ class CompressedKV(Handle):
         cache = cls(buffers, form, extent_of(blocks_for(format.capacity_of(buffers)), grows), size)
         cache.branch = Branch(tokens)
         if grows:
-            _compat.maybe_mark_dynamic(cache, tokens_dim)
+            _compat.dynamo.maybe_mark_dynamic(cache, tokens_dim)
         return cache
 
     @classmethod
@@ -182,7 +182,7 @@ class CompressedKV(Handle):
         """
         if self.buffers:
             return False
-        if isinstance(self.extent, _compat.FakeTensor):
+        if isinstance(self.extent, _compat.tracing.FakeTensor):
             return True
         raise ForeignCompilerError(
             "a compressed KV cache was given to a function that another backend compiles; accepted is "

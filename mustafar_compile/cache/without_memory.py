@@ -36,12 +36,12 @@ class WithoutMemory(Tensor):
     def shaped(cls, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
         """A tensor of this class. strides: None for those of a contiguous one."""
         tensor = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
-        _compat.forbid_data_pointer(tensor)
+        _compat.memory.forbid_data_pointer(tensor)
         return tensor
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Refused, but for Dynamo, which asks it for its size."""
-        return self._no_storage() if _compat.TracingContext.try_get() is None else super().untyped_storage()
+        return self._no_storage() if _compat.dynamo.TracingContext.try_get() is None else super().untyped_storage()
 
     def _is_view(self) -> bool:
         """Never, for Dynamo: it would make a view of the base, of which this may be a part only."""
@@ -82,7 +82,7 @@ class ReadOnlyView(WithoutMemory):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         refuse_lost_writes(func, args, kwargs or {})
-        result = func(*_compat.tree_map(_plain, args), **_compat.tree_map(_plain, kwargs or {}))
+        result = func(*_compat.tensors.tree_map(_plain, args), **_compat.tensors.tree_map(_plain, kwargs or {}))
         return read_only(result) if is_view(func) else result
 
 
@@ -92,7 +92,7 @@ def _plain(x: Any) -> Any:
 
 def read_only(result: Any) -> Any:
     """The tensors of a result, each in a read-only view."""
-    return _compat.tree_map(lambda x: ReadOnlyView(x) if isinstance(x, Tensor) else x, result)
+    return _compat.tensors.tree_map(lambda x: ReadOnlyView(x) if isinstance(x, Tensor) else x, result)
 
 
 def is_view(func: Any) -> bool:

@@ -50,7 +50,7 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
         attention = Attention(module.layer_idx, q, k, v, scaling, more.get("sliding_window"))
         return attend(attention).transpose(1, 2), None
 
-    before = _compat.attention_implementation(model)
+    before = _compat.models.attention_implementation(model)
     AttentionInterface.register(_NAME, interface)
     model.set_attn_implementation(_NAME)
     try:

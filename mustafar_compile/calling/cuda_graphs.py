@@ -227,11 +227,11 @@ class CudaGraphs:
         for place in recording.expanded:
             given[place] = _each_once(given[place])
         if into:
-            _compat.foreach_copy(into, given)
+            _compat.tensors.foreach_copy(into, given)
         self._fill(recording.lengths, inputs)
         recording.replay()
         if self.places.written:
-            _compat.foreach_copy(*([of[place] for place in self.places.written] for of in (given, into)))
+            _compat.tensors.foreach_copy(*([of[place] for place in self.places.written] for of in (given, into)))
         return [
             inputs[result.place] if isinstance(result, _Input) else result.clone() if _is_tensor(result) else result
             for result in recording.results

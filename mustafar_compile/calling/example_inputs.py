@@ -34,7 +34,9 @@ def add_calling_convention(plan: Plan, gm: GraphModule, given: PlainInputs) -> l
         elif not isinstance(source, Size):
             node.meta["tensor_dict"] = dict(_STATIC_INPUT)
             dynamo_source = (
-                _compat.AttrSource(dynamo_source, f"buffer_{source.place}") if dynamo_source is not None else None
+                _compat.dynamo.AttrSource(dynamo_source, f"buffer_{source.place}")
+                if dynamo_source is not None
+                else None
             )
         node._dynamo_source = dynamo_source
     _carry_module_metadata(plan.module, gm)
@@ -52,7 +54,7 @@ def _carry_module_metadata(module: GraphModule, gm: GraphModule) -> None:
     module.meta.update(gm.meta)
     sources = dict(getattr(gm, "_param_name_to_source", {}))
     for name, _ in (*module.named_parameters(), *module.named_buffers()):
-        sources.setdefault(name, _compat.ConstantSource(name))  # constants that tracing lifted
+        sources.setdefault(name, _compat.dynamo.ConstantSource(name))  # constants that tracing lifted
     module._param_name_to_source = sources  # type: ignore[assignment]
 
 
@@ -63,7 +65,7 @@ class _Examples:
         self.logical: list[Any] = [node.meta.get("example_value") for node in given.placeholders]
         self.given = given.values
         self.attached = {a.index: a for a in plan.attached}
-        self.mode = _compat.TracingContext.get().fake_mode
+        self.mode = _compat.dynamo.TracingContext.get().fake_mode
         self.growing_capacity: Any = None
         self.made: dict[int, list[torch.Tensor]] = {}
 

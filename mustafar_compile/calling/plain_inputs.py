@@ -72,7 +72,7 @@ class PlainInputs:
 
 def is_composed(x: Any) -> bool:
     """Whether ``x`` is a tensor that is made of others, with rules of its own. A compressed cache is none."""
-    return _compat.holds_tensors(x) and not isinstance(x, CompressedKV)
+    return _compat.tensors.holds_tensors(x) and not isinstance(x, CompressedKV)
 
 
 def _paths(x: Any) -> Iterator[str]:
@@ -101,5 +101,5 @@ def _part(whole: Node, x: Tensor, number: int, path: str) -> Node:
     node.meta["example_value"] = attrgetter(path)(whole.meta["example_value"])
     node.meta["tensor_dict"] = dict(vars(attrgetter(path)(x)))
     source = getattr(whole, "_dynamo_source", None)  # another name than ``path``, by which a graph may take it, too
-    node._dynamo_source = source and _compat.AttrSource(source, f"part_{number}")
+    node._dynamo_source = source and _compat.dynamo.AttrSource(source, f"part_{number}")
     return node

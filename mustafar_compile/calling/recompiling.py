@@ -21,7 +21,7 @@ def count_for_each_layer(found: Sequence[Match | NoMatch]) -> None:
     """
     layers = {m.attention.layer for m in found}
     if len(layers) == 1 and None not in layers:
-        _compat.bind_to_module()
+        _compat.dynamo.bind_to_module()
 
 
 def heed_hooks() -> None:
@@ -29,7 +29,7 @@ def heed_hooks() -> None:
 
     A hook may evict tokens from the cache of a prompt, as presses of kvpress do.
     """
-    _compat.guard_on_hooks(OWN_NUMBER)
+    _compat.dynamo.guard_on_hooks(OWN_NUMBER)
 
 
 def let_models_share_a_function() -> None:
@@ -39,8 +39,8 @@ def let_models_share_a_function() -> None:
     with an assistant beside the model, or after prompt lookup, the limit would be reached. It is raised for models that
     were called before others reached it.
     """
-    if _compat.runs_in_a_wrapper():
-        _compat.patch_dynamo(recompile_limit=max(_SHARED_LIMIT, _compat.dynamo_config.recompile_limit))
+    if _compat.dynamo.runs_in_a_wrapper():
+        _compat.dynamo.patch_config(recompile_limit=max(_SHARED_LIMIT, _compat.dynamo.config.recompile_limit))
 
 
 def let_buffers_grow(plan: Plan) -> None:
@@ -49,5 +49,5 @@ def let_buffers_grow(plan: Plan) -> None:
     Before the first token such a buffer is None.
     """
     grows = any(isinstance(x, Extended) or (isinstance(x, Compressed) and x.grows) for x in plan.outputs)
-    if grows and any(x is None or isinstance(x, CompressedKV) for x in _compat.buffers_read()):
-        _compat.patch_dynamo(force_parameter_static_shapes=False)
+    if grows and any(x is None or isinstance(x, CompressedKV) for x in _compat.dynamo.buffers_read()):
+        _compat.dynamo.patch_config(force_parameter_static_shapes=False)

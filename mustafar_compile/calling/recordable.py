@@ -54,7 +54,7 @@ def why_not(plan: Plan, examples: Sequence[Any]) -> str:
 def _waits_by(plan: Plan, devices: Sequence[str]) -> set[str]:
     """The libraries by which a step waits for other ranks."""
     names = {x for node in plan.module.graph.nodes if is_collective(node) for x in node.args if isinstance(x, str)}
-    known = (_compat.backend_of(name, torch.device(device)) for name in names for device in devices)
+    known = (_compat.distributed.backend_of(name, torch.device(device)) for name in names for device in devices)
     return {library for library in known if library is not None}
 
 
@@ -144,7 +144,7 @@ class Places:
         """
         if not self.waits:
             return tuple([inputs[i].data_ptr() for i in self.bound])
-        lasting, number = self.parameters, _compat.storage_number
+        lasting, number = self.parameters, _compat.memory.storage_number
         return tuple(
             [inputs[i].data_ptr() if i in lasting else (inputs[i].data_ptr(), number(inputs[i])) for i in self.bound]
         )
@@ -153,7 +153,9 @@ class Places:
         """Weak references to memory by whose life ``addresses`` go: while they are kept, no other gets its number."""
         if not self.waits:
             return []
-        return [_compat.StorageWeakRef(inputs[i].untyped_storage()) for i in self.bound if i not in self.parameters]
+        return [
+            _compat.memory.StorageWeakRef(inputs[i].untyped_storage()) for i in self.bound if i not in self.parameters
+        ]
 
     def form(self, inputs: Sequence[Any]) -> Hashable:
         """What decides on the kernels of a recording: sizes and rounded lengths."""
@@ -178,4 +180,4 @@ class Places:
 
 
 def _is_small(x: Tensor) -> bool:
-    return x.dtype.itemsize * math.prod(map(_compat.hint, x.shape)) <= _MOST_COPIED
+    return x.dtype.itemsize * math.prod(map(_compat.symbols.hint, x.shape)) <= _MOST_COPIED

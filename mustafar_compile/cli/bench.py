@@ -56,7 +56,7 @@ def bench(
 def _compile_dense(model: Any) -> None:
     from .. import _compat
 
-    if model.device.type == "cuda" and _compat.takes_static_cache(model):
+    if model.device.type == "cuda" and _compat.models.takes_static_cache(model):
         model.generation_config.cache_implementation = "static"  # which transformers compiles by itself
     else:
         model.compile()

@@ -44,7 +44,7 @@ def pressing(model: Any, press: BasePress) -> Iterator[None]:
         )
     press.forward_hook = _for_this_transformers(press.forward_hook)
     try:
-        with _compat.compiled_calls(model, lambda call: _in_prompts(press, model, call)) as replaced:
+        with _compat.models.compiled_calls(model, lambda call: _in_prompts(press, model, call)) as replaced:
             if replaced:
                 yield
             else:

@@ -16,7 +16,7 @@ from ..lowering import builds
 @contextmanager
 def without_memory() -> Iterator[None]:
     """Within it tensors are fake and nothing is computed."""
-    with builds.building_nothing(), _compat.FakeTensorMode(), torch.no_grad():
+    with builds.building_nothing(), _compat.tracing.FakeTensorMode(), torch.no_grad():
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from .. import _compat
 
 
-class LiveBytes(_compat.TorchDispatchMode):
+class LiveBytes(_compat.tensors.TorchDispatchMode):
     """Counts what is made while it is entered. peak: the most bytes that stood at one time; live: those that do now."""
 
     def __init__(self) -> None:
@@ -41,6 +41,6 @@ class LiveBytes(_compat.TorchDispatchMode):
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     """Of the plain tensors in nested tuples, lists and dicts."""
-    for x in _compat.tree_leaves(tree):
-        if isinstance(x, torch.Tensor) and not _compat.holds_tensors(x):
+    for x in _compat.tensors.tree_leaves(tree):
+        if isinstance(x, torch.Tensor) and not _compat.tensors.holds_tensors(x):
             yield x.untyped_storage()

@@ -22,13 +22,15 @@ def explain() -> Iterator[Report]:
     where the block neither compiled anything nor ran a graph with a compressed cache.
     """
     report = Report()
-    hits = _compat.recompile_limit_hits()
+    hits = _compat.dynamo.recompile_limit_hits()
     open_reports.append(report)
     try:
-        with _compat.functions_given_up() as report.given_up:
+        with _compat.dynamo.functions_given_up() as report.given_up:
             yield report
-        unnamed = ["a compiled function"] if _compat.recompile_limit_hits() > hits else []  # by a log that is off
-        earlier = _compat.functions_at_recompile_limit() if hits and not report.graphs else []
+        unnamed = (
+            ["a compiled function"] if _compat.dynamo.recompile_limit_hits() > hits else []
+        )  # by a log that is off
+        earlier = _compat.dynamo.functions_at_recompile_limit() if hits and not report.graphs else []
         for function in report.given_up or earlier or unnamed:
             notify_recompile_limit(function)
     finally:

@@ -36,7 +36,7 @@ def notify_blind() -> None:
 def notify_decompressed(func: Any) -> None:
     """Say that an op outside the compiled graphs decompresses a cache, and if Dynamo gave up compiling, that too."""
     notify(f"{func} runs on a compressed KV cache outside the compiled graphs, which decompresses it", stacklevel=5)
-    function = _compat.function_at_recompile_limit()
+    function = _compat.dynamo.function_at_recompile_limit()
     if function is not None:
         notify_recompile_limit(function)
 

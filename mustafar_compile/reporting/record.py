@@ -45,7 +45,7 @@ _SHORT_PROMPT = (
 def _why_dense(m: Match | NoMatch) -> str:
     if isinstance(m, NoMatch):
         return m.reason
-    tokens, window = _compat.hint(m.attention.query_length), m.formats[0].window
+    tokens, window = _compat.symbols.hint(m.attention.query_length), m.formats[0].window
     short_prompt = not m.key.grows and tokens > window
     return _SHORT_PROMPT.format(tokens=tokens, window=window) if short_prompt else _DENSE_STEP
 
@@ -53,7 +53,7 @@ def _why_dense(m: Match | NoMatch) -> str:
 def record_decompression(found: Sequence[Match | NoMatch]) -> None:
     """Say that a graph decompresses a cache that comes into it, unless that is for a prompt."""
     dense = [m for m in found if isinstance(m, NoMatch) or m.phase == "prefill"]
-    long = any(_compat.hint(m.attention.query_length) > MAX_QUERY_TOKENS for m in dense)
+    long = any(_compat.symbols.hint(m.attention.query_length) > MAX_QUERY_TOKENS for m in dense)
     if long or (found and not dense):
         return
     why = "; ".join(dict.fromkeys(_why_dense(m) for m in dense))
@@ -112,7 +112,7 @@ def _entry(m: Match | NoMatch, context: Context, counted: set[Node]) -> Entry:
     """counted: caches whose bytes are in an earlier entry; those of ``m`` are added."""
     attention = m.attention
     place: dict[str, Any] = {"layer": attention.layer, "name": attention.name, "form": m.form}
-    place["function"] = _compat.function_being_compiled()
+    place["function"] = _compat.dynamo.function_being_compiled()
     if isinstance(m, NoMatch):
         known = [update for update in (m.key, m.value) if update is not None and _is_new(update, counted)]
         sizes = [_cache_bytes(update, _own_format(update, context), context) for update in known]
@@ -142,7 +142,7 @@ def _own_format(update: CacheUpdate, context: Context) -> Layout | None:
 def _cache_bytes(update: CacheUpdate, format: Layout | None, context: Context) -> tuple[int, int]:
     """(dense, stored) bytes of the cache after the update, at the sizes the graph was compiled with."""
     value = update.node.meta["val"]
-    shape = [_compat.hint(size) for size in value.shape]
+    shape = [_compat.symbols.hint(size) for size in value.shape]
     tokens, heads = shape[update.tokens_dim], shape[3 - update.tokens_dim]
     itemsize = value.dtype.itemsize
     dense = shape[0] * heads * tokens * shape[3] * itemsize
@@ -157,9 +157,9 @@ def _cache_bytes(update: CacheUpdate, format: Layout | None, context: Context) -
 def _kernels(m: Match) -> str:
     """What carries out the decode steps of a layer."""
     query, key = m.attention.query.meta["val"], m.key.node.meta["val"]
-    heads = _compat.hint(key.shape[3 - m.key.tokens_dim])
-    queries = _compat.hint(query.shape[2]) if m.phase == "decode" else 1
-    group = _compat.hint(query.shape[1]) // heads
+    heads = _compat.symbols.hint(key.shape[3 - m.key.tokens_dim])
+    queries = _compat.symbols.hint(query.shape[2]) if m.phase == "decode" else 1
+    group = _compat.symbols.hint(query.shape[1]) // heads
     of_heads = zip(m.formats[0].parts, m.formats[1].parts, strict=True)
     works = (backends.Work(k, v, key.dtype, key.device, group, queries) for k, v in of_heads)
     return " + ".join(dict.fromkeys(backends.for_step(work).name for work in works))

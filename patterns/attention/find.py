@@ -63,5 +63,5 @@ def find_attention(graph: Graph) -> list[Attention]:
     for attention, (layer, name), module in zip(found, _places(nodes, modules), modules, strict=True):
         attention.layer, attention.name, attention.window = layer, name, stated_window(module)
         attention.layers = layers_of_model(module, attention.node)
-        attention.evictable = _compat.has_hook_on_arguments(module)
+        attention.evictable = _compat.models.has_hook_on_arguments(module)
     return found

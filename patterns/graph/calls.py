@@ -52,6 +52,6 @@ def call_before(place: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     with place.graph.inserting_before(place):
         node = place.graph.call_function(target, args, kwargs)
     values, named = (torch.fx.map_arg(x, lambda n: n.meta["val"]) for x in (args, kwargs))
-    with _compat.fake_results(n.meta.get("val") for n in place.graph.nodes):
+    with _compat.tracing.fake_results(n.meta.get("val") for n in place.graph.nodes):
         node.meta["val"] = target(*values, **named)
     return node

@@ -33,15 +33,15 @@ class Interpreter(torch.fx.Interpreter):
                 self._leave()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _compat.enter_autocast:
+        if target is _compat.tracing.enter_autocast:
             self.regions.append(torch.autocast(*args))
             return self.regions[-1].__enter__()
-        if target is _compat.exit_autocast:
+        if target is _compat.tracing.exit_autocast:
             return self._leave()
-        return None if target in _compat.inference_mode_calls else super().call_function(target, args, kwargs)
+        return None if target in _compat.tracing.inference_mode_calls else super().call_function(target, args, kwargs)
 
     def run_node(self, node: Node) -> Any:
-        number = _compat.float_argument(node.meta.get("example_value")) if node.target == "item" else None
+        number = _compat.symbols.float_argument(node.meta.get("example_value")) if node.target == "item" else None
         with located(node):
             return super().run_node(node) if number is None else number
 

@@ -70,7 +70,7 @@ def numbered_modules(nodes: Sequence[Node]) -> list[Any]:
 
     So it is with caches that look the number up, also where each layer is compiled by itself.
     """
-    guarded = {clean_path(path): module for path, module in _compat.guarded_owners(OWN_NUMBER).items()}
+    guarded = {clean_path(path): module for path, module in _compat.dynamo.guarded_owners(OWN_NUMBER).items()}
     known = {path: module for path, module in guarded.items() if isinstance(getattr(module, OWN_NUMBER, None), int)}
     return [next((known[path] for path in _paths_around(node) if path in known), None) for node in nodes]
 
@@ -90,7 +90,7 @@ def layers_of_model(module: Any, node: Node) -> int | None:
         config = getattr(module, "config", None)
         return None if getattr(config, "is_encoder_decoder", False) else getattr(config, "num_hidden_layers", None)
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    lists = (_compat.object_at(path.rpartition(".")[0]) for path in paths if path.rpartition(".")[2].isdigit())
+    lists = (_compat.dynamo.object_at(path.rpartition(".")[0]) for path in paths if path.rpartition(".")[2].isdigit())
     return next((len(modules) for modules in lists if isinstance(modules, torch.nn.ModuleList)), None)
 
 

@@ -54,13 +54,15 @@ def normalise(
 ) -> Functional:
     """Trace ``gm`` again, over ``inputs``, of which ``composed`` makes what it takes.
 
-    ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.fakify``).
+    ``stand_in`` gives fakes for inputs that are not plain tensors (see ``_compat.tracing.fakify``).
     An error on the way has a note of the line of the model that it comes from.
     """
     graph = without_vmap(gm)
-    mode, fakes = _compat.fakify(inputs, stand_in)
-    with _compat.tracing_functionally(mode):
-        traced, written = _compat.make_functional_fx(lambda *args: Interpreter(gm, graph).run(*composed(args)), fakes)
+    mode, fakes = _compat.tracing.fakify(inputs, stand_in)
+    with _compat.tracing.tracing_functionally(mode):
+        traced, written = _compat.tracing.make_functional_fx(
+            lambda *args: Interpreter(gm, graph).run(*composed(args)), fakes
+        )
     _drop_assertions(traced.graph)
     _drop_whole_slices(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]

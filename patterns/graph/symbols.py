@@ -16,7 +16,7 @@ def expression(size: Any) -> sympy.Expr | None:
     if isinstance(size, Node):
         size = size.meta.get("val")
     if isinstance(size, torch.SymInt):
-        return sympy.expand(_compat.symbolic_expression(size))
+        return sympy.expand(_compat.symbols.symbolic_expression(size))
     return sympy.Integer(size) if isinstance(size, int) else None
 
 

@@ -41,10 +41,10 @@ def _regions(graph: Graph) -> Iterator[list[Node]]:
     region: list[Node] = []
     depth = 0
     for node in graph.nodes:
-        depth += node.target is _compat.enter_vmap
+        depth += node.target is _compat.tracing.enter_vmap
         if depth:
             region.append(node)
-        if node.target is _compat.leave_vmap:
+        if node.target is _compat.tracing.leave_vmap:
             depth -= 1
             if not depth:
                 yield region
@@ -73,4 +73,6 @@ def _traced(gm: GraphModule, region: Sequence[Node], given: Sequence[Node], resu
                 raise RuntimeError("there is attention in a vmap")
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in results])
-    return _compat.make_dispatched_fx(Interpreter(gm, graph).run, [node.meta["example_value"] for node in given])
+    return _compat.tracing.make_dispatched_fx(
+        Interpreter(gm, graph).run, [node.meta["example_value"] for node in given]
+    )

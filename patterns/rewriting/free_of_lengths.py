@@ -254,4 +254,4 @@ class FreeOfLengths(RoundedSizes):
 def _from_start(place: Any, size: Any) -> Any:
     """A place that counts from the end of ``size`` where it is negative, which the graph is guarded on."""
     number = place.meta["val"] if isinstance(place, Node) else place
-    return size + number if _compat.hint(number) < 0 else number
+    return size + number if _compat.symbols.hint(number) < 0 else number

@@ -86,12 +86,12 @@ def free_of_lengths(plan: Plan, lengths: Sequence[Length], device: torch.device)
     """
     graph = plan.module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with _compat.TracingContext.get().fake_mode:
+    with _compat.dynamo.TracingContext.get().fake_mode:
         example = torch.empty(len(lengths), dtype=torch.int64, device=device)
     with graph.inserting_after(placeholders[-1]):
         values = graph.placeholder("lengths")
     values.meta["val"] = example
-    values._dynamo_source = _compat.ConstantSource("lengths")
+    values._dynamo_source = _compat.dynamo.ConstantSource("lengths")
     with graph.inserting_after(values):
         numbers = {
             length.symbol: placeholders[length.place]

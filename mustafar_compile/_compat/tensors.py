@@ -1,0 +1,15 @@
+"""Tensor subclasses and dispatch modes, and ops on many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .probe import probe
+
+TorchDispatchMode: Any = probe("torch.utils._python_dispatch", "TorchDispatchMode")
+return_and_correct_aliasing: Callable = probe("torch.utils._python_dispatch", "return_and_correct_aliasing")
+holds_tensors: Callable[[Any], bool] = probe("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+tree_map: Callable = probe("torch.utils._pytree", "tree_map")
+tree_leaves: Callable = probe("torch.utils._pytree", "tree_leaves")
+foreach_copy: Callable = probe("torch", "_foreach_copy_")
