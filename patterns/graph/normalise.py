@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from mustafar_compile import _compat
 
 from .interpreter import Interpreter
+from .nodes import drop_meta
 from .symbols import same_size
 from .views import slice_bounds
 from .vmaps import without_vmap
@@ -44,6 +45,23 @@ class Functional:
         node.replace_all_uses_with(result)
         self.outputs = [result if output is node else output for output in self.outputs]
         self.graph.erase_node(node)
+
+    def extracted(self, value: Node) -> GraphModule:
+        """A graph of the same inputs that computes ``value`` alone, without metadata: it outlives the trace."""
+        graph = torch.fx.Graph()
+        copies: dict[Node, Node] = {}
+        needed, todo = set(self.placeholders), [value]
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        for node in self.graph.nodes:
+            if node in needed:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies[value])
+        drop_meta(graph)
+        return GraphModule(self.module, graph)
 
 
 def normalise(

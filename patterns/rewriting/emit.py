@@ -14,6 +14,7 @@ from ...lowering.layout import Layout
 from ..attention.band import Band, read_band
 from ..cache.update import CacheUpdate
 from ..graph.nodes import is_tensor, symbolic_size
+from ..graph.symbols import same_size
 from ..match import Match
 
 aten = torch.ops.aten
@@ -41,6 +42,17 @@ class Emitter:
     def swapped(self, node: Node, tokens_dim: int) -> Node:
         """``node`` between [B, S, H, D] and [B, H, S, D]; as it is where ``tokens_dim`` says that the cache is so."""
         return self.call(aten.permute.default, node, [0, 2, 1, 3]) if tokens_dim == 1 else node
+
+    def with_strides_of(self, original: Node, result: Node) -> Node:
+        """``result`` with the strides of ``original``, on which views behind it rely.
+
+        SDPA may give [B, L, Hq, D] in memory, the op gives [B, Hq, L, D]. For one token they are the same.
+        """
+        value = original.meta["val"]
+        if value.dim() != 4 or same_size(value.shape[2], 1) or not value.transpose(1, 2).is_contiguous():
+            return result
+        swapped = self.call(aten.transpose.int, result, 1, 2)
+        return self.call(aten.transpose.int, self.call(aten.contiguous.default, swapped), 1, 2)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """``node`` in ``dtype``."""

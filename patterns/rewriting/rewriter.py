@@ -13,10 +13,10 @@ from torch.fx import Graph, GraphModule, Node
 from ...lowering.layout import Layout
 from ..cache.conditions import CacheInput
 from ..cache.update import CacheUpdate, recognise_shift, recognise_update
-from ..graph.nodes import drop_meta, located
+from ..graph.nodes import located
 from ..graph.normalise import Functional
-from ..graph.symbols import same_size
 from ..match import Match
+from .caches import Cache, decompress_remaining_uses
 from .emit import Emitter
 from .inputs import Inputs
 from .plan import Argument, Attached, AttachedBuffer, Buffer, Compressed, Extended, Output, Plan, Result
@@ -39,22 +39,6 @@ class _New:
     format: Layout
     grows: bool
     tokens_dim: int
-
-
-@dataclass
-class _Cache:
-    """The compressed cache that a placeholder holds, or that is attached to the dense one that it holds.
-
-    replaces_dense: whether the graph has no dense tensor beside it. written: its mutation happens inside an op.
-    rewinding: the write of a dense step into a static cache.
-    """
-
-    format: Layout
-    tokens_dim: int
-    buffers: list[Node]
-    replaces_dense: bool = True
-    written: bool = False
-    rewinding: CacheUpdate | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,7 @@ class Rewriter:
         self.inputs = Inputs(self.graph, functional.placeholders)
         self.emit = Emitter(self.graph, capacity_of)
         self.caches = {
-            node: _Cache(x.format, x.tokens_dim, self.inputs.add_buffers(node, x.format, Buffer))
+            node: Cache(x.format, x.tokens_dim, self.inputs.add_buffers(node, x.format, Buffer))
             for node, x in compressed.items()
         }
         self.replaced: dict[Node, Extended | _New] = {}  # outputs that become compressed caches
@@ -113,7 +97,7 @@ class Rewriter:
         self.graph.eliminate_dead_code()
         replaced = [node for node in self.caches if self._is_compressed(node)]
         for placeholder in replaced:
-            self._decompress_remaining_uses(placeholder)
+            decompress_remaining_uses(placeholder, self.caches[placeholder], self.emit, self.inputs)
         self.inputs.drop(replaced)
         self.graph.lint()
         module = GraphModule(self.functional.module, self.graph)
@@ -146,7 +130,7 @@ class Rewriter:
                 result = self.emit.call(target, result, *rest)
             if attention.dtype != attention.query.meta["val"].dtype:
                 result = self.emit.call(aten._to_copy.default, result, dtype=attention.dtype)
-            result = self._with_strides_of(attention.node, result)
+            result = self.emit.with_strides_of(attention.node, result)
         self.functional.replace(attention.node, result)
 
     def _step(self, match: Match) -> _Step:
@@ -165,17 +149,6 @@ class Rewriter:
             position = self.emit.call(aten.clone.default, self.emit.call(aten.select.int, buffers[0][-1], 1, 0))
         self.steps[match.key.node] = _Step(rows, buffers, position)
         return self.steps[match.key.node]
-
-    def _with_strides_of(self, original: Node, result: Node) -> Node:
-        """``result`` with the strides of ``original``, on which views behind it rely.
-
-        SDPA may give [B, L, Hq, D] in memory, the op gives [B, Hq, L, D]. For one token they are the same.
-        """
-        value = original.meta["val"]
-        if value.dim() != 4 or same_size(value.shape[2], 1) or not value.transpose(1, 2).is_contiguous():
-            return result
-        swapped = self.emit.call(aten.transpose.int, result, 1, 2)
-        return self.emit.call(aten.transpose.int, self.emit.call(aten.contiguous.default, swapped), 1, 2)
 
     def _state(self, match: Match, update: CacheUpdate, format: Layout, position: Node | None) -> list[Node]:
         """The buffers that a decode step works on, and what becomes of the cache that the graph returns."""
@@ -206,33 +179,16 @@ class Rewriter:
         assert position is not None
         base, tokens_dim, releases = update.base, update.tokens_dim, self.release_dense
         buffers = self.inputs.add_buffers(base, format, AttachedBuffer)
-        self.caches[base] = _Cache(format, tokens_dim, buffers, replaces_dense=releases)
+        self.caches[base] = Cache(format, tokens_dim, buffers, replaces_dense=releases)
         shape = list(update.node.meta["val"].shape)
         if tokens_dim == 1:
             shape[1], shape[2] = shape[2], shape[1]
-        index, batch, of_state = self.inputs.index[base], self.inputs.holding(shape[0]), self._extract(position)
-        blind = match.is_blind(update)
-        self.attached.append(Attached(index, tokens_dim, tuple(shape), format, batch, of_state, releases, blind))
+        index, batch = self.inputs.index[base], self.inputs.holding(shape[0])
+        first, blind = self.functional.extracted(position), match.is_blind(update)
+        self.attached.append(Attached(index, tokens_dim, tuple(shape), format, batch, first, releases, blind))
 
     def _count(self, update: CacheUpdate) -> int | Argument:
         return self.inputs.holding(update.new.meta["val"].shape[update.tokens_dim])
-
-    def _extract(self, value: Node) -> GraphModule:
-        """A graph of the original arguments that computes ``value`` alone, without metadata: it outlives the trace."""
-        graph = Graph()
-        copies: dict[Node, Node] = {}
-        needed, todo = set(), [value]
-        while todo:
-            node = todo.pop()
-            if node not in needed:
-                needed.add(node)
-                todo += node.all_input_nodes
-        for node in self.graph.nodes:
-            if node in self.inputs.index or node in needed:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(copies[value])
-        drop_meta(graph)
-        return GraphModule(self.functional.module, graph)
 
     def _prefill(self, match: Match) -> None:
         """Attention stays dense; what it leaves in the cache is compressed right after it."""
@@ -295,41 +251,6 @@ class Rewriter:
                 "index_copy_, index_put_ and slice writes of new tokens of all rows along their dimension, and rolling"
             )
         return update
-
-    def _decompress_remaining_uses(self, placeholder: Node) -> None:
-        for user in [u for u in placeholder.users if u.target is aten.sym_size.int]:
-            user.replace_all_uses_with(self.inputs.size_of(placeholder, user.args[1]))
-            self.graph.erase_node(user)
-        if placeholder.users:
-            cache = self.caches[placeholder]
-            length = self.inputs.size_of(placeholder, cache.tokens_dim)
-            first_use = self._first_use(placeholder)
-            with self.graph.inserting_before(first_use):
-                rewound = self._rewound(cache, first_use)
-                dense = self.emit.decompress(rewound, cache.format, length, cache.tokens_dim)
-            placeholder.replace_all_uses_with(dense)
-
-    def _rewound(self, cache: _Cache, first_use: Node) -> list[Node]:
-        """The buffers as they are once the cache is rewound to where the graph writes, if that is before its end.
-
-        What comes back to the window is read exact then. Not where the graph reads the cache before it knows the place.
-        """
-        update = cache.rewinding
-        if update is None or (isinstance(update.position, Node) and not update.position < first_use):
-            return cache.buffers
-        start = self.emit.call(aten.reshape.default, self.emit.first_position(update), [-1, 1])
-        start = self.emit.call(aten._to_copy.default, start, dtype=torch.int64)
-
-        def rewound(counts: Node) -> Node:
-            tokens = self.emit.call(aten.minimum.default, self.emit.call(aten.slice.Tensor, counts, 1, 0, 1), start)
-            return self.emit.call(aten.cat.default, [tokens, self.emit.call(aten.slice.Tensor, counts, 1, 1)], 1)
-
-        return cache.format.with_counts(cache.buffers, rewound)
-
-    def _first_use(self, placeholder: Node) -> Node:
-        """The first op on the cache: late, so that one layer is dense at a time, and before anything is written."""
-        users = {user for node in (placeholder, *self.caches[placeholder].buffers) for user in node.users}
-        return next(node for node in self.graph.nodes if node in users)
 
     # Calling convention
 
