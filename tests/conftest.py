@@ -56,12 +56,39 @@ def device(request) -> str:
 
 
 @pytest.fixture
-def fresh_dynamo():
-    """Nothing is compiled before the test nor stays compiled behind it, and it runs without gradients."""
-    torch._dynamo.reset()
+def no_grad():
+    """Without gradients, as models generate."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def fresh_dynamo(no_grad):
+    """Nothing is compiled before the test nor stays compiled behind it, and it runs without gradients."""
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def uncompiled():
+    """Rewritten graphs run op by op."""
+    from compilers import without_compiler  # loads Inductor
+
+    with without_compiler():
+        yield
+
+
+@pytest.fixture
+def new_notices(monkeypatch) -> None:
+    """No notice was given before."""
+    monkeypatch.setattr("mustafar_compile.reporting.notices._given", set())
+
+
+@pytest.fixture
+def seeded() -> None:
+    """Random numbers are the same each time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -211,6 +211,15 @@ def run_steps(model: _Attention, inputs: list[Tensor], step=None) -> list[Tensor
     return outputs
 
 
+def run_from(step, inputs: list[Tensor], past=None):
+    """Outputs of ``step`` for ``inputs`` [B, T, E], one after the other from ``past`` on, and the past after them."""
+    outputs = []
+    for x in inputs:
+        out, past = step(x, past)
+        outputs.append(out)
+    return outputs, past
+
+
 def pruned_steps(model: _Attention, inputs: list[Tensor], attention) -> list[Tensor]:
     """The oracle for ``run_steps``: ``attention(q, k, v)`` gives a decode step over all keys and values so far."""
     outputs, keys, values = [], [], []

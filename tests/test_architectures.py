@@ -16,13 +16,8 @@ from architectures_page import INT8, Outcome, changes, read_table, rewritten
 from nightly import at_night
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compilers import without_compiler
 from mustafar_compile import cache_stats, explain
 from mustafar_compile.cache import attached
 from mustafar_compile.cache.memory import overlap, place_of
 from nightly import mostly_at_night
 
+pytestmark = pytest.mark.usefixtures("no_grad", "uncompiled")
 LAYERS, BATCH, HEADS, SLOTS, DIM = 2, 2, 2, 24, 16
 
 
@@ -36,13 +36,6 @@ STACKED = {  # how to view K or V of a layer
     "batch first": ((2, BATCH, LAYERS, HEADS, SLOTS, DIM), lambda x, role, layer: x[role][:, layer]),
     "K beside V": ((LAYERS, BATCH, HEADS, SLOTS, 2, DIM), lambda x, role, layer: x[layer, :, :, :, role]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch._dynamo.reset()
-    with torch.no_grad(), without_compiler():
-        yield
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from mustafar_compile import CompressedKV, _compat, explain
 from nightly import at_night
 from reference import pruned_cache
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WINDOW = 6, 2, 24, 16, 2
 GROUP = HEADS // KV_HEADS  # 3: no power of two
 SCALE = 0.3
@@ -209,12 +210,6 @@ def multi_query(q, k, v, mask):
 def multi_query_by_einsum(q, k, v, mask):
     scores = torch.einsum("bhqd,bkd->bhqk", q, k.squeeze(1)) * SCALE + mask
     return torch.einsum("bhqk,bkd->bhqd", weights(scores, q), v.squeeze(1))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def case(queries, past, kv_heads=KV_HEADS, batch=2, dtype=torch.float32):

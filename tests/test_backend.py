@@ -17,11 +17,7 @@ from models import BufferModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import CompressedWriteError, _compat, backend, explain
 from nightly import at_night
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:

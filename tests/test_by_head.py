@@ -27,15 +27,10 @@ from ranked import Heads, Layer, generation_by
 from reference import kept_count, pruned_cache, reference_attention
 from test_fuzz_cache import saved_and_loaded
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW, NEW_TOKENS = 4, 40
 FOUR_HEADS = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
 BY_HEAD = {0: {0: 0.25, "default": 0.5}, "default": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 # What is accepted

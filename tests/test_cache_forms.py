@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compilers import without_compiler
 from models import encoder_decoder, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.patterns.attention import find
 from nightly import at_night
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad", "uncompiled")
 WINDOW = 4
 STATIC = {"cache_implementation": "static"}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad(), without_compiler():
-        yield
 
 
 def compiled(model, sparsity=0.5):

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from mustafar_compile import CompressedKV, CompressedWriteError, NoMemoryError, StaleCacheError, safe_globals
-from mustafar_compile.reporting import notices
 from reference import pruned_cache
 from test_compressed_tensor import WINDOW, growing, randn, static, step
 
@@ -267,8 +266,7 @@ def test_a_shallow_copy_is_the_same_handle():
         other.prepare(1)
 
 
-def test_a_saved_view_holds_the_right_values(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
+def test_a_saved_view_holds_the_right_values(new_notices):
     kv, expected = static()
     with pytest.warns(UserWarning, match="mustafar"):
         view = kv[1]

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import copy
-import io
 import threading
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_compiler
-from models import TupleModel, hf_model, prompt
-from mustafar_compile import CompressedKV, StaleCacheError, explain, safe_globals
-from mustafar_compile.reporting import notices
+from models import TupleModel, hf_model, prompt, run_from
+from mustafar_compile import CompressedKV, StaleCacheError, explain
 from nightly import at_night
 from reference import pruned_generation
+from test_fuzz_cache import saved_and_loaded
 from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
 
-
-@pytest.fixture(autouse=True)
-def _compiled_as_traced(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
-    with torch.no_grad(), without_compiler(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="mustafar")
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("new_notices", "no_grad", "uncompiled"),
+    pytest.mark.filterwarnings("error:mustafar"),
+]
 
 
 def tuple_model(sparsity=0.5, seed=0):
@@ -35,31 +29,14 @@ def tuple_model(sparsity=0.5, seed=0):
     return model, torch.compile(model.step, backend="mustafar", options=options(sparsity))
 
 
-def run(step, inputs, past=None):
-    """Outputs of all steps, and the past after them."""
-    outputs = []
-    for x in inputs:
-        out, past = step(x, past)
-        outputs.append(out)
-    return outputs, past
-
-
-def saved_and_loaded(past):
-    file = io.BytesIO()
-    torch.save(past, file)
-    file.seek(0)
-    with torch.serialization.safe_globals(safe_globals()):
-        return torch.load(file)
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded, lambda past: [x.clone() for x in past]])
 def test_one_past_continued_in_two_ways(duplicate):
     model, step = tuple_model()
     inputs, others = embeddings(steps=8), embeddings(steps=8, seed=1)
-    outputs, past = run(step, inputs[:4])
+    outputs, past = run_from(step, inputs[:4])
     fork = duplicate(past)
-    one, _ = run(step, inputs[4:], past)
-    two, _ = run(step, others[4:], fork)
+    one, _ = run_from(step, inputs[4:], past)
+    two, _ = run_from(step, others[4:], fork)
     assert_close(outputs + one, oracle(model, inputs, 0.5))
     assert_close(outputs + two, oracle(model, inputs[:4] + others[4:], 0.5))
 
@@ -69,8 +46,8 @@ def test_a_past_cropped_and_continued(crop):
     """The ring still holds what comes back into the window."""
     model, step = tuple_model()
     inputs, others = embeddings(steps=8), embeddings(steps=8, seed=1)
-    outputs, past = run(step, inputs[:6])
-    more, _ = run(step, others[3:], [crop(x) for x in past])
+    outputs, past = run_from(step, inputs[:6])
+    more, _ = run_from(step, others[3:], [crop(x) for x in past])
     assert_close(outputs[:3] + more, oracle(model, inputs[:3] + others[3:], 0.5))
     with pytest.raises(StaleCacheError, match="was cropped to"):
         step(inputs[6], past)
@@ -79,9 +56,9 @@ def test_a_past_cropped_and_continued(crop):
 def test_a_past_cropped_to_nothing_begins_anew():
     """Without a warning that it decompresses each time."""
     model, step = tuple_model()
-    _, past = run(step, embeddings(steps=3))
+    _, past = run_from(step, embeddings(steps=3))
     inputs = embeddings(steps=8, seed=1)
-    outputs, _ = run(step, inputs, [x[:, :, :0] for x in past])
+    outputs, _ = run_from(step, inputs, [x[:, :, :0] for x in past])
     assert_close(outputs, oracle(model, inputs, 0.5))
 
 
@@ -90,9 +67,9 @@ def test_a_past_cropped_to_nothing_begins_anew():
 def test_rows_of_a_batch_selected(rows):
     model, step = tuple_model()
     inputs = embeddings(steps=8)
-    outputs, past = run(step, inputs[:5])
+    outputs, past = run_from(step, inputs[:5])
     chosen = [x[torch.tensor(rows)] for x in past]
-    more, _ = run(step, [x[rows] for x in inputs[5:]], chosen)
+    more, _ = run_from(step, [x[rows] for x in inputs[5:]], chosen)
     assert_close([x[rows] for x in outputs] + more, [x[rows] for x in oracle(model, inputs, 0.5)])
 
 
@@ -125,12 +102,12 @@ def test_two_threads_with_one_compiled_model():
     torch.manual_seed(0)
     model = CausalPrompt()
     step = torch.compile(model.step, backend="mustafar", options=options(0.5))
-    run(step, embeddings(steps=3))
+    run_from(step, embeddings(steps=3))
     inputs, results = [embeddings(steps=20, seed=seed) for seed in (0, 1)], {}
 
     def generate(i):
         with torch.no_grad():
-            results[i] = run(step, inputs[i])[0]
+            results[i] = run_from(step, inputs[i])[0]
 
     threads = [threading.Thread(target=generate, args=(i,)) for i in (0, 1)]
     with explain() as report:
@@ -148,7 +125,7 @@ def test_inference_mode():
     inputs = embeddings(steps=8)
     expected = oracle(model, inputs, 0.5)
     with torch.inference_mode():
-        outputs, past = run(step, inputs)
+        outputs, past = run_from(step, inputs)
     assert_close(outputs, expected)
     assert type(past[0]) is CompressedKV
 
@@ -157,9 +134,9 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it():
     model, step = tuple_model()
     inputs = embeddings(steps=8)
     with torch.inference_mode():
-        first, past = run(step, inputs[:5])
+        first, past = run_from(step, inputs[:5])
     with torch.no_grad():
-        later, past = run(step, inputs[5:], past)
+        later, past = run_from(step, inputs[5:], past)
     assert_close(first + later, oracle(model, inputs, 0.5))
     assert not past[0].buffers[0].is_inference()
 
@@ -168,7 +145,7 @@ def test_autocast():
     model, step = tuple_model()
     inputs = embeddings(steps=8)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs, past = run(step, inputs)
+        outputs, past = run_from(step, inputs)
         expected = oracle(model, inputs, 0.5)
     assert (type(past[0]), past[0].dtype) == (CompressedKV, torch.bfloat16)
     torch.testing.assert_close(torch.cat(outputs, 1), torch.cat(expected, 1), rtol=0.05, atol=0.02)

@@ -19,6 +19,7 @@ from nightly import mostly_at_night
 from pairwise import pairwise
 from reference import pruned_generation, quantized
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW, NEW_TOKENS = 4, 12
 CODED = [code for code in CODES if code != "none"]
 WAYS = {
@@ -26,12 +27,6 @@ WAYS = {
     "mixed": {"key_sparsity": 0.5, "value_sparsity": 0.0, "key_code": "int4", "value_code": "none"},
     "values only": {"key_sparsity": 0.0, "value_sparsity": 0.7, "key_code": "none", "value_code": "int8"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 CASES = [("balanced", "dynamic"), ("small", "static"), ("safe", "dynamic"), *pairwise([*WAYS], ("dynamic", "static"))]

@@ -14,21 +14,12 @@ from composed import ByFunction, Halves, Scaled, Shifted, quantize
 from models import BufferModel, SliceModel, TupleModel, hf_model, prompt, run_steps
 from mustafar_compile import explain
 from mustafar_compile.calling.recordable import Places
-from mustafar_compile.reporting import notices
 from nightly import mostly_at_night
 from reference import pruned_generation
 from stand_in_graphs import record_on_a_cpu
 from test_own_loops import assert_close, embeddings, options, oracle
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("new_notices", "seeded", "no_grad")
 CASES = [(ByFunction, BufferModel), (Halves, TupleModel), (Scaled, SliceModel)]
 
 

@@ -20,15 +20,10 @@ from mustafar_compile import (
 )
 from mustafar_compile.lowering import ops
 from mustafar_compile.lowering.format import MAX_QUERY_TOKENS, Format, grown_capacity
-from mustafar_compile.reporting import notices
 from reference import pruned_cache
 
+pytestmark = pytest.mark.usefixtures("new_notices")
 WINDOW = 4
-
-
-@pytest.fixture(autouse=True)
-def _fresh_warnings(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

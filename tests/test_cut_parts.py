@@ -20,6 +20,7 @@ from ragged_models import RaggedModel, steps_at
 from reference import reference_attention
 from test_own_loops import WINDOW, assert_close, options
 
+pytestmark = pytest.mark.usefixtures("seeded", "no_grad")
 SLOTS, PROMPT = 48, 7
 INF = float("inf")
 
@@ -144,13 +145,6 @@ def rounded(end):
 
 def compiled(model, sparsity=0.0):
     return torch.compile(model.step, backend="mustafar", options=options(sparsity))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 ODD = (SpelledOut, "integers", rounded, 0.7), (Flex, "compared", exactly, 0.0), (Flex, "compared", rounded, 0.7)

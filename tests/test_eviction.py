@@ -12,13 +12,8 @@ from nightly import at_night
 from presses import SmallestKeys
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW, PROMPT, KEPT, NEW_TOKENS = 4, 40, 8, 8
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def generate(model, press=None):

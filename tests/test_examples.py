@@ -11,18 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compilers import without_compiler
-
+pytestmark = pytest.mark.usefixtures("uncompiled")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TINY = EXAMPLES / "tiny_llama"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    """Rewritten graphs run op by op."""
-    with without_compiler():
-        yield
 
 
 @pytest.fixture

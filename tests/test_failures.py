@@ -8,30 +8,21 @@ import warnings
 import pytest
 import torch
 
-from compilers import without_compiler
 from models import BufferModel, SliceModel, TupleModel, run_steps
 from mustafar_compile import CompressedKV, CompressedWriteError, ReleaseError, backend, explain
 from mustafar_compile.patterns import match
 from mustafar_compile.patterns.attention import find
 from mustafar_compile.patterns.graph import normalise
-from mustafar_compile.reporting import notices
 from nightly import mostly_at_night
 from test_own_loops import assert_close, embeddings, options
 
+pytestmark = [pytest.mark.usefixtures("new_notices", "no_grad", "uncompiled"), pytest.mark.filterwarnings("ignore")]
 STAGES = {
     "traced": (backend, "normalise"),
     "matched": (backend, "find_matches"),
     "rewritten": (backend.Rewriter, "run"),
     "rewritten, at its end": (backend, "add_calling_convention"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
-    with torch.no_grad(), without_compiler(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def failing_after(monkeypatch, owner, name, error=None):

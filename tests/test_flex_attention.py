@@ -14,15 +14,10 @@ from mustafar_compile import CompressedKV, explain
 from nightly import at_night
 from reference import pruned_cache, pruned_generation, reference_attention
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 BATCH, HEADS, KV_HEADS, PAST, DIM, WINDOW = 2, 4, 2, 300, 16, 4
 TOKENS = PAST + 1
 HIDDEN = torch.tensor([7, 140])  # tokens at the front that each row must not see
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def step(q, k, v, past, block_mask, **how):

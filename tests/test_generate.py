@@ -12,6 +12,7 @@ from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW = 4
 NEW_TOKENS = 14
 
@@ -56,12 +57,6 @@ def hf_like(model):
     twin.load_state_dict(model.state_dict())
     twin.generation_config = model.generation_config
     return twin
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def cases(cache):

@@ -14,6 +14,7 @@ kvpress = pytest.importorskip("kvpress", reason="needs kvpress: see the extra `i
 
 from mustafar_compile.integrations.kvpress import MustafarPress, pressing  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW, PROMPT, NEW_TOKENS = 4, 40, 8
 PRESSES = {
     "snap": lambda: kvpress.SnapKVPress(0.5, window_size=8),
@@ -22,12 +23,6 @@ PRESSES = {
     "composed": lambda: kvpress.ComposedPress([kvpress.KnormPress(0.3), kvpress.ThinKPress(0.5, window_size=8)]),
     "rerotated": lambda: kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(0.5)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def options(sparsity: float) -> dict:

@@ -29,11 +29,10 @@ SLOTS, HEADS, DIM = 64, 2, 16
 
 
 @pytest.fixture(autouse=True)
-def recorded(monkeypatch):
+def recorded(monkeypatch, no_grad):
     """A list with an item for each recording. One serves eight steps."""
     monkeypatch.setattr(recordable, "_STEPS", 8)
-    with torch.no_grad():
-        yield record_on_a_cpu(monkeypatch)
+    return record_on_a_cpu(monkeypatch)
 
 
 def test_lengths_are_rounded_up():

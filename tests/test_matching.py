@@ -14,6 +14,8 @@ from models import hf_model, prompt
 from mustafar_compile import NothingMatchedError, _compat, explain
 from mustafar_compile.patterns.attention import scores
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 class Decode(nn.Module):
     """A decode step over a past [B, H, S, D]; subclasses vary one thing that matters."""
@@ -618,12 +620,6 @@ COUNTER_EXAMPLES += [
     CrossPrefillOfEqualLength,
     CausalOverPast,
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def run(model, **options):

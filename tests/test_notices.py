@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_compiler
 from models import TupleModel, run_steps
 from mustafar_compile import CompressedKV, _compat, explain
 from mustafar_compile.reporting import notices
@@ -19,12 +18,7 @@ from mustafar_compile.reporting.explain import record_call
 from mustafar_compile.reporting.report import Report, verdict
 from test_own_loops import assert_close, embeddings, options, oracle
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
-    with torch.no_grad(), without_compiler():
-        yield
+pytestmark = pytest.mark.usefixtures("new_notices", "no_grad", "uncompiled")
 
 
 class BrokenModel(TupleModel):

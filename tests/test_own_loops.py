@@ -27,6 +27,7 @@ from nightly import at_night, mostly_at_night
 from pairwise import pairwise
 from reference import pruned_generation, reference_attention
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW = 4
 FORMS = {"index_put buffer": BufferModel, "slice buffer": SliceModel, "tuple": TupleModel}
 MASKED_WRITES = [WhereModel, WhereNotModel, OneHotModel]
@@ -48,12 +49,6 @@ def embeddings(prefill: int = 7, steps: int = 12, batch: int = 2, seed: int = 0)
 
 def assert_close(actual, expected):
     torch.testing.assert_close(torch.cat(actual, 1), torch.cat(expected, 1), rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize(("form", "sparsity"), mostly_at_night(pairwise(list(FORMS), (0.5, 0.7, 0.0)), 4))

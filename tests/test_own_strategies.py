@@ -20,6 +20,7 @@ from ramp import Ramp, ramp_weights
 from reference import prune, pruned_cache
 from test_fuzz_cache import saved_and_loaded
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW, SPARSITY = 2, 0.5
 
 
@@ -37,12 +38,6 @@ class Latest(Strategy):
 
     def remember(self, query, position, format, state):
         state[0].copy_(query[:, ::2, -1].abs())
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

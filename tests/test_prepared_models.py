@@ -18,14 +18,9 @@ from mustafar_compile.hugging_face import generate_over_static_caches
 from mustafar_compile.lowering import ops
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS, WINDOW = 23, 4
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from ragged_models import (
 )
 from test_own_loops import WINDOW, assert_close, options
 
+pytestmark = pytest.mark.usefixtures("seeded", "no_grad")
 SLOTS = 48
 REWOUND = [(2, 7, 9), (0, 4, 10), (1, 5, 11), (2, 3, 12), (3, 4, 2), (0, 5, 3), (1, 6, 4)]
 """After a prompt of nine tokens, padded at its end: rows go on, are rewound by some or many, and begin again."""
@@ -39,13 +40,6 @@ BY_ROW = "as torch.arange counts them, and a token of each at one place for all 
 
 def compiled(step, sparsity: float = 0.0):
     return torch.compile(step, backend="mustafar", options=options(sparsity))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------- histories

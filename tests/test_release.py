@@ -21,14 +21,9 @@ from nightly import at_night
 from reference import pruned_cache, pruned_generation
 from test_own_loops import WINDOW, assert_close, embeddings, options, oracle
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 RELEASE = {"release_dense": True}
 FORMS = {"[B, H, S, D]": BufferModel, "[B, S, H, D]": SliceModel}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

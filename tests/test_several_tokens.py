@@ -6,20 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_compiler
 from models import BufferModel, TupleModel, hf_model, prompt
 from mustafar_compile import CompressedKV, explain
 from nightly import at_night
 from reference import pruned_cache, pruned_generation, reference_attention
 
+pytestmark = pytest.mark.usefixtures("no_grad", "uncompiled")
 WINDOW = 4
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad(), without_compiler():
-        yield
 
 
 class Growing(TupleModel):

@@ -8,23 +8,17 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from compilers import without_compiler
 from models import hf_model
 from mustafar_compile import CompressedKV, explain
 from mustafar_compile.patterns.graph.layers import stated_window
 from nightly import at_night
 from reference import pruned_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad", "uncompiled")
 FAMILIES = ("gemma2", "gemma3_text", "gpt_oss", "cohere2")
 SPARSITY, WINDOW = 0.7, 2
 NEVER_FULL = 64
 """A sliding window longer than what is generated: most graphs treat such a layer like any other."""
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad(), without_compiler():
-        yield
 
 
 def said_by(config, layer=0):

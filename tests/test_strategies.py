@@ -16,6 +16,7 @@ from nightly import at_night
 from pairwise import pairwise
 from ranked import Layer, Packed, ranked_generation
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 WINDOW, NEW_TOKENS, SPARSITY = 4, 40, 0.5
 PLAIN = "none", "none"
 CASES = [
@@ -30,12 +31,6 @@ CASES = [
         ]
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def options(keys, values, **others):

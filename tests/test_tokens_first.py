@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from compilers import without_compiler
-from models import TokensFirstModel, pruned_steps
-from mustafar_compile import CompressedKV, StaleCacheError, cache_stats, explain, safe_globals
-from mustafar_compile.reporting import notices
+from models import TokensFirstModel, pruned_steps, run_from
+from mustafar_compile import CompressedKV, StaleCacheError, cache_stats, explain
 from reference import pruned_cache, reference_attention
+from test_fuzz_cache import saved_and_loaded
 from test_own_loops import assert_close
 
+pytestmark = pytest.mark.usefixtures("new_notices", "seeded", "no_grad", "uncompiled")
 WINDOW, SLOTS = 4, 40
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": WINDOW}
 ATTENTION = functools.partial(reference_attention, **OPTIONS)
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled(monkeypatch):
-    monkeypatch.setattr(notices, "_given", set())
-    torch.manual_seed(0)
-    with torch.no_grad(), without_compiler():
-        yield
 
 
 def embeddings(*counts, batch=2):
@@ -53,20 +44,11 @@ class RoomModel(TokensFirstModel):
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)), past
 
 
-def run(step, inputs, past=None):
-    """Outputs of all steps, and the past after them."""
-    outputs = []
-    for x in inputs:
-        out, past = step(x, past)
-        outputs.append(out)
-    return outputs, past
-
-
 @pytest.mark.parametrize(("prefill", "batch", "kv_heads"), [(7, 1, 1), (1, 2, 2)])
 def test_a_growing_cache(prefill, batch, kv_heads):
     model, inputs = TokensFirstModel(kv_heads=kv_heads), embeddings(prefill, *[1] * 4, batch=batch)
     with explain() as report:
-        outputs, past = run(compiled(model), inputs)
+        outputs, past = run_from(compiled(model), inputs)
     assert_close(outputs, pruned_steps(model, inputs, ATTENTION))
     assert [(entry.form, entry.phases) for entry in report.matched] == [("dynamic (cat)", ("prefill", "decode"))]
     assert not report.missed
@@ -78,7 +60,7 @@ def test_one_token_of_one_head_tells_no_order():
     """So the second step finds tokens where it took heads to be: right, but dense once."""
     model, inputs = TokensFirstModel(kv_heads=1), embeddings(1, 1, 1)
     with pytest.warns(UserWarning, match="along a dimension that is not that of its tokens"), explain() as report:
-        outputs, past = run(compiled(model), inputs)
+        outputs, past = run_from(compiled(model), inputs)
     assert_close(outputs, pruned_steps(model, inputs, ATTENTION))
     assert report.graphs == 3
     assert past[0].shape == (2, 3, 1, 16)
@@ -99,7 +81,7 @@ def test_a_dense_past_and_a_longer_prompt_on_top():
         return model.merge(F.scaled_dot_product_attention(q, *cached, attn_mask=mask, enable_gqa=True)), (k, v)
 
     _, past = model.step(inputs[0], None)
-    _, past = run(step, inputs[1:2], past)
+    _, past = run_from(step, inputs[1:2], past)
     seen = [x.dense() for x in past]
     out, past = torch.compile(masked, backend="mustafar", options=OPTIONS)(inputs[2], past)
     torch.testing.assert_close(out, masked(inputs[2], seen)[0], rtol=1e-5, atol=1e-6)
@@ -122,21 +104,13 @@ def test_a_static_cache_that_the_graph_makes():
 def test_copies_and_crops_go_on():
     model, inputs, others = TokensFirstModel(), embeddings(7, 1, 1, 1), embeddings(1, 1)
     step = compiled(model)
-    outputs, past = run(step, inputs)
+    outputs, past = run_from(step, inputs)
     expected = pruned_steps(model, inputs[:2] + others, ATTENTION)
     for one in (copy.deepcopy(past), past):
-        more, _ = run(step, others, [x[:, :-2] for x in one])
+        more, _ = run_from(step, others, [x[:, :-2] for x in one])
         assert_close(outputs[:2] + more, expected)
     with pytest.raises(StaleCacheError, match="of 10 tokens was cropped to 8"):
         step(others[0], past)
-
-
-def saved_and_loaded(kv):
-    file = io.BytesIO()
-    torch.save(kv, file)
-    file.seek(0)
-    with torch.serialization.safe_globals(safe_globals()):
-        return torch.load(file)
 
 
 def cache(grows=True):
