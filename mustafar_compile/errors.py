@@ -1,6 +1,8 @@
-"""What can go wrong, one class a cause."""
+"""What can go wrong, one class a cause; and a check of values that a user gives."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class MustafarError(RuntimeError):
@@ -45,3 +47,9 @@ class NothingMatchedError(MustafarError):
 
 class RanksDisagreeError(MustafarError):
     """Ranks that wait for each other compile different graphs, or one of them compiles none."""
+
+
+def check_value(name: str, given: Any, accepted: bool, wanted: str) -> None:
+    """Raise ValueError unless a value is accepted. wanted: what it must be."""
+    if not accepted:
+        raise ValueError(f"mustafar: {name}={given!r} is not accepted; it must be {wanted}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .by_number import ByHead, ByLayer, ByNumber, leaves, read
 from .calibration.budget import Budget
-from .errors import UnknownLayerError
+from .errors import UnknownLayerError, check_value
 from .lowering.format import CODES
 from .lowering.strategies import strategies_of
 
@@ -75,14 +75,14 @@ class Settings:
         for role in ("key", "value"):
             names = strategies_of(role)
             self._check_each(f"{role}_strategy", names.__contains__, f"one of {', '.join(map(repr, names))}")
-        _check("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
+        check_value("window", self.window, _is_count(self.window) and self.window >= 1, "an integer of at least 1")
         for name in ("strict", "release_dense", "raise_errors"):
             value = getattr(self, name)
-            _check(name, value, isinstance(value, bool), "True or False")
+            check_value(name, value, isinstance(value, bool), "True or False")
         layers = self.skip_layers
         iterable = isinstance(layers, set | frozenset | list | tuple | range)
         accepted = iterable and all(_is_count(layer) and layer >= 0 for layer in layers)
-        _check("skip_layers", layers, accepted, "a collection of layer numbers from 0 on")
+        check_value("skip_layers", layers, accepted, "a collection of layer numbers from 0 on")
         object.__setattr__(self, "skip_layers", frozenset(layers))
 
     def _check_each(self, name: str, accepts: Callable[[Any], bool], wanted: str) -> None:
@@ -90,7 +90,7 @@ class Settings:
         value = read(name, getattr(self, name), ByLayer, ByHead)
         object.__setattr__(self, name, value)
         for place, each in leaves(name, value):
-            _check(place, each, accepts(each), wanted)
+            check_value(place, each, accepts(each), wanted)
 
     def at(self, name: str, layer: int | None = None) -> Any:
         """The value of a setting for a layer, a ``ByHead`` where its heads differ.
@@ -167,11 +167,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(name: str, given: Any, accepted: bool, wanted: str) -> None:
-    if not accepted:
-        raise ValueError(f"mustafar: {name}={given!r} is not accepted; it must be {wanted}")
 
 
 def setting_names() -> list[str]:

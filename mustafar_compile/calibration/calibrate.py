@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import check_value
 from ..lowering.buffers import CACHE_DTYPES
 from ..lowering.format import CHUNK, CODES
 from .budget import Budget
@@ -49,8 +50,8 @@ def calibrate(
     be stored, NotImplementedError for attention with a softcap, with sinks or in chunks, and for layers that share a
     cache.
     """
-    _check("bytes", bytes, isinstance(bytes, int | float) and 0 < bytes <= 1, "a number in (0, 1]")
-    _check("by_head", by_head, isinstance(by_head, bool), "True or False")
+    check_value("bytes", bytes, isinstance(bytes, int | float) and 0 < bytes <= 1, "a number in (0, 1]")
+    check_value("by_head", by_head, isinstance(by_head, bool), "True or False")
     return measured(model, prompts, tokenizer, codes, window, dtype, progress).budget(bytes, codes, by_head)
 
 
@@ -65,9 +66,9 @@ def measured(
 ) -> Measured:
     """What ``calibrate`` measures, for budgets of any size."""
     dtype = model.dtype if dtype is None else dtype
-    _check("codes", codes, bool(codes) and set(codes) <= set(CODES), f"some of {', '.join(map(repr, CODES))}")
-    _check("window", window, isinstance(window, int) and window >= 1, "an integer of at least 1")
-    _check("dtype", dtype, dtype in CACHE_DTYPES, f"one of {', '.join(map(str, CACHE_DTYPES))}")
+    check_value("codes", codes, bool(codes) and set(codes) <= set(CODES), f"some of {', '.join(map(repr, CODES))}")
+    check_value("window", window, isinstance(window, int) and window >= 1, "an integer of at least 1")
+    check_value("dtype", dtype, dtype in CACHE_DTYPES, f"one of {', '.join(map(str, CACHE_DTYPES))}")
     texts = _encoded(prompts, tokenizer, window)
     found = Measured(window, codes, dtype)
     with _plain(model), _shown(progress, len(texts)) as show:
@@ -143,8 +144,3 @@ def _shown(progress: bool, texts: int) -> Iterator[Any]:
             done += part == 1
 
         yield show
-
-
-def _check(name: str, given: Any, accepted: bool, wanted: str) -> None:
-    if not accepted:
-        raise ValueError(f"mustafar: {name}={given!r} is not accepted; it must be {wanted}")
