@@ -25,6 +25,7 @@ import dense
 import llama
 import torch
 from comparing import Row, add_ratios, in_order, key_of, rows_of
+from decoder import CompressedDecoder, DenseDecoder
 from profile_of_a_step import print_profile, profile_of
 from timing import DEVICE, ON_GPU, Function, cold, free, in_a_row, median_ms, parser, synchronize, write
 from transformers import DynamicCache
@@ -146,7 +147,7 @@ def hf(model: Any, given: Sizes, options: Row) -> Step:
 def best_dense(model: Any, given: Sizes, options: Row) -> Step:
     """(ii) The best dense step, with whichever of PyTorch's attentions is the fastest."""
     name = fastest_attention(model, given.batch, given.context)
-    decoder = llama.DenseDecoder(model, given.batch, given.context, dense.sdpa_attentions()[name])
+    decoder = DenseDecoder(model, given.batch, given.context, dense.sdpa_attentions()[name])
     return Step(decoder.graphed(), {"note": f"attention: {name}"})
 
 
@@ -171,7 +172,7 @@ def ours(model: Any, given: Sizes, options: Row) -> Step:
 
 def op(model: Any, given: Sizes, options: Row) -> Step:
     """(iv) The step of (ii) with our attention in place of the dense one."""
-    decoder = llama.CompressedDecoder(model, given.batch, given.context, options)
+    decoder = CompressedDecoder(model, given.batch, given.context, options)
     return Step(decoder.graphed(), {"cache_GB": decoder.stored_bytes / 1e9})
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import dense
-import llama
 import torch
+from decoder import Decoder
 from timing import DEVICE
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 
 
-class Fp8Decoder(llama.Decoder):
+class Fp8Decoder(Decoder):
     """Keys and values are rounded to e4m3 as they are, without scales.
 
     Not for a CUDA graph, see ``dense.planned_flashinfer``. Raises ImportError without FlashInfer, ValueError for a
