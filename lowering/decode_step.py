@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """``x`` [..., D], copied if its channels do not lie side by side, as kernels want them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class DecodeStep(NamedTuple):
     """The arguments of ``ops.decode_attention``, in the order of its schema; ``ops`` says what they are.
 

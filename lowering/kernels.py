@@ -20,7 +20,7 @@ from torch import Tensor
 from . import render
 from .backends import runs_ptx
 from .codes import level_table
-from .decode_step import DecodeStep
+from .decode_step import DecodeStep, with_rows
 from .format import BLOCK_TOKENS, Format
 from .launches import Launch, launch
 from .masks import with_four_dims
@@ -157,8 +157,8 @@ def decode_attention(
     result = torch.empty(batch, query_heads, queries, value_format.head_dim, dtype=query.dtype, device=device)
     if result.numel() == 0:
         return result
-    # Copied before the first launch: a kernel that starts early waits only for the one right ahead of it.
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    # Where they are copied, before the first launch: a kernel that starts early waits only for the one right ahead of it.
+    query, key, value = (with_rows(x) for x in (query, key, value))
     sinks = None if sinks is None else sinks.contiguous()
     ranked = {"key": asked.key_weights, "value": asked.value_weights}
     weights = {role: _of_each_token(w, queries) for role, w in ranked.items() if w is not None}
@@ -179,7 +179,7 @@ def decode_attention(
     scratch = _scratch(rows, splits + step.window_parts, step, batch, device)
     at = cache["key_counts"][:, 0] if position is None else position.reshape(-1).expand(batch)
     given: dict[str, Any] = {
-        "query": query,
+        **_placed("query", query),
         **blocks,
         "kv_heads": heads,
         "scale": scale,
@@ -192,7 +192,7 @@ def decode_attention(
     if tuned is None:
         attend = Launch(step.portable().attend, (rows * step.row_tiles, splits), attending)
     else:
-        attending["query"] = attending["query"].view(torch.int32)
+        attending |= _placed("query", _in_words(query))
         attending["levels"] = _levels(device) if tuned.decode.has_table else None
         attending |= {"num_warps": tuned.warps, "maxnreg": tuned.registers}
         attend = Launch(tuned.kernel(overlap).attend, (rows * tuned.chunks, splits), attending)
@@ -200,7 +200,7 @@ def decode_attention(
     early: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     room = blocks["key_blocks"] * BLOCK_TOKENS + key_format.window if length is None else length
     mask_pieces = 0 if length is None or mask is None else cdiv(mask.shape[-1], MASK_PIECE) * checked
-    new = {"key": key, "value": value, "moved": scratch["moved"], "length": room}
+    new = _placed("key", key) | _placed("value", value) | {"moved": scratch["moved"], "length": room}
     new |= {f"{role}_weights": w for role, w in weights.items()}
     asserting = {"sanitize_overflow": False} if device.type == "cuda" else {}  # of all assertions, only our own
     appending = given | cache | placed | new | {"num_warps": step.append_warps} | early | asserting
@@ -227,6 +227,17 @@ def _by_name(role: str, format: Format, buffers: Sequence[Tensor]) -> dict[str, 
     """The buffers of K or V as the kernels of a step call them: None in place of what the format does not have."""
     named = dict.fromkeys(_PACKED) | format.named(buffers)
     return {f"{role}_{name}": x for name, x in named.items()}
+
+
+def _placed(name: str, x: Tensor) -> dict[str, Any]:
+    """Rows [B, H, L, D] as the kernels take them: where they are, and the strides of all but the channels."""
+    return {name: x} | {f"{name}_{dim}": x.stride(i) for i, dim in enumerate(("batch", "head", "token"))}
+
+
+def _in_words(query: Tensor) -> Tensor:
+    """A query of 16-bit elements as words of 32 bits, copied if its rows do not begin at whole ones."""
+    whole = query.data_ptr() % 4 == 0 and not any(n % 2 for n in (query.storage_offset(), *query.stride()[:3]))
+    return (query if whole else query.clone(memory_format=torch.contiguous_format)).view(torch.int32)
 
 
 def _of_each_token(weights: Tensor, tokens: int) -> Tensor:

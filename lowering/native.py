@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import builds
 from .checks import OUT_OF_PLACE, UNWRITTEN
-from .decode_step import DecodeStep
+from .decode_step import DecodeStep, with_rows
 from .format import Format
 from .masks import with_four_dims
 
@@ -29,10 +29,17 @@ class _Cache(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in ("blocks", "kept")]
 
 
+class _Rows(ctypes.Structure):
+    """``Rows`` of cpp/step.cpp."""
+
+    _fields_ = [("first", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "token_stride")]
+
+
 class _Step(ctypes.Structure):
     """``Step`` of cpp/step.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("query", "key", "value")]
+    _fields_ = [(name, _Rows) for name in ("query", "key", "value")]
     _fields_ += [("keys", _Cache), ("values", _Cache)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("position", "mask", "sinks", "out")]
     _fields_ += [
@@ -71,7 +78,7 @@ def compress(
 ) -> list[Tensor]:
     """See ``portable.compress``. What is not pruned yet is not packed either: nothing reads it."""
     batch, heads, length, _ = dense.shape
-    dense = dense if dense.stride(-1) == 1 else dense.contiguous()
+    dense = with_rows(dense)
     shapes = format.shapes(batch, heads, capacity, dense.dtype)
     buffers = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]  # so that files hold nothing of others
     counts, tokens = buffers[format.place("counts")], tokens.reshape(-1).clamp(max=length)
@@ -120,14 +127,14 @@ def decode_attention(step: DecodeStep, *, simd: str = "") -> Tensor:
         return out
     library = builds.built(builds.prepare_step(key_format, value_format, out.dtype, query_heads // heads, simd))
     # Held until the call is over.
-    tokens = [x.contiguous() for x in (step.query, step.key, step.value)]
+    tokens = [with_rows(x) for x in (step.query, step.key, step.value)]
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     position = None if step.position is None else step.position.reshape(-1).to(torch.int64)
     mask = None if step.mask is None else _as_read(step.mask)
     weights = [_as_weights(w, count) for w in (step.key_weights, step.value_weights)]
     length = -1 if step.length is None else step.length
     given = _Step(
-        *(x.data_ptr() for x in tokens),
+        *(_Rows(x.data_ptr(), *x.stride()[:3]) for x in tokens),
         _cache(key_format, step.keys),
         _cache(value_format, step.values),
         *map(_address, (position, mask, sinks, out)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import render
+from .decode_step import with_rows
 from .step import padded, power_of_two
 from .strategies.answers import USABLE
 from .strategies.output_aware import QUERIES, SLOTS
@@ -21,7 +22,8 @@ def weigh_queries(query: Tensor, position: Tensor, ring: Tensor) -> Tensor:
     weights = torch.empty(batch, heads, queries, head_dim, dtype=torch.float32, device=ring.device)
     if weights.numel():
         weighing = weigher(head_dim, query_heads // heads, queries)
-        given = query.contiguous(), position, ring, weights, heads, position.stride(0)
+        query = with_rows(query)
+        given = query, *query.stride()[:3], position, ring, weights, heads, position.stride(0)
         weighing.weigh[batch * heads,](*given, num_warps=warps_for(head_dim))
     return weights
 

@@ -153,6 +153,10 @@ def strided(x, how):
         return x.transpose(2, 3).contiguous().transpose(2, 3)
     if how == "part of a larger one":
         return torch.nn.functional.pad(x, (8, 8, 1, 1), value=NAN)[:, :, 1:-1, 8:-8]
+    if how == "joined":  # the tokens of a step, as one product gives its queries, keys and values
+        return torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 1, 2), value=NAN)[:, :, 1:-2].transpose(1, 2)
+    if how == "at odd places":
+        return torch.nn.functional.pad(x, (1, 2), value=NAN)[..., 1:-2]
     if how == "heads expanded":
         return x[:, :1].expand_as(x)
     return x
@@ -188,7 +192,10 @@ def pruned_in(cache):
     return [max(held, tokens - cache.format.window) for tokens, held, _ in cache.counts.tolist()]
 
 
-LAYOUTS = ["plain", "tokens first", "channels strided", "part of a larger one", "heads expanded"]
+LAYOUTS = [
+    *("plain", "tokens first", "part of a larger one", "channels strided", "joined", "at odd places"),
+    "heads expanded",  # which are other values
+]
 
 
 def border(dtype):

@@ -15,8 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import every_level
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_checks import Copies, every_level
 
 from cases import (
     BORDERS,
@@ -175,6 +174,9 @@ def test_the_ops_leave_caches_that_differ_to_pytorch(monkeypatch):
     attention(half.query, new[1], case.values[:, :, -1:], case.past("key"), case.past("value"), scale=0.2)
 
 
+ROLES = "query", "key", "value"
+
+
 class Launch:
     """In place of a kernel's module: notes the grid, the arguments by name and the options of each launch."""
 
@@ -196,17 +198,17 @@ class Launch:
         return Kernel()
 
 
-class Copies(TorchDispatchMode):
-    """Notes what copies a tensor."""
-
-    def __init__(self, noted):
-        super().__init__()
-        self.noted = noted
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
-            self.noted.append((str(func),))
-        return func(*args, **(kwargs or {}))
+@pytest.fixture
+def launches(monkeypatch):
+    """What a step launches and copies, by the kernels of a GPU, which need none to be rendered."""
+    noted = []
+    monkeypatch.setattr(kernels, "runs_ptx", lambda device: True)
+    monkeypatch.setattr(kernels, "_overlaps", lambda device: True)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
+    for cls, name in ((Step, "append"), (Step, "portable"), (Step, "combine"), (Tuned, "kernel")):
+        make = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *given, make=make: Launch(make(*given), noted))
+    return noted
 
 
 @pytest.mark.parametrize(
@@ -216,15 +218,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 1, 400, dtype=torch.bool), torch.zeros(400)])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("length", "checked"), [(None, True), (400, True), (400, False)])
-def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, length, checked, monkeypatch):
-    """With the kernels of a GPU, which need none to be rendered."""
-    launches = []
-    monkeypatch.setattr(kernels, "runs_ptx", lambda device: True)
-    monkeypatch.setattr(kernels, "_overlaps", lambda device: True)
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
-    for cls, name in ((Step, "append"), (Step, "portable"), (Step, "combine"), (Tuned, "kernel")):
-        make = getattr(cls, name)
-        monkeypatch.setattr(cls, name, lambda *given, make=make: Launch(make(*given), launches))
+def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, length, checked, launches):
     cache = compressed(torch.randn(2, 4, 300, head_dim).bfloat16(), 300, 24, 32, 400, by=portable)
     query, row = (torch.zeros(2, heads, 1, 2 * head_dim).bfloat16()[..., ::2] for heads in (4 * group, 4))
     sinks = make_sinks(8 * group, 0)[::2] if with_sinks else None
@@ -234,7 +228,7 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
     assert out.shape == query.shape
     # A kernel that starts early waits for the one right ahead of it: a copy between two would be read half done.
     assert [name for name, *_ in launches[-3:]] == ["attend", "append", "combine"]
-    assert len(launches) == 6 + with_sinks, "query, key, value and sinks are copied, as they are not contiguous"
+    assert len(launches) == 6 + with_sinks, "query, key, value and sinks are copied, as no rows lie side by side"
     launches = launches[-3:]
     assert all(x.is_contiguous() for x in (launches[0][2]["query"], launches[1][2]["key"], launches[1][2]["value"]))
     (_, grid, attend, how), (_, appending, append, early), (_, _, combine, late) = launches
@@ -257,6 +251,31 @@ def test_launches_fit_the_kernels(group, head_dim, registers, mask, with_sinks, 
     strides = (attend["mask_batch"], attend["mask_head"], attend["mask_token"])
     assert (given is None) == (mask is None)
     assert given is None or (given.dtype != torch.bool and strides == given.stride()[:2] + given.stride()[3:])
+
+
+@pytest.mark.parametrize(
+    ("how", "head_dim", "copied"),
+    [
+        ("joined", 128, []),
+        ("at odd places", 128, ["query"]),
+        ("at odd places", 80, []),
+        ("channels strided", 80, ROLES),
+    ],
+)
+def test_rows_are_read_where_they_lie(how, head_dim, copied, launches):
+    """As parts of what one product gives. The tuned kernel reads the query in words, of two channels."""
+    shapes = zip(ROLES, (8, 4, 4), strict=True)
+    given = {role: strided(torch.zeros(2, heads, 2, head_dim).bfloat16(), how) for role, heads in shapes}
+    past = compressed(torch.zeros(2, 4, 300, head_dim).bfloat16(), 300, 24, 32, 400, by=portable)
+    with Copies(launches):
+        attention(*given.values(), past, past, torch.tensor([300]), decode=kernels.decode_attention)
+    *copies, (_, _, attend, _), (_, _, append, _), _ = launches
+    assert len(copies) == len(copied)
+    for role, x in given.items():
+        arguments = attend if role == "query" else append
+        read = arguments[role]
+        assert (read.data_ptr() != x.data_ptr()) == (role in copied)
+        assert [arguments[f"{role}_{dim}"] for dim in ("batch", "head", "token")] == [*read.stride()[:3]]
 
 
 def test_no_split_is_empty_and_waves_are_few():

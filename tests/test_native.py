@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import KernelChecks, Kernels, check_a_compressed_cache, check_rows
+from kernel_checks import Copies, KernelChecks, Kernels, check_a_compressed_cache, check_rows
 from test_generate import generate, options, oracle
 from torch._inductor.utils import run_and_get_code
 
@@ -34,6 +34,7 @@ from cases import (
     rows,
     seeds,
     sparsities,
+    strided,
     weights_of,
 )
 from compilers import allocations, without_inductor
@@ -203,6 +204,15 @@ def test_a_step_over_codes(kernels, key, value, dtype):
 @given(cases(st.just(F32), (64,), WINDOWS, groups=(2,)), st.booleans())
 def test_a_step_over_any_codes_equals_the_oracle(kernels, case, position):
     kernels.check_step(case, torch.tensor([case.written]) if position else None)
+
+
+def test_rows_are_read_where_they_lie(kernels):
+    case, copies = kernels.case(tokens=7), []
+    past = case.past("key"), case.past("value")
+    case.query, case.keys, case.values = (strided(x, "joined") for x in (case.query, case.keys, case.values))
+    with Copies(copies):
+        case.step(*past, decode=kernels.decode_attention)
+    assert not copies
 
 
 class TestCodedKernels:

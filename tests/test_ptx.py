@@ -354,6 +354,7 @@ COUNTS = {"counts", "key_counts", "value_counts", "position", "moved", "tokens"}
 FLOATS = {"sums", "states", "weights", "key_weights", "value_weights"}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 ROWS = {"query", "ring", "key", "value", "key_window", "value_window", "window", "dense", "result", "sinks"}
+STRIDES = {f"{rows}_{dim}" for rows in ("query", "key", "value") for dim in ("batch", "head", "token")}
 STORED = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
 PLAIN = dict.fromkeys(("", "key_", "value_"), Format.interned(64, 32, 4))  # what comes before a buffer's name: a format
 
@@ -385,6 +386,7 @@ def compiled(function, dtype, mask="none", sinks=False, gluon=False, formats=PLA
     types |= dict.fromkeys(constants, "constexpr")
     place = function.arg_names.index
     aligned = [name for name, kind in types.items() if kind.startswith("*") and name != "mask"]
+    aligned += [name for name in types if name in STRIDES]
     source = (GluonASTSource if gluon else ASTSource)(
         function,
         types,

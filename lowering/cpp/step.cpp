@@ -9,9 +9,18 @@ constexpr float MASKED = -1e4f;           // what an additive mask adds at most 
 constexpr int64_t LEAST_TOKENS = 512;     // of a split
 constexpr int64_t LEAST_WORK = 1 << 15;   // elements, from which on threads pay
 
-// As lowering/native.py has it.
+// Rows of new tokens, [batch, heads, tokens, channels], wherever they lie. This and Step are as lowering/native.py has them.
+struct Rows {
+  const T* first;
+  int64_t batch_stride, head_stride, token_stride;
+
+  const T* at(int64_t b, int64_t head, int64_t token) const {
+    return first + b * batch_stride + head * head_stride + token * token_stride;
+  }
+};
+
 struct Step {
-  const T *query, *key, *value;
+  Rows query, key, value;
   Cache keys, values;
   const int64_t* position;
   const void* mask;
@@ -105,11 +114,10 @@ struct Task {
 
  private:
   void lay_out_query() {
-    const T* from = step.query + (b * step.heads + h) * GROUP * step.queries * KEY_DIM;
     for (int64_t g = 0; g < GROUP; g++)
       for (int64_t q = 0; q < step.queries; q++) {
         T* to = scratch.query + (q * GROUP + g) * KEY_PADDED;
-        memcpy(to, from + (g * step.queries + q) * KEY_DIM, KEY_DIM * sizeof(T));
+        memcpy(to, step.query.at(b, h * GROUP + g, q), KEY_DIM * sizeof(T));
         for (int c = KEY_DIM; c < KEY_PADDED; c++) to[c] = 0;
       }
   }
@@ -173,18 +181,17 @@ struct Task {
   }
 };
 
-// New rows [L, HEAD_DIM] of a KV head enter the ring; those that leave the window are packed. ``all_new``, ``weights``: of
-// all KV heads, of which this is the one at ``bh``; of the weights [L, HEAD_DIM] are for what leaves for each new row.
+// New rows of a KV head enter the ring; those that leave the window are packed. ``rows``, ``weights``: of all KV heads, of
+// which this is the one at ``bh``; of the weights [L, HEAD_DIM] are for what leaves for each new row.
 template <class Format>
-static bool append(const Cache& cache, int64_t bh, const T* all_new, const float* weights, const Step& step) {
+static bool append(const Cache& cache, int64_t bh, const Rows& rows, const float* weights, const Step& step) {
   constexpr int HEAD_DIM = Format::HEAD_DIM;
   const Head<Format> head(cache, bh, step.batch * step.heads, step.window);
   const Row row(step, cache, bh / step.heads);
-  const T* rows = all_new + bh * step.queries * HEAD_DIM;
   if (weights) weights += bh * step.queries * HEAD_DIM;
   bool extreme = false;
   for (int64_t i = 0; i < step.queries; i++) {
-    const T* from = rows + i * HEAD_DIM;
+    const T* from = rows.at(bh / step.heads, bh % step.heads, i);
     memcpy(head.exact(row.start + i), from, HEAD_DIM * sizeof(T));
     extreme |= has_extreme<HEAD_DIM>(from);
   }
