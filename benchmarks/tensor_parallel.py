@@ -136,11 +136,12 @@ def own(given: argparse.Namespace, options: Row) -> Row:
     whole = _on_paper(given)
     model = ShardedLlama(whole, given.batch, given.context)
     _fill(model)
-    model.rotary, model.slots = _rotary(whole), torch.arange(given.context, device=DEVICE)
+    model.rotary = _rotary(whole)
     for layer in model.layers:
         layer.keys, layer.values = (torch.randn_like(x, device=DEVICE) for x in (layer.keys, layer.values))
     ids = torch.zeros(given.batch, 1, dtype=torch.int64, device=DEVICE)
-    compiled, last = _compiled(model, options | {"release_dense": ON_GPU}), model.slots[-1:].clone()
+    last = torch.full([1], given.context - 1, device=DEVICE)
+    compiled = _compiled(model, options | {"release_dense": ON_GPU})
     return _compressed(lambda: compiled(ids, last), model, given)
 
 

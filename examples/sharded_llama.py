@@ -2,7 +2,8 @@
 """A Llama whose layers ranks share, in plain PyTorch: slices of the weights, an all-reduce behind attention and MLP.
 
 ``tensor_parallel.py`` runs it. Matrices that read the same input are one here, as in gpt-fast: a GPU multiplies by one
-large matrix sooner than by several small ones, above all where ranks make them smaller still.
+large matrix sooner than by several small ones, above all where ranks make them smaller still. The cache is written and
+the mask is made so that the graph of a decode step shows that the mask says nothing new: no layer reads it then.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class ShardedLayer(nn.Module):
         joined = F.linear(self.norm(x), self.qkv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = joined.split(self.heads, dim=1)
         q, k = apply_rotary_pos_emb(q, k, *rotation)
-        self.keys[:, :, positions] = k
-        self.values[:, :, positions] = v
+        self.keys.index_copy_(2, positions, k)
+        self.values.index_copy_(2, positions, v)
         y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask, enable_gqa=True)
         x = x + _summed(F.linear(y.transpose(1, 2).flatten(2), self.out))
         gate, up = F.linear(self.mlp_norm(x), self.gate_up).chunk(2, -1)
@@ -55,12 +56,13 @@ class ShardedLlama(nn.Module):
         self.layers = nn.ModuleList(ShardedLayer(layer, batch, slots) for layer in whole.model.layers)
         self.vocabulary = len(whole.lm_head.weight)
         self.head = _rows(F.pad(whole.lm_head.weight, (0, 0, 0, -self.vocabulary % dist.get_world_size())))
-        self.register_buffer("slots", torch.arange(slots, device=self.head.device))
+        self.slots = slots
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, vocabulary] behind the last of ``ids`` [B, L], which stand at ``positions`` [L]."""
         x = self.embedding(ids)
-        rotation, mask = self.rotary(x, positions[None]), self.slots <= positions[:, None]
+        rotation = self.rotary(x, positions[None])
+        mask = torch.arange(self.slots, device=x.device) <= positions[:, None]
         for layer in self.layers:
             x = layer(x, positions, rotation, mask)
         return _joined(F.linear(self.norm(x[:, -1]), self.head))[:, : self.vocabulary]

@@ -157,7 +157,7 @@ def decode_attention(
     result = torch.empty(batch, query_heads, queries, value_format.head_dim, dtype=query.dtype, device=device)
     if result.numel() == 0:
         return result
-    # Where they are copied, before the first launch: a kernel that starts early waits only for the one right ahead of it.
+    # What must be copied is so before the first launch: a kernel that starts early waits only for the one ahead of it.
     query, key, value = (with_rows(x) for x in (query, key, value))
     sinks = None if sinks is None else sinks.contiguous()
     ranked = {"key": asked.key_weights, "value": asked.value_weights}
