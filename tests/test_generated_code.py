@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_code
+from torch import nn
+from torch._inductor.utils import get_code, run_and_get_code
 
 from compilers import allocations
 from models import BufferModel, TupleModel, run_steps
+from mustafar_compile.lowering import builds
 from mustafar_compile.lowering.buffers import blocks_for
 from mustafar_compile.lowering.format import grown_capacity
 from test_own_loops import assert_close, embeddings, options, oracle
@@ -32,3 +36,39 @@ def test_a_decode_step_gives_the_same_and_copies_no_cache(form):
         sizes = allocations(code, blocks_for(grown_capacity(SLOTS)))
         assert sizes, "the pattern finds no allocation at all"
         assert max(sizes) < rows * KEPT * 4, "a buffer as large as the packed values, or larger"
+
+
+class JoinedModel(BufferModel):
+    """Whose queries, keys and values come from one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = self.heads, self.kv_heads, self.kv_heads
+        self.qkv = nn.Linear(32, sum(self.joined) * self.head_dim)
+
+    def project(self, x):
+        return self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.joined, dim=2)
+
+
+STEP = re.compile(r"decode_attention_kernel\.default\((.*?), \[.*?\], \[.*?\], '[^']*', '[^']*', (\w+),")
+
+
+@pytest.mark.native
+@pytest.mark.filterwarnings("ignore:mustafar. a C.. kernel could not be built")  # nor is one wanted
+def test_layers_take_parts_of_a_product_as_they_are_and_one_position():
+    torch._dynamo.reset()
+    layers = nn.Sequential(JoinedModel(), JoinedModel())
+
+    def step(x, positions):
+        return layers[1].step(layers[0].step(x, positions), positions)
+
+    nowhere = torch._inductor.config.patch(force_disable_caches=True)  # for it is not compiled any further
+    with torch.no_grad(), builds.building_nothing(), nowhere:
+        compiled = torch.compile(step, backend="mustafar", fullgraph=True, options=options(0.5))
+        code, *_ = get_code(compiled, torch.randn(2, 1, 32), torch.tensor([9]))
+    (first, position), (second, same) = STEP.findall(code)
+    assert position == same
+    for rows in (first, second):
+        parts = re.findall(r"reinterpret_tensor\((\w+), \(2, \d, 1, 16\), \(128, 16, 128, 1\), (\d+)\)", rows)
+        assert [int(offset) for _, offset in parts] == [0, 64, 96], rows
+        assert len({buffer for buffer, _ in parts}) == 1

@@ -27,6 +27,7 @@ class Emitter:
     def __init__(self, graph: Graph, capacity_of: Callable[[Any], Any]) -> None:
         self.graph = graph
         self.capacity_of = capacity_of
+        self.places: dict[tuple[Node, int, Any, torch.device], Node] = {}  # of new tokens
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.graph.call_function(target, args, kwargs)
@@ -76,25 +77,30 @@ class Emitter:
         return self._position(update, 0)
 
     def _position(self, update: CacheUpdate, token: int) -> Node:
-        """Where a new token goes, by its number: int64 [1], or [B] of each row of the batch."""
-        positions = self._positions(update)
-        if update.position.meta["val"].dim() != 2:
-            positions = self.call(aten.view.default, positions, [1, -1])
-        return self._from_the_start(self.call(aten.select.int, positions, 1, token), update)
-
-    def _from_the_start(self, position: Node, update: CacheUpdate) -> Node:
-        """An index that may count from the end of the cache, as one that counts from its start."""
-        if update.op != "index_put":  # the others do not take such
-            return position
-        from_end = self.call(aten.add.Tensor, position, self.size(update.node, update.tokens_dim))
-        return self.call(aten.where.self, self.call(aten.lt.Scalar, position, 0), from_end, position)
-
-    def _positions(self, update: CacheUpdate) -> Node:
-        """The tensor of positions, on the cache's device: some writes take one of the host."""
+        """Where a new token goes, by its number: int64 [1], or [B] of each row of the batch, on the cache's device."""
         device = update.new.meta["val"].device
-        if update.position.meta["val"].device == device:
-            return update.position
-        return self.call(aten._to_copy.default, update.position, device=device)
+        # Only index_put takes positions that count from the end.
+        slots = self.size(update.node, update.tokens_dim) if update.op == "index_put" else None
+        if isinstance(slots, Node):  # which is nowhere ahead of the write
+            return self._read_position(update.position, token, slots, device)
+        asked = update.position, token, slots, device
+        if asked not in self.places:  # made once for all layers, which would launch a kernel each
+            with self.graph.inserting_before(_behind(update.position)):
+                self.places[asked] = self._read_position(*asked)
+        return self.places[asked]
+
+    def _read_position(self, positions: Node, token: int, slots: Any, device: torch.device) -> Node:
+        """One of ``positions`` [L] or [B, L]. slots: to add where it counts from the end, if it may."""
+        value = positions.meta["val"]
+        if value.device != device:  # some writes take one of the host
+            positions = self.call(aten._to_copy.default, positions, device=device)
+        if value.dim() != 2:
+            positions = self.call(aten.view.default, positions, [1, -1])
+        position = self.call(aten.select.int, positions, 1, token)
+        if slots is None:
+            return position
+        from_end = self.call(aten.add.Tensor, position, slots)
+        return self.call(aten.where.self, self.call(aten.lt.Scalar, position, 0), from_end, position)
 
     def compress(
         self,
@@ -154,3 +160,11 @@ class Emitter:
         else:
             dense = self.call(ops.decompress.default, buffers, format.encode(), length)
         return self.call(aten.contiguous.default, self.swapped(dense, tokens_dim))
+
+
+def _behind(node: Node) -> Node:
+    """What stands behind ``node``, and behind all inputs if it is one."""
+    behind = node.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    return behind
