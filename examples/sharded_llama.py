@@ -2,8 +2,9 @@
 """A Llama whose layers ranks share, in plain PyTorch: slices of the weights, an all-reduce behind attention and MLP.
 
 ``tensor_parallel.py`` runs it. Matrices that read the same input are one here, as in gpt-fast: a GPU multiplies by one
-large matrix sooner than by several small ones, above all where ranks make them smaller still. The cache is written and
-the mask is made so that the graph of a decode step shows that the mask says nothing new: no layer reads it then.
+large matrix sooner than by several small ones, above all where ranks make them smaller still. So queries and keys are
+rotated together, too. The cache is written and the mask is made so that the graph of a decode step shows that the mask
+says nothing new: then no layer reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
 
 class ShardedLayer(nn.Module):
@@ -30,15 +31,15 @@ class ShardedLayer(nn.Module):
         self.out, self.down = _columns(attention.o_proj.weight), _columns(mlp.down_proj.weight)
         self.head_dim, ranks = attention.head_dim, dist.get_world_size()
         heads, kv_heads = (len(m.weight) // self.head_dim // ranks for m in (attention.q_proj, attention.k_proj))
-        self.heads = heads, kv_heads, kv_heads  # of queries, keys and values
+        self.heads = heads, kv_heads  # of queries, and of keys or values
         cache = self.qkv.new_zeros(batch, kv_heads, slots, self.head_dim)
         self.register_buffer("keys", cache)
         self.register_buffer("values", cache.clone())
 
     def forward(self, x: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         joined = F.linear(self.norm(x), self.qkv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = joined.split(self.heads, dim=1)
-        q, k = apply_rotary_pos_emb(q, k, *rotation)
+        q_k, v = joined.split((sum(self.heads), self.heads[1]), dim=1)
+        q, k = _rotated(q_k, *rotation).split(self.heads, dim=1)
         self.keys.index_copy_(2, positions, k)
         self.values.index_copy_(2, positions, v)
         y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask, enable_gqa=True)
@@ -76,6 +77,11 @@ def _rows(*weights: Tensor) -> nn.Parameter:
 
 def _columns(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.chunk(dist.get_world_size(), 1)[dist.get_rank()].clone(), requires_grad=False)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, L, D] by the angles of its positions, whose cosines and sines are [1, L, D]."""
+    return x * cos + rotate_half(x) * sin
 
 
 def _summed(x: Tensor) -> Tensor:

@@ -41,8 +41,11 @@ _SCHEMAS = {
     "weigh_queries_kernel": "(Tensor query, Tensor position, Tensor(a!) ring) -> Tensor",
     "decode_attention_kernel": f"{_DECODE_ATTENTION}, Tensor? key_weights=None, Tensor? value_weights=None) -> Tensor",
 }
+# A cache lies as it was made, and all else may have any strides. By default Inductor makes each tensor anew, for each
+# op of ours that takes it, with the strides that it has in eager mode: a mask once for each layer, say.
+_OF_STEPS = dict.fromkeys(("decode_attention_kernel", "weigh_queries_kernel"), (torch.Tag.flexible_layout,))
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
+    _LIBRARY.define(_name + _schema, tags=_OF_STEPS.get(_name, ()))
 
 _COMPOSITES = {
     "compress": composites.compress,
