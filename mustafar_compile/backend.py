@@ -18,7 +18,7 @@ from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
 from .calling.plain_inputs import PlainInputs
 from .calling.recompiling import count_for_each_layer, heed_hooks, let_buffers_grow, let_models_share_a_function
-from .calling.recordable import Places, graph_device, is_step, why_not
+from .calling.recordable import Places, graph_device, is_step, watch_over, why_not
 from .digest import code_digest
 from .errors import NothingMatchedError
 from .lowering import ops
@@ -108,7 +108,8 @@ def _launching(
         except LengthError as error:
             reason = str(error)
     record_launching(reason)
-    return None if reason else lambda compiled: CudaGraphs(compiled, places, device)
+    watch = None if reason else watch_over(plan)
+    return None if reason else lambda compiled: CudaGraphs(compiled, places, device, watch)
 
 
 def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, said: Statement) -> Rewritten | None:

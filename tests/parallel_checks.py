@@ -20,6 +20,7 @@ from torch.distributed._functional_collectives import all_reduce
 from compilers import without_compiler
 from models import TupleModel, hf_model, prompt
 from mustafar_compile import _compat, cache_stats, explain, load_sharded, save_sharded
+from mustafar_compile.calling.watch import Watch
 from mustafar_compile.lowering import builds
 from ranks import device, printed_by, sharded
 from stand_in_graphs import record_on_a_cpu
@@ -71,11 +72,13 @@ def own_loop(sparsity: float) -> tuple:
 
 
 def recorded() -> tuple:
-    """As ``tokens_of``, with decode steps recorded, and how often that was."""
+    """As ``tokens_of``, with decode steps recorded; how often that was, and the timeouts of watched replays."""
+    watched: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compat.distributed, "backend_of", lambda name, device: "nccl")
+        patch.setattr(Watch, "__call__", lambda watch: watched.append(watch.timeout))
         made = record_on_a_cpu(patch)
-        return *tokens_of("llama", "static", 0.7, num_hidden_layers=1), len(made)
+        return *tokens_of("llama", "static", 0.7, num_hidden_layers=1), len(made), watched
 
 
 class Summing(TupleModel):

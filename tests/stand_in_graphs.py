@@ -28,6 +28,7 @@ def record_on_a_cpu(monkeypatch) -> list[int]:
         "is_current_stream_capturing": lambda: False,
         "current_stream": lambda: "the stream",
         "graph_pool_handle": lambda: "the pool",
+        "Event": lambda: SimpleNamespace(record=lambda: None, query=lambda: True),
     }.items():
         monkeypatch.setattr(torch.cuda, name, what)
     return made

@@ -89,12 +89,16 @@ class NotRecordableError(RuntimeError):
 class CudaGraphs:
     """``function``, whose inputs are laid out as ``places`` says, with its calls replayed where that is possible.
 
-    Where there are lengths the function has one more input, their true values, int64 on ``device``.
+    Where there are lengths the function has one more input, their true values, int64 on ``device``. watch: of a step
+    that waits for other ranks.
     """
 
-    def __init__(self, function: Function, places: Places, device: torch.device) -> None:
+    def __init__(
+        self, function: Function, places: Places, device: torch.device, watch: Callable[[], None] | None = None
+    ) -> None:
         self.function = function
         self.places = places
+        self.watch = watch
         self.index = device.index if device.index is not None else torch.cuda.current_device()
         self.device = torch.device(device.type, self.index)
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
@@ -230,6 +234,8 @@ class CudaGraphs:
             _compat.tensors.foreach_copy(into, given)
         self._fill(recording.lengths, inputs)
         recording.replay()
+        if self.watch is not None:
+            self.watch()
         if self.places.written:
             _compat.tensors.foreach_copy(*([of[place] for place in self.places.written] for of in (given, into)))
         return [

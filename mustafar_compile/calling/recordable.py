@@ -19,6 +19,7 @@ from ..patterns.graph.symbols import expression
 from ..patterns.rewriting.lengths import Length, size_at, traced_inputs
 from ..patterns.rewriting.plan import Argument, Plan
 from .example_inputs import is_written
+from .watch import Watch
 
 _MOST_COPIED = 2**16
 """Bytes of an input that every call copies. What is larger is bound, until it turns out that the caller moves it."""
@@ -53,9 +54,19 @@ def why_not(plan: Plan, examples: Sequence[Any]) -> str:
 
 def _waits_by(plan: Plan, devices: Sequence[str]) -> set[str]:
     """The libraries by which a step waits for other ranks."""
-    names = {x for node in plan.module.graph.nodes if is_collective(node) for x in node.args if isinstance(x, str)}
-    known = (_compat.distributed.backend_of(name, torch.device(device)) for name in names for device in devices)
+    known = (_compat.distributed.backend_of(name, torch.device(device)) for name in _named(plan) for device in devices)
     return {library for library in known if library is not None}
+
+
+def _named(plan: Plan) -> set[str]:
+    """What collectives are given as texts: the names of process groups among them."""
+    return {x for node in plan.module.graph.nodes if is_collective(node) for x in node.args if isinstance(x, str)}
+
+
+def watch_over(plan: Plan) -> Watch | None:
+    """The watch over a step that waits for other ranks."""
+    groups = [group for name in _named(plan) if (group := _compat.distributed.group_named(name)) is not None]
+    return Watch(min(map(_compat.distributed.timeout_of, groups))) if groups else None
 
 
 def rounded(length: int) -> int:
