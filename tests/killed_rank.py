@@ -1,9 +1,10 @@
-"""What torchrun runs for ``test_parallel.py``: a model generates on all ranks, and one of them is killed meanwhile."""
+"""A rank of ``test_parallel.py``: a model generates on two of them, and the second one is killed meanwhile."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -14,7 +15,7 @@ from compilers import without_compiler
 from models import prompt
 from ranks import device, sharded
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=30)
 TOKENS = 8
 """That are there when the second rank ends, so that steps run as CUDA graphs where there are GPUs."""
 
@@ -22,6 +23,7 @@ TOKENS = 8
 def kill_the_second(ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
     """A criterion for stopping: none, but the second rank is killed at the last of ``TOKENS``."""
     if dist.get_rank() == 1 and ids.shape[1] == prompt()["input_ids"].shape[1] + TOKENS:
+        print(f"{time.strftime('%X')} the second rank is killed", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -30,7 +32,7 @@ def main() -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpus else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if on_gpus else "gloo", os.environ.get("STORE"), timeout=TIMEOUT)
     model = sharded(num_hidden_layers=1)
     inputs = {name: x.to(device()) for name, x in prompt().items()}
     how = {"max_new_tokens": 64, "do_sample": False, "cache_implementation": "static"}

@@ -6,12 +6,13 @@ import faulthandler
 import fcntl
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -31,6 +32,9 @@ SECONDS = 60
 
 ALL_SECONDS = 300
 """That all checks of ranks may take together."""
+
+_GRACE = 40
+"""Seconds that processes may take to end when they are asked to: torchrun gives its ranks 30."""
 
 _TOLD = 6000
 """Characters of what a rank printed that an error holds."""
@@ -82,6 +86,42 @@ def made_once(name: str, make: Callable[[], Any]) -> Any:
             file.write(pickle.dumps(make()))
         file.seek(0)
         return pickle.load(file)
+
+
+def outcomes(commands: Sequence[tuple[Sequence[Any], dict[str, str]]], seconds: int) -> list[tuple[int, str]]:
+    """Exit codes of processes that run side by side, and what they print.
+
+    commands: with what they have in their environment besides. Raises TimeoutError, with what was printed, where one
+    takes longer than ``seconds``; they are asked to end then, as torchrun ends its ranks, and else are killed.
+    """
+    end = time.monotonic() + seconds
+    with ExitStack() as stack:  # files, as a pipe would be waited for until the last child has ended
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+        started = [
+            subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own, start_new_session=True)
+            for (command, own), file in zip(commands, files, strict=True)
+        ]
+        late = [process for process in started if not _ends(process, end)]
+        for process in late:
+            process.terminate()
+        for process in late:
+            if not _ends(process, end + _GRACE):
+                process.kill()
+        for file in files:
+            file.seek(0)
+        told = [file.read() for file in files]
+    if late:
+        raise TimeoutError(f"processes took longer than {seconds} s:\n" + "\n---\n".join(told))
+    return [(process.returncode, text) for process, text in zip(started, told, strict=True)]
+
+
+def _ends(process: subprocess.Popen, end: float) -> bool:
+    """Whether it has ended at a time."""
+    try:
+        process.wait(max(end - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _file(folder: str, rank: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import torch
 import parallel_checks as checks
 from models import hf_model, prompt
 from nightly import at_night
-from ranks import made_once, results_of
+from ranks import SECONDS, made_once, outcomes, results_of
 from reference import pruned_generation
 
 STEPS = [("prefill", "decode")]
@@ -77,10 +78,11 @@ def test_an_own_loop():
 
 
 def test_recordings_with_collectives():
-    for tokens, phases, *_, recordings in of_both("recorded"):
+    for tokens, phases, *_, recordings, watched in of_both("recorded"):
         assert torch.equal(tokens, expected(0.7, **ONE_LAYER))
         assert phases == STEPS
         assert recordings == 1
+        assert watched == [SECONDS] * (checks.NEW - 2), "each step but the first, which is not recorded"
 
 
 def test_other_settings_end_all_ranks_with_one_error():
@@ -193,15 +195,36 @@ def test_steps_on_gpus_are_cuda_graphs_with_collectives(cache):
         assert launching == ["decode steps run as CUDA graphs"]
 
 
-@pytest.mark.parametrize("on", [pytest.param("gpus", marks=needs_two_gpus), *at_night(["cpus"])])
-def test_a_rank_that_is_killed_in_mid_generation_ends_all(on):
-    """Under torchrun. NCCL alone would not notice: nobody watches the collectives of a CUDA graph."""
-    seen = {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"CUDA_VISIBLE_DEVICES": ""} if on == "cpus" else {})
-    how = {"capture_output": True, "text": True, "timeout": 150, "env": os.environ | seen}
-    ended = subprocess.run([*TORCHRUN, Path(__file__).with_name("killed_rank.py")], check=False, **how)
-    assert ended.returncode != 0
-    assert "Signal 9 (SIGKILL)" in ended.stderr, ended.stderr
-    assert "went on" not in ended.stdout
+KILLED = Path(__file__).with_name("killed_rank.py")
+
+
+def environment(on):
+    return {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"CUDA_VISIBLE_DEVICES": ""} if on == "cpus" else {})
+
+
+on_each = pytest.mark.parametrize("on", [pytest.param("gpus", marks=needs_two_gpus), *at_night(["cpus"])])
+
+
+@on_each
+def test_torchrun_ends_all_when_a_rank_is_killed_in_mid_generation(on):
+    ((code, text),) = outcomes([([*TORCHRUN, KILLED], environment(on))], seconds=180)
+    assert code != 0
+    assert "the second rank is killed" in text
+    assert "Signal 9 (SIGKILL)" in text
+    assert "went on" not in text
+
+
+@on_each
+def test_a_rank_ends_by_itself_when_the_other_is_killed_in_mid_generation(on, tmp_path):
+    """Where no launcher ends it. Of a CUDA graph that waits for others, a thread sees how long it does."""
+    alike = environment(on) | {"WORLD_SIZE": "2", "STORE": f"file://{tmp_path}/store"}
+    ranks = [([sys.executable, KILLED], alike | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    (code, text), (killed, _) = outcomes(ranks, seconds=180)
+    assert killed == -signal.SIGKILL
+    assert code not in (0, killed)
+    assert "went on" not in text
+    if on == "gpus":
+        assert "a decode step has waited for other ranks for 30 s" in text
 
 
 @pytest.mark.nightly
