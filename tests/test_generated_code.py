@@ -62,8 +62,13 @@ def test_layers_take_parts_of_a_product_as_they_are_and_one_position():
     def step(x, positions):
         return layers[1].step(layers[0].step(x, positions), positions)
 
-    nowhere = torch._inductor.config.patch(force_disable_caches=True)  # for it is not compiled any further
-    with torch.no_grad(), builds.building_nothing(), nowhere:
+    nowhere = torch._inductor.config.patch(fx_graph_cache=False)  # for it is not compiled any further
+    with (
+        torch.no_grad(),
+        builds.building_nothing(),
+        nowhere,
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         compiled = torch.compile(step, backend="mustafar", fullgraph=True, options=options(0.5))
         code, *_ = get_code(compiled, torch.randn(2, 1, 32), torch.tensor([9]))
     (first, position), (second, same) = STEP.findall(code)

@@ -18,8 +18,8 @@ _LOOKS = 10
 class Watch:
     """Ends this process if a graph has not run to its end ``timeout`` seconds after it was launched.
 
-    That is what torch does where a collective outside of CUDA graphs takes so long, and as little heard by whoever waits
-    for the GPU: so a thread looks at it. ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0`` turns both off.
+    That is what torch does where a collective outside of CUDA graphs takes so long. Whoever waits for the GPU hears
+    nothing, so a thread looks. ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0`` turns off both.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -64,8 +64,8 @@ def _look(watch_of: weakref.ref[Watch], pause: float) -> None:
 
 def _end(timeout: float) -> None:
     message = (
-        f"mustafar: a decode step has waited for other ranks for {timeout:.0f} s, the timeout of the process group: one "
-        "of them ended, or does not call the same step. This rank ends, too. Its threads are at"
+        f"mustafar: a decode step has waited for other ranks for {timeout:.0f} s, the timeout of the process group: "
+        "one of them ended, or does not call the same step. This rank ends, too. Its threads are at"
     )
     print(message, file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.stderr)
