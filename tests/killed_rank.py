@@ -32,7 +32,8 @@ def main() -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpus else "gloo", os.environ.get("STORE"), timeout=TIMEOUT)
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("nccl" if on_gpus else "gloo", os.environ.get("STORE"), timeout=TIMEOUT, **place)
     model = sharded(num_hidden_layers=1)
     inputs = {name: x.to(device()) for name, x in prompt().items()}
     how = {"max_new_tokens": 64, "do_sample": False, "cache_implementation": "static"}

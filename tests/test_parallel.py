@@ -219,8 +219,8 @@ def test_a_rank_ends_by_itself_when_the_other_is_killed_in_mid_generation(on, tm
     """Where no launcher ends it. Of a CUDA graph that waits for others, a thread sees how long it does."""
     alike = environment(on) | {"WORLD_SIZE": "2", "STORE": f"file://{tmp_path}/store"}
     ranks = [([sys.executable, KILLED], alike | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    (code, text), (killed, _) = outcomes(ranks, seconds=180)
-    assert killed == -signal.SIGKILL
+    (code, text), (killed, text_of_killed) = outcomes(ranks, seconds=180)
+    assert killed == -signal.SIGKILL, text_of_killed
     assert code not in (0, killed)
     assert "went on" not in text
     if on == "gpus":

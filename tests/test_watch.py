@@ -56,18 +56,15 @@ def ended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "reached", False)
     monkeypatch.setattr(module.os, "abort", ended.set)
-    monkeypatch.setattr(module.faulthandler, "dump_traceback", lambda file: None)  # pytest's has no number
     return ended
 
 
-def test_a_graph_that_does_not_end_ends_the_process(watched, ended, capsys):
+def test_a_graph_that_does_not_end_ends_the_process(watched, ended, capfd):
     watch, start = watched(TIMEOUT), time.monotonic()
     watch()
     assert ended.wait(20)
     assert time.monotonic() - start >= TIMEOUT
-    assert (
-        "a decode step has waited for other ranks for 0 s, the timeout of the process group" in capsys.readouterr().err
-    )
+    assert "a decode step has waited for other ranks for 0 s" in capfd.readouterr().err
 
 
 def test_the_time_goes_from_the_latest_graph(watched, ended):

@@ -67,6 +67,8 @@ def _end(timeout: float) -> None:
         f"mustafar: a decode step has waited for other ranks for {timeout:.0f} s, the timeout of the process group: "
         "one of them ended, or does not call the same step. This rank ends, too. Its threads are at"
     )
-    print(message, file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(sys.stderr)
-    os.abort()
+    try:
+        print(message, file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(sys.__stderr__)
+    finally:
+        os.abort()
