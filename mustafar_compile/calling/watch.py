@@ -69,6 +69,6 @@ def _end(timeout: float) -> None:
     )
     try:
         print(message, file=sys.__stderr__, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__)
+        faulthandler.dump_traceback(2)  # standard error
     finally:
         os.abort()
