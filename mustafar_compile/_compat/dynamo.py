@@ -25,6 +25,7 @@ _is_the_object = probe("torch._dynamo.guards", "GuardBuilder").ID_MATCH
 _has_as_many = probe("torch._dynamo.guards", "GuardBuilder").SEQUENCE_LENGTH
 _InstructionTranslator = probe("torch._dynamo.symbolic_convert", "InstructionTranslator")
 skip_code: Callable = probe("torch._dynamo.eval_frame", "skip_code")
+untraced: Callable[[Callable], Callable] = probe("torch._dynamo", "disable")
 maybe_mark_dynamic: Callable = probe("torch._dynamo", "maybe_mark_dynamic")
 _DynamoContext = probe("torch._dynamo.eval_frame", "_TorchDynamoContext")
 _log = probe("torch._dynamo.convert_frame", "log")

@@ -118,11 +118,14 @@ class CompressedKV(Handle):
         """Bytes that the buffers really take."""
         return storage_bytes(self.buffers)
 
+    @_compat.dynamo.untraced
     def dense(self) -> Tensor:
         """The dense tensor that this stands for: pruned elements and unwritten tokens are zero.
 
         Raises StaleCacheError where tokens of this handle were given up.
         """
+        if self.has_only_a_shape:
+            return self.clone()
         rows = ops.decompress(self.own_buffers(), self.format.encode(), self.tokens)
         return rows if self.tokens_dim == 2 else rows.transpose(1, 2).contiguous()
 
@@ -194,6 +197,7 @@ class CompressedKV(Handle):
         return f"CompressedKV(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {kept})"
 
     @classmethod
+    @_compat.dynamo.untraced  # where a frame runs op by op, Dynamo would compile what ops of ours do
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return cls.dispatch(func, args, kwargs or {})
 

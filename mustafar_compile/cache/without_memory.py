@@ -79,7 +79,15 @@ class ReadOnlyView(WithoutMemory):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.held.__reduce_ex__(protocol)
 
+    def __tensor_flatten__(self):
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        return ReadOnlyView(inner["held"])
+
     @classmethod
+    @_compat.dynamo.untraced
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         refuse_lost_writes(func, args, kwargs or {})
         result = func(*_compat.tensors.tree_map(_plain, args), **_compat.tensors.tree_map(_plain, kwargs or {}))
