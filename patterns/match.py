@@ -38,6 +38,7 @@ _ROWS = (
     "rows of the batch may be written at places of their own where the graph shows that it is all of them, as "
     "torch.arange counts them, and a token of each at one place for all heads"
 )
+_BROKEN_OFF = "a graph break lies between its cache and the attention, whose query comes into the graph as it is"
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _judge(
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
         if key is None or value is None:
             name, operand = ("keys", attention.key) if key is None else ("values", attention.value)
+            require(not _is_broken_off(attention, operand), _BROKEN_OFF)
             raise _no_cache_reason(name, operand.node, functional)
         reads, formats = [], []
         for role, update, chain, operand in (
@@ -238,6 +240,15 @@ def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match 
     """
     prefills = [m for m in earlier if isinstance(m, Match) and m.phase == "prefill"]
     return (key.node, value.node) in [m.caches for m in prefills]
+
+
+def _is_broken_off(attention: Attention, operand: Operand) -> bool:
+    """Whether a step is given its query as ready as its keys or values, which it is where Dynamo breaks the graph.
+
+    Cross-attention makes at least its query in the graph. operand: keys or values.
+    """
+    given = all(unmoved(x).op == "placeholder" for x in (attention.query, operand.node))
+    return given and not same_size(attention.query_length, operand.node.meta["val"].shape[operand.tokens])
 
 
 def _no_cache_reason(name: str, operand: Node, functional: Functional) -> Reason:

@@ -319,7 +319,14 @@ class CrossAttention(Decode):
     reason = "no token enters its cache, as in cross-attention"
 
     def forward(self, q, k, v, past):
-        return self.attend(q, *past)
+        return self.attend(q * 2, *past)
+
+
+class BrokenOff(Decode):
+    reason = "a graph break lies between its cache and the attention"
+
+    def forward(self, q, k, v, past):
+        return self.attend(q.transpose(1, 2).transpose(1, 2), *past)
 
 
 class UnmaskedBuffer(Decode):
