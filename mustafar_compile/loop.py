@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
 from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,6 +35,8 @@ def compile_loop(
         @torch.no_grad()
         def generate(model, ids, steps): ...
 
+    A loop may be a generator, which yields each token as it comes, and may be asynchronous.
+
     mode and options are those of torch.compile; settings may stand in either place. Raises ValueError for an unknown
     setting or a value out of range, when the function is decorated.
     """
@@ -41,13 +44,53 @@ def compile_loop(
         return functools.partial(compile_loop, mode=mode, options=options, **settings)
     merged, _ = merged_options("compile_loop", mode, options, settings)
 
+    for code in _frames_of(function):
+        _compat.dynamo.skip_code(code)
+    _compat.dynamo.skip_code(_call.__code__)
+    run = torch.compile(_call, backend=functools.partial(mustafar, options=merged))
+
     @functools.wraps(function)
     def loop(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        return _with_each_part(run(function, *args, **kwargs), run)
 
-    for code in _frames_of(loop):
-        _compat.dynamo.skip_code(code)
-    return torch.compile(loop, backend=functools.partial(mustafar, options=merged))
+    return loop
+
+
+def _call(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    return function(*args, **kwargs)
+
+
+def _with_each_part(result: Any, run: Callable[..., Any]) -> Any:
+    """``result``; if it is a function that is only begun, one of which ``run`` runs each part from then on."""
+    if inspect.isasyncgen(result):
+        return _each(result, run)
+    return _Parts(result, run) if inspect.isgenerator(result) or inspect.iscoroutine(result) else result
+
+
+class _Parts(Generator, Coroutine):
+    """A generator or a coroutine that ``run`` resumes."""
+
+    def __init__(self, whole: Any, run: Callable[..., Any]) -> None:
+        self.whole, self.run = whole, run
+
+    def send(self, value: Any) -> Any:
+        return self.run(self.whole.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return self.run(self.whole.throw, *error)
+
+    def __await__(self) -> _Parts:
+        return self
+
+
+async def _each(whole: Any, run: Callable[..., Any]) -> AsyncIterator[Any]:
+    try:
+        while True:
+            yield await _Parts(whole.__anext__(), run)
+    except StopAsyncIteration:
+        return
+    finally:
+        await whole.aclose()
 
 
 def _frames_of(function: Callable[..., Any]) -> Iterator[CodeType]:

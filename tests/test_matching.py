@@ -323,7 +323,7 @@ class CrossAttention(Decode):
 
 
 class BrokenOff(Decode):
-    reason = "a graph break lies between its cache and the attention"
+    reason = "a graph break lies between its cache and the attention, whose query comes into the graph as it is"
 
     def forward(self, q, k, v, past):
         return self.attend(q.transpose(1, 2).transpose(1, 2), *past)
