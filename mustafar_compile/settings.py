@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from .by_number import ByHead, ByLayer, ByNumber, leaves, read
 from .calibration.budget import Budget
@@ -178,7 +178,8 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     """Split torch.compile's ``mode`` and ``options`` into our settings and patches of Inductor's config.
 
     torch.compile takes one or the other, so a mode may also stand among the options. Raises ValueError for an unknown
-    mode, preset or option, naming what is accepted, for two modes, and for what is no budget.
+    mode, preset or option, naming what is accepted, for two modes, an option that is there twice, a value of another
+    type than Inductor's option has, and for what is no budget.
     """
     from . import _compat
 
@@ -188,18 +189,22 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
         raise ValueError(f"mustafar: two modes are given, {mode!r} and, as an option, {inner!r}; accepted is one")
     mode = mode if inner is None else inner
     modes = _compat.inductor.list_mode_options()
-    if mode is not None and mode not in modes:
+    if mode is not None and mode not in list(modes):
         raise ValueError(f"mustafar: mode {mode!r} is unknown; accepted are {', '.join(map(repr, modes))}")
     inductor = dict(modes[mode]) if mode is not None else {}
     if mode == "max-autotune-no-cudagraphs":
         inductor["triton.cudagraphs"] = False  # which Inductor has by default, and we have not
     ours = _settings_by_name(options)
     known = _compat.inductor.config.get_config_copy()
+    given = {str(key).replace("-", "_"): key for key in options}
     for key, value in options.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
+        if given[name] != key:
+            raise ValueError(f"mustafar: {name} is given twice, as {key!r} and as {given[name]!r}")
         if name in setting_names():
             ours[name] = value
         elif name in known:
+            _check_type(name, value, _compat.inductor.config.get_type(name))
             inductor[name] = value
         else:
             raise ValueError(
@@ -209,12 +214,18 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[S
     return Settings(**ours), inductor
 
 
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that torch.compile would refuse for an option of Inductor; it checks types that are plain."""
+    if get_origin(kind) is None:
+        check_value(name, value, isinstance(value, kind), f"of type {getattr(kind, '__name__', kind)}")
+
+
 def _settings_by_name(options: dict[str, Any]) -> dict[str, Any]:
     """The settings that a preset or a budget among the options stands for; takes it out of them."""
     preset, budget = options.pop("preset", None), options.pop("budget", None)
     if preset is not None and budget is not None:
         raise ValueError("mustafar: a preset and a budget are given; accepted is one of them")
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):
         raise ValueError(f"mustafar: preset {preset!r} is unknown; accepted are {', '.join(map(repr, PRESETS))}")
     if budget is not None:
         return Budget.of(budget).settings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -72,9 +73,11 @@ def test_a_preset_is_what_its_settings_are_and_gives_way(preset):
     assert merged_options("prepare", None, None, {"preset": preset})[0] == {"preset": preset}
 
 
-def test_a_preset_that_there_is_not():
-    with pytest.raises(ValueError, match="preset 'tiny' is unknown; accepted are 'safe', 'balanced', 'small'"):
-        read_options(None, {"preset": "tiny"})
+@pytest.mark.parametrize("preset", ["tiny", ["safe"]])
+def test_a_preset_that_there_is_not(preset):
+    wanted = re.escape(f"preset {preset!r} is unknown; accepted are 'safe', 'balanced', 'small'")
+    with pytest.raises(ValueError, match=wanted):
+        read_options(None, {"preset": preset})
 
 
 @pytest.mark.parametrize("name", ["strict", "release_dense", "raise_errors"])
@@ -160,15 +163,15 @@ def test_an_option_goes_before_the_mode():
     assert read_again["triton.cudagraphs"] is True, "torch's own table was changed"
 
 
-@pytest.mark.parametrize("mode", ["", "fast", "Default", "max_autotune"])
+@pytest.mark.parametrize("mode", ["", "fast", "Default", "max_autotune", 3, []])
 def test_an_unknown_mode_names_the_known(mode):
-    with pytest.raises(ValueError, match=f"^mustafar: mode {mode!r} is unknown; accepted are ") as error:
+    with pytest.raises(ValueError, match=re.escape(f"mustafar: mode {mode!r} is unknown; accepted are ")) as error:
         read_options(mode, None)
     for name in torch._inductor.list_mode_options():
         assert repr(name) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["sparsity", "Window", "keysparsity", "triton.nonsense", "", "block"])
+@pytest.mark.parametrize("name", ["sparsity", "Window", "keysparsity", "triton.nonsense", "", "block", 3, None])
 def test_an_unknown_option_names_the_known(name):
     with pytest.raises(ValueError, match=f"^mustafar: option {name!r} is unknown; accepted are ") as error:
         read_options(None, {name: 1})
@@ -179,3 +182,16 @@ def test_an_unknown_option_names_the_known(name):
 def test_a_bad_value_among_options_is_refused():
     with pytest.raises(ValueError, match="window=0 is not accepted"):
         read_options("max-autotune", {"max_autotune": True, "window": 0})
+
+
+def test_an_option_in_two_spellings_is_refused():
+    with pytest.raises(ValueError, match="key_sparsity is given twice, as 'key-sparsity' and as 'key_sparsity'"):
+        read_options(None, {"key-sparsity": 0.3, "key_sparsity": 0.7})
+
+
+@pytest.mark.parametrize(("name", "value"), [("triton.cudagraphs", "no"), ("max_autotune", 1), ("max-autotune", None)])
+def test_values_of_another_type_than_inductors_are_refused(name, value):
+    with pytest.raises(RuntimeError, match="Unexpected type"):
+        torch.compile(torch.neg, options={name: value})
+    with pytest.raises(ValueError, match=f"{name.replace('-', '_')}={value!r} is not accepted; it must be of type bool"):
+        read_options(None, {name: value})

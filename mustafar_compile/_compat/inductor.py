@@ -10,6 +10,7 @@ from .probe import probe
 
 compile_fx: Callable = probe("torch._inductor.compile_fx", "compile_fx")
 config = probe("torch._inductor", "config")
+probe("torch._inductor.config", "get_type")
 functorch_config = probe("torch._functorch", "config")
 probe("torch._functorch.config", "enable_autograd_cache")
 list_mode_options: Callable[..., dict] = probe("torch._inductor", "list_mode_options")
