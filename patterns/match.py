@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from ..lowering.layout import Layout
@@ -25,20 +24,12 @@ from .cache.conditions import (
     require,
 )
 from .cache.phase import phase_of
-from .cache.rows import names_rows
-from .cache.update import CacheUpdate, find_update, joins_changed_past, recognise_update
-from .graph.nodes import is_call, located
+from .cache.uncached import why_uncached
+from .cache.update import CacheUpdate, find_update, joins_changed_past
+from .graph.nodes import located
 from .graph.normalise import Functional
 from .graph.symbols import same_size
-from .graph.views import is_move, read_through, unmoved
-
-aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.linear.default, aten.bmm.default, aten.mm.default, aten.einsum.default)
-_ROWS = (
-    "rows of the batch may be written at places of their own where the graph shows that it is all of them, as "
-    "torch.arange counts them, and a token of each at one place for all heads"
-)
-_BROKEN_OFF = "a graph break lies between its cache and the attention, whose query comes into the graph as it is"
+from .graph.views import read_through
 
 
 @dataclass(frozen=True)
@@ -200,8 +191,7 @@ def _judge(
         require(not changed, "its past is moved, cast or changed before the new tokens join it")
         if key is None or value is None:
             name, operand = ("keys", attention.key) if key is None else ("values", attention.value)
-            require(not _is_broken_off(attention, operand), _BROKEN_OFF)
-            raise _no_cache_reason(name, operand.node, functional)
+            raise why_uncached(name, operand, attention, functional)
         reads, formats = [], []
         for role, update, chain, operand in (
             ("key", key, source.key_chain, attention.key),
@@ -240,54 +230,3 @@ def _is_prefilled(key: CacheUpdate, value: CacheUpdate, earlier: Sequence[Match 
     """
     prefills = [m for m in earlier if isinstance(m, Match) and m.phase == "prefill"]
     return (key.node, value.node) in [m.caches for m in prefills]
-
-
-def _is_broken_off(attention: Attention, operand: Operand) -> bool:
-    """Whether a step is given its query as ready as its keys or values, which it is where Dynamo breaks the graph.
-
-    Cross-attention makes at least its query in the graph. operand: keys or values.
-    """
-    given = all(unmoved(x).op == "placeholder" for x in (attention.query, operand.node))
-    return given and not same_size(attention.query_length, operand.node.meta["val"].shape[operand.tokens])
-
-
-def _no_cache_reason(name: str, operand: Node, functional: Functional) -> Reason:
-    """Tell a bounded buffer that rolls, and a write that is not recognised, from attention that has no cache at all.
-
-    name: "keys" or "values", which ``operand`` is.
-    """
-    writer = _writer(operand)
-    how = f"; {_ROWS}" if names_rows(writer) else ""
-    written = f"its cache is written by {writer.target} in a way that is not recognised{how}"
-    between: set[Node] = set()
-    cached = False
-    todo = [operand]
-    while todo:
-        node = todo.pop()
-        shape = getattr(node.meta.get("val"), "shape", ())
-        if node in functional.mutated and len(shape) == 4:
-            if any(is_call(n, aten.roll.default, aten.cat.default) for n in between):
-                return NothingLost(f"cache is bounded by a sliding window of {shape[2]}")
-            return Reason(written)
-        if recognise_update(node) is not None:
-            cached = True
-        elif node not in between and len(shape) >= 4:
-            between.add(node)
-            todo += node.all_input_nodes
-    if cached and names_rows(writer):
-        return Reason(written)
-    if cached and any(is_call(node, *_PRODUCTS) for node in between):
-        return Reason(f"{name} are computed from what is cached, as in latent attention")
-    if cached:
-        return Reason(
-            f"{name} are changed once they are cached, as by a rotary embedding; cache them as attention takes them"
-        )
-    if unmoved(operand).op == "placeholder":
-        return NothingLost("no token enters its cache, as in cross-attention")
-    return NothingLost("keys and values do not come from a KV cache")
-
-
-def _writer(node: Node) -> Node:
-    while is_move(node) or is_call(node, aten.copy.default):
-        node = node.args[node.target is aten.copy.default]
-    return node

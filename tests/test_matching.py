@@ -329,6 +329,65 @@ class BrokenOff(Decode):
         return self.attend(q.transpose(1, 2).transpose(1, 2), *past)
 
 
+class FlatCache(Decode):
+    """Heads along the batch, as in older models."""
+
+    reason = "its cache has 3 dimensions; accepted are caches of four, [B, H, S, D] or [B, S, H, D]"
+
+    def forward(self, q, k, v, past):
+        flat = [torch.cat([cache, new.flatten(0, 1)], 1) for cache, new in zip(past, (k, v), strict=True)]
+        return self.attend(q, *(x.view(2, 2, -1, 16) for x in flat)), flat
+
+    def inputs(self):
+        q, k, v, past = super().inputs()
+        return q, k, v, tuple(x.flatten(0, 1) for x in past)
+
+
+class FlatBuffer(FlatCache):
+    def forward(self, q, k, v, past):
+        for cache, new in zip(past, (k, v), strict=True):
+            cache[:, 5:6] = new.flatten(0, 1)
+        return self.attend(q, *(x.view(2, 2, -1, 16) for x in past))
+
+
+class OneCacheForBoth(Decode):
+    reason = "keys are a part of what its cache holds; cache keys and values apart"
+
+    def forward(self, q, k, v, past):
+        both = torch.cat([past, torch.cat([k, v], -1)], 2)
+        return self.attend(q, *both.split(16, -1)), both
+
+    def inputs(self):
+        q, k, v, past = super().inputs()
+        return q, k, v, torch.cat(past, -1)
+
+
+class OneCacheOfFiveDimensions(Decode):
+    reason = "its cache has 5 dimensions; accepted are caches of four, [B, H, S, D] or [B, S, H, D]"
+
+    def forward(self, q, k, v, past):
+        past[:, :, :, 5] = torch.stack([k, v]).squeeze(3)
+        return self.attend(q, *past)
+
+    def inputs(self):
+        q, k, v, past = super().inputs()
+        return q, k, v, torch.stack(past)
+
+
+class Dropped(Decode):
+    reason = "dropout is active; call model.eval()"
+
+    def attend(self, q, k, v):
+        return F.dropout((q @ k.transpose(2, 3) / 4).softmax(-1), 1e-9) @ v
+
+
+class Gated(Decode):
+    reason = "the attention weights are changed by aten.mul.Tensor before the product with the values"
+
+    def attend(self, q, k, v):
+        return ((q @ k.transpose(2, 3) / 4).softmax(-1) * torch.tensor([1.0, 2.0]).view(2, 1, 1)) @ v
+
+
 class UnmaskedBuffer(Decode):
     reason = "the whole buffer is attended without a mask, also where nothing is written"
 

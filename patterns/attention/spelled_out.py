@@ -24,18 +24,39 @@ _WEIGHTS_LEAVE = (
 )
 
 
+_CHANGES = (
+    aten.dropout.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.masked_fill.Scalar,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.nan_to_num.default,
+)
+"""What changes the weights of some models between the softmax and the product."""
+
+
 @dataclass(frozen=True)
 class _Use:
-    """The product of weights and values. shared: whether something else takes the weights too."""
+    """The product of weights and values. shared: whether something else takes the weights too. changed: by which op."""
 
     product: Product
     sink_dropped: bool
     shared: bool
+    changed: Node | None
+
+    @property
+    def problem(self) -> str | None:
+        if self.changed is not None and is_call(self.changed, aten.dropout.default):
+            return "dropout is active; call model.eval()"
+        if self.changed is not None:
+            return f"the attention weights are changed by {self.changed.target} before the product with the values"
+        return _WEIGHTS_LEAVE if self.shared else None
 
 
 def _use_of(weights: Node) -> _Use | None:
     """Follow the weights through casts, dropout and views to the product that takes them as its rows."""
-    products, sink_dropped, others = [], False, 0
+    products, sink_dropped, others, changed = [], False, 0, None
     todo = [weights]
     while todo:
         node = todo.pop()
@@ -49,9 +70,12 @@ def _use_of(weights: Node) -> _Use | None:
             elif drops_sink(user):
                 sink_dropped = True
                 todo.append(user)
+            elif is_call(user, *_CHANGES) and weights.meta["val"].dim() == 4:  # of a router there are fewer
+                changed = user
+                todo.append(user)
             elif not is_call(user, aten.sym_size.int):
                 others += 1
-    return _Use(products[0], sink_dropped, len(products) + others > 1) if products else None
+    return _Use(products[0], sink_dropped, len(products) + others > 1, changed) if products else None
 
 
 def _value(product: Product) -> tuple[Operand, tuple[int, ...]] | None:
@@ -90,8 +114,7 @@ def read_softmax(softmax: Node) -> Attention | None:
     frame = Frame.of(scores.batch, operand.sizes)
     if frame is None or frame.heads != scores.heads:
         return _unreadable(softmax, use.product, operand)
-    if use.shared:
-        problem = _WEIGHTS_LEAVE
+    problem = use.problem or problem
     if problem is None and use.sink_dropped != (sinks is not None):
         problem = "a column is dropped from the attention weights that is not one of sinks"
     return Attention(
