@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from compilers import without_compiler
 from models import hf_model
 from mustafar_compile.cli import bench
 from mustafar_compile.cli.app import COMMANDS, app
+from mustafar_compile.cli.output import fail
 from mustafar_compile.cli.plan import read_bytes
 from mustafar_compile.cli.settings import option_value
 from mustafar_compile.cli.streaming import Stream
@@ -154,6 +156,13 @@ def test_a_context_that_the_model_limits_is_named_so(folder):
 )
 def test_sizes(text, count):
     assert read_bytes(text) == count
+
+
+def test_the_project_is_named_once(capsys):
+    for message in ("bytes=5 is not accepted", "mustafar: bytes=5 is not accepted"):
+        with pytest.raises(typer.Exit):
+            fail(message)
+        assert capsys.readouterr().err == "mustafar: bytes=5 is not accepted\n"
 
 
 def test_generate_beside_dense(folder, tmp_path):

@@ -44,8 +44,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 def fail(message: str) -> NoReturn:
-    """Leave with status 1."""
-    typer.echo(f"mustafar: {message}", err=True)
+    """Leave with status 1. message: may name the project first, as its errors do."""
+    typer.echo(f"mustafar: {message.removeprefix('mustafar: ')}", err=True)
     raise typer.Exit(1)
 
 
