@@ -62,7 +62,7 @@ class ByLayer(ByNumber):
 
     KIND = "layer"
 
-    def at(self, layer: int, name: str) -> Any:
+    def at(self, layer: int | None, name: str) -> Any:
         """The value of a layer. name: of the setting. Raises UnknownLayerError where the layer has no value."""
         value = dict(self.numbered).get(layer, self.default)
         if value is None:

@@ -38,12 +38,13 @@ def compile_loop(
     A loop may be a generator, which yields each token as it comes, and may be asynchronous.
 
     mode and options are those of torch.compile; settings may stand in either place. Raises ValueError for an unknown
-    setting or a value out of range, when the function is decorated.
+    setting or a value out of range and TypeError for what is no function, when the function is decorated.
     """
     if function is None:
         return functools.partial(compile_loop, mode=mode, options=options, **settings)
+    if not callable(function):
+        raise TypeError(f"mustafar: compile_loop takes a function; given is {function!r}")
     merged, _ = merged_options("compile_loop", mode, options, settings)
-
     for code in _frames_of(function):
         _compat.dynamo.skip_code(code)
     _compat.dynamo.skip_code(_call.__code__)

@@ -100,7 +100,7 @@ class Settings:
         value = getattr(self, name)
         if not isinstance(value, ByLayer):
             return value
-        if layer is None:
+        if layer is None and value.numbered:
             raise UnknownLayerError(f"{name} differs by layer, and no layer is named")
         return value.at(layer, name)
 
@@ -133,7 +133,7 @@ class Settings:
     def by_layer(self) -> list[str]:
         """What of the settings goes by the number of a layer, as text."""
         skipped = [f"skip_layers={sorted(self.skip_layers)}"] if self.skip_layers else []
-        return skipped + [f"{name} by layer" for name in self._numbered()]
+        return skipped + [f"{name} by layer" for name, value in self._numbered().items() if value.numbered]
 
     def by_head(self) -> list[str]:
         """What of the settings goes by the number of a KV head, by name."""
@@ -237,8 +237,11 @@ def merged_options(
 ) -> tuple[dict[str, Any], Settings]:
     """What ``function`` was given, as options of the backend, and as they are read. settings: its keywords.
 
-    Raises ValueError as ``read_options`` does, and for a keyword that is no setting.
+    Raises ValueError as ``read_options`` does, and for a keyword that is no setting; TypeError where options are no
+    mapping.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"{function}: options={options!r} is not accepted; it must be a mapping of names to values")
     unknown = settings.keys() - {"preset", "budget", *setting_names()}
     if unknown:
         raise ValueError(

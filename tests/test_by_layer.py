@@ -119,6 +119,17 @@ def test_a_single_layer_of_unknown_number_refuses_them():
             step(torch.randn(2, 8, 32), None)
 
 
+@torch.no_grad()
+def test_a_default_alone_needs_no_number():
+    """So heads of a single layer may differ, as in a model that is compiled layer by layer."""
+    torch.manual_seed(0)
+    with without_compiler(), explain() as report:
+        step = torch.compile(TupleModel().step, backend="mustafar", options={"value_sparsity": {"default": [0.5, 0]}})
+        _, (_, values) = step(torch.randn(2, 40, 32), None)
+    assert [part.kept for part in values.format.parts] == [8, 16]
+    assert len(report.matched) == 1
+
+
 class OwnLayers(torch.nn.Module):
     """A model without a configuration."""
 

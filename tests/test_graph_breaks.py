@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_cache_uses import run, tuple_model
 
 from compilers import without_compiler
 from mustafar_compile import CompressedKV, explain
-from test_cache_uses import run, tuple_model
 from test_own_loops import assert_close, embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore:mustafar")

@@ -38,7 +38,6 @@ async def streamed(model):
         yield out
 
 
-
 async def collected(stream):
     return [out async for out in stream]
 

@@ -357,6 +357,10 @@ def test_compile_loop_bare_and_with_bad_settings():
         compile_loop(sparsity=0.5)(greedy)
     with pytest.raises(ValueError, match=r"key_sparsity=1.5 is not accepted"):
         compile_loop(key_sparsity=1.5)(greedy)
+    with pytest.raises(TypeError, match="compile_loop takes a function; given is 'greedy'"):
+        compile_loop("greedy")
+    with pytest.raises(TypeError, match=r"compile_loop: options=3 is not accepted; it must be a mapping"):
+        compile_loop(greedy, options=3)
 
 
 class SharedCacheModel(TupleModel):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import _compat
+from ..by_number import ByLayer
 from ..cache.tensor import CompressedKV
 from ..settings import Settings
 
@@ -152,7 +153,8 @@ class MustafarPress(BasePress):
     window: int = 32
 
     def __post_init__(self) -> None:
-        by_layer = Settings(**vars(self)).by_layer()
+        settings = vars(Settings(**vars(self)))
+        by_layer = [f"{name} by layer" for name, value in settings.items() if isinstance(value, ByLayer)]
         if by_layer:
             raise ValueError(f"MustafarPress was given {' and '.join(by_layer)}; accepted is one value for all layers")
 
