@@ -64,7 +64,7 @@ class ByLayer(ByNumber):
 
     def at(self, layer: int | None, name: str) -> Any:
         """The value of a layer. name: of the setting. Raises UnknownLayerError where the layer has no value."""
-        value = dict(self.numbered).get(layer, self.default)
+        value = dict[int | None, Any](self.numbered).get(layer, self.default)
         if value is None:
             raise UnknownLayerError(
                 f'{name} has values for the layers {self.named} and no "{DEFAULT}", but the model has a layer {layer} '
