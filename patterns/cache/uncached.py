@@ -37,9 +37,7 @@ def why_uncached(name: str, operand: Operand, attention: Attention, functional: 
     if other is not None:
         return Reason(other)
     if _is_broken_off(attention, operand):
-        return Reason(
-            "a graph break lies between its cache and the attention, whose query comes into the graph as it is"
-        )
+        return Reason(_BROKEN_OFF)
     return _no_update_reason(name, operand.node, functional)
 
 
