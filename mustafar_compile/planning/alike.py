@@ -47,8 +47,10 @@ class _PassingThrough(nn.Module):
         return hidden_states if self.rest is None else (hidden_states, *self.rest)
 
 
-def leave_out_alike(model: nn.Module, run: Callable[[], Any], settings_of: Callable[[int], Any]) -> list[Alike]:
-    """Keep one of each kind of layer in ``model`` and let the others pass through. Returns those.
+def leave_out_alike(
+    model: nn.Module, run: Callable[[], Any], settings_of: Callable[[int], Any], kept: int = 1
+) -> list[Alike]:
+    """Keep the first ``kept`` of each kind of layer in ``model`` and let the others pass through. Returns those.
 
     run: calls the model once; which layers may be passed through is seen from that, and none may where it fails.
     settings_of: what is set for a layer, by its number.
@@ -60,18 +62,18 @@ def leave_out_alike(model: nn.Module, run: Callable[[], Any], settings_of: Calla
         log.info("each layer is traced by itself: %s", error)
         return []
     left_out: list[Alike] = []
-    first: dict[str, Any] = {}  # of each kind, by its path
+    seen: dict[str, Any] = {}  # kinds of the layers that are kept, by their paths
     for path, number, layer in layers:
         if layer not in results:
             continue
         stack, rest = path.rpartition(".")[0], results[layer]
         kind = (stack, settings_of(number), _of_place(model, number), _signature(layer, number))
-        known = next((p for p, k in first.items() if k == kind), None)
-        if known is None:
-            first[path] = kind
+        known = [p for p, k in seen.items() if k == kind]
+        if len(known) < kept:
+            seen[path] = kind
         else:
             model.get_submodule(stack)[number] = _PassingThrough(layer, rest)  # type: ignore[operator]
-            left_out.append(Alike(known, number))
+            left_out.append(Alike(known[0], number))
     return left_out
 
 

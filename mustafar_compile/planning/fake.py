@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,17 +39,29 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum({s._cdata: s.nbytes() for s in storages.values()}.values())
 
 
-def forward(model: Any, batch: int, tokens: int, cache: Any = None, *, of: Any = None, masked: bool = True) -> Any:
+def forward(
+    model: Any,
+    batch: int,
+    tokens: int,
+    cache: Any = None,
+    *,
+    of: Any = None,
+    masked: bool = True,
+    symbolic: bool = False,
+) -> Any:
     """What ``generate`` calls for a prompt, or, given a cache, for a step: logits of the last token alone.
 
     of: what to call in place of the model, such as a compiled form of it. masked: whether attention is given a mask.
     A prompt without padding has one only where it is compiled: else transformers looks at it and leaves it out.
+    symbolic: whether Dynamo makes symbols of batch and tokens.
     """
     given: dict[str, Any] = {"dtype": torch.int64, "device": model.device}
     inputs: dict[str, Any] = {"input_ids": torch.zeros(batch, tokens, **given)}
     if masked:
         seen = tokens if cache is None else tokens + cache.get_seq_length()
         inputs["attention_mask"] = torch.ones(batch, seen, **given)
+    for x, dim in product(inputs.values(), (0, 1) if symbolic else ()):
+        _compat.maybe_mark_dynamic(x, dim)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     if cache is not None:

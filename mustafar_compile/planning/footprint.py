@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,20 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
+from .. import _compat
 from ..policy import layers_of
+from . import fusion
 from .fake import fake_model, forward, weight_bytes, without_memory
 from .layers import explain_config
 from .live_bytes import LiveBytes
 
+log = logging.getLogger("mustafar_compile")
+
 BATCH, CONTEXT = sympy.symbols("batch context", integer=True, positive=True)
 
 _PROBES = (512, 1024)  # tokens of the prompts that are measured, unless a window is longer
-_TRACED = 61  # tokens of the prompt that is compiled: no other size of a model
+_TRACED = {BATCH: 3, CONTEXT: 61}  # sizes of the prompt that is compiled
+_LAYERS = 3  # of each kind, after which a residual stream was summed once
 _CPU = torch.device("cpu")  # sizes are the same everywhere, and only there every build of torch has kernels to trace
 
 
@@ -49,8 +55,7 @@ class Footprint:
     """Memory of a model, in bytes.
 
     weights: parameters and buffers. tensors: those of the cache. prompt: activations and logits at the worst moment
-    of a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled, without what
-    has the square of ``CONTEXT`` unless its graph has, such as a mask. step: those of a decode step, by ``BATCH``.
+    of a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled. step: those of a decode step, by ``BATCH``.
     positions: the most tokens that the model was made for, None where unknown. layers: of all kinds.
     """
 
@@ -67,16 +72,21 @@ def measure(config: Any, dtype: torch.dtype) -> Footprint:
     """The footprint of a causal language model of transformers with such a config.
 
     The model runs over fake tensors, op by op, and what is alive is counted. Memory is linear in the batch and of the
-    second degree in the tokens: a mask has their square. Raises as ``explain_config`` does, and AttributeError for a
-    model without a cache.
+    second degree in the tokens: a mask has their square. Of a prompt that is compiled its graph is asked (``fusion``),
+    if it is one. Raises as ``explain_config`` does, and AttributeError for a model without a cache.
     """
+    graphs: list[sympy.Expr | None] = []
     squares: list[bool] = []
 
-    def look(gm: GraphModule, _: Any) -> GraphModule:
+    def look(gm: GraphModule, inputs: Any) -> GraphModule:
+        graphs.append(_of_graph(gm, inputs))
         squares.append(_holds_square(gm))
         return gm
 
-    entries, _ = explain_config(config, {}, context=_TRACED, dtype=dtype, inner=look)
+    batch, context = _TRACED.values()
+    entries, _ = explain_config(
+        config, {}, batch=batch, context=context, dtype=dtype, kept=_LAYERS, symbolic=True, inner=look
+    )
     compressible = {entry.layer for entry in entries if not entry.reason}
     with without_memory():
         model = fake_model(config, dtype, _CPU)
@@ -84,15 +94,29 @@ def measure(config: Any, dtype: torch.dtype) -> Footprint:
         tensors = tuple(_cache_tensors(cache, compressible))
         window = min((x.window for x in tensors if x.window is not None), default=0)
         short, prompt = _uncompiled_prompts(model, window)
+        compiled = graphs[0] if len(graphs) == 2 else None  # of the prompt, and of a step
+        if compiled is None:
+            masked = any(squares)
+            compiled = _prompt(model, _PROBES, masked=True) if masked else short - short.coeff(CONTEXT, 2) * CONTEXT**2
         return Footprint(
             weight_bytes(model),
             tensors,
             prompt,
-            _prompt(model, _PROBES, masked=True) if any(squares) else short - short.coeff(CONTEXT, 2) * CONTEXT**2,
+            compiled,
             _step(model),
             getattr(config.get_text_config(), "max_position_embeddings", None),
             layers_of(config),
         )
+
+
+def _of_graph(gm: GraphModule, inputs: Any) -> sympy.Expr | None:
+    """Bytes that a graph needs, None where only a run of the model tells."""
+    try:
+        needed = fusion.peak(gm, inputs, {number: symbol for symbol, number in _TRACED.items()})
+    except Exception as error:  # whatever an op raises that wants to know a size, and sympy where it is no polynomial
+        log.info("a compiled prompt is taken to need as much as one that is not: %s", error)
+        return None
+    return needed if needed.free_symbols == _TRACED.keys() else None
 
 
 def _cache_tensors(cache: Any, compressible: Collection[int | None]) -> Iterator[CacheTensor]:
@@ -106,7 +130,8 @@ def _cache_tensors(cache: Any, compressible: Collection[int | None]) -> Iterator
 def _holds_square(gm: GraphModule) -> bool:
     """Whether a graph of the traced prompt makes a tensor of the square of its length, such as a mask."""
     values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes)
-    return any(isinstance(x, torch.Tensor) and x.shape[-2:] == (_TRACED, _TRACED) for x in values)
+    ends = ([_compat.hint(size) for size in x.shape[-2:]] for x in values if isinstance(x, torch.Tensor))
+    return [_TRACED[CONTEXT]] * 2 in ends
 
 
 def _uncompiled_prompts(model: Any, window: int) -> tuple[sympy.Expr, sympy.Expr]:

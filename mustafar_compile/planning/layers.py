@@ -31,14 +31,16 @@ def explain_config(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     every_layer: bool = False,
+    kept: int = 1,
+    symbolic: bool = False,
     inner: Callable[..., Any] = _as_it_is,
 ) -> tuple[list[Entry], Report]:
     """What the backend does with a model of transformers: an entry for each attention layer, and the whole report.
 
     A prompt of ``context`` tokens and a decode step are traced with a growing cache, as ``model.compile`` would have
     it; the sizes of the entries are those after both. options: of the backend. every_layer: trace also those that are
-    like another one. inner: gets each graph, with its example inputs, and gives what is called. Raises ValueError for
-    unknown options and for a config of no causal language model, UnknownLayerError for options that name a layer which
+    like another one. kept: else, so many of those that are alike. symbolic: batch and tokens of the prompt are symbols
+    in its graph. inner: gets each graph, with its example inputs, and gives what is called. Raises ValueError for unknown options and for a config of no causal language model, UnknownLayerError for options that name a layer which
     it does not have, and what the model raises where it cannot be traced without its weights.
     """
     settings, _ = read_options(None, options)
@@ -48,9 +50,9 @@ def explain_config(
     with without_memory(), explain() as report:
         model = fake_model(config, dtype, device)
         check_layers(settings, layers_of(config))
-        alike = [] if every_layer else leave_out_alike(model, lambda: forward(model, 1, 2), settings.of_layer)
+        alike = [] if every_layer else leave_out_alike(model, lambda: forward(model, 1, 2), settings.of_layer, kept)
         compiled = torch.compile(model, backend=backend)
-        past = getattr(forward(model, batch, context, of=compiled), "past_key_values", None)
+        past = getattr(forward(model, batch, context, of=compiled, symbolic=symbolic), "past_key_values", None)
         if past is not None:
             forward(model, batch, 1, past, of=compiled)
     torch._dynamo.reset()

@@ -54,11 +54,12 @@ class Plan:
     def largest_batch(self, context: int, memory: int) -> int:
         """The most rows of ``context`` tokens that fit into ``memory`` bytes of a GPU; 0 where none does.
 
-        Each phase is linear in the batch.
+        Each phase is linear in the batch, or the largest of what is.
         """
         rows = sympy.Dummy("rows", real=True)  # where a phase takes all memory that is no whole number
         sums = [sum(parts.values()).subs({CONTEXT: context, BATCH: rows}) for parts in self.phases.values()]
-        return max(0, min(int(sympy.floor(sympy.solve(x + OUTSIDE - memory, rows)[0])) for x in sums))
+        linear = [y for x in sums for y in _alternatives(x)]
+        return max(0, min(int(sympy.floor(sympy.solve(x + OUTSIDE - memory, rows)[0])) for x in linear))
 
     def largest_context(self, batch: int, memory: int, most: int | None = None) -> int:
         """The longest prompts, ``batch`` of them, that fit into ``memory`` bytes of a GPU, up to ``most``.
@@ -103,6 +104,12 @@ def _plan(footprint: Footprint, prompt: sympy.Expr, before: Any, after: Any, gro
             "steps": standing | {"cache": BATCH * after, "activations": footprint.step, "growing": BATCH * growing},
         }
     )
+
+
+def _alternatives(total: sympy.Expr) -> list[sympy.Expr]:
+    """The expressions of which ``total`` is the largest."""
+    largest = next(iter(total.atoms(sympy.Max)), None)
+    return [total] if largest is None else [y for x in largest.args for y in _alternatives(total.subs(largest, x))]
 
 
 def _dense_row(tensor: CacheTensor, tokens: Any) -> Any:

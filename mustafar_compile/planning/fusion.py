@@ -1,0 +1,201 @@
+"""How much memory a graph needs that Inductor compiles, from the graph alone.
+
+A model of what Inductor does, in the order of the graph:
+
+- Elementwise ops, and what it makes of such (copies, lookups, normalizations), are computed where their results are
+  read. Only that becomes a buffer which an extern kernel reads (a matrix product, attention, an op of ours, any op that
+  is not known here), which the graph returns, or which is read more than once and has more than four buffers of its own to
+  read (``realize_reads_threshold`` of ``torch._inductor.config``; more than eight: in any case). So the sum of a residual stream
+  stays unsummed over some layers.
+- Extern kernels and reductions make buffers. A buffer lives until the last kernel that reads it.
+- What elementwise ops make may take the place of a buffer of the same size that is read for the last time. But freed
+  buffers are kept for later ones of their size as long as that stays below the peak which Inductor estimates, without
+  such places taken. So the true peak lies between both, and ``KEPT`` says where.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from .. import _compat
+from ..patterns.graph.symbols import expression
+
+Buffer = int
+"""Memory of a value, by the address of its storage."""
+
+KEPT = sympy.Rational(2, 3)
+"""Of the place that elementwise kernels could take over: what stands although it is free. ``benchmarks/RESULTS.md``."""
+
+_READS = 4
+_MOST_READS = 8
+
+aten, ops = torch.ops.aten, torch.ops.mustafar
+_ELEMENTWISE = {  # beside those that torch tags: copies, lookups, and what Inductor decomposes into elementwise ops
+    aten._to_copy, aten.arange, aten.cat, aten.constant_pad_nd, aten.contiguous, aten.dropout, aten.embedding, aten.full,
+    aten.full_like, aten.gather, aten.glu, aten.index, aten.index_select, aten.layer_norm, aten.native_dropout,
+    aten.native_layer_norm, aten.ones, aten.ones_like, aten.repeat, aten.repeat_interleave, aten.reshape,
+    aten.rms_norm, aten.softmax, aten._softmax, aten.stack, aten.tril, aten.triu, aten.zeros, aten.zeros_like,
+}  # fmt: skip
+
+
+class UnknownMemoryError(Exception):
+    """A graph of which no formula is found."""
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What makes buffers. elementwise: so that it can write in the place of what it reads."""
+
+    makes: tuple[Buffer, ...]
+    reads: frozenset[Buffer]
+    elementwise: bool
+
+
+def peak(gm: GraphModule, inputs: Sequence[Any], symbols: Mapping[int, sympy.Symbol]) -> sympy.Expr:
+    """The most bytes that stand at one time beside the inputs and the cache that is returned, by ``symbols``.
+
+    gm: a graph of ATen as the backend gives it to ``compile_fx``. inputs: fake tensors and symbolic sizes. symbols: what
+    a symbolic size stands for, by the number that it was traced with. The cache is what ``compress`` makes and each
+    result of four dims. Raises UnknownMemoryError for another kind of graph, and for other symbolic sizes.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = [node.meta.get("example_value", x) for node, x in zip(placeholders, inputs, strict=True)]
+    values = _Values(gm)
+    with _compat.fake_results(inputs):
+        values.run(*inputs)
+    meant = _stand_for(inputs, symbols)
+    sizes = {x: sympy.Poly(expression(values.size(x)).subs(meant), *symbols.values()) for x in values.made}
+    nothing = sympy.Poly(0, *symbols.values())
+    moments = set(_moments(_kernels(values), sizes, values.returned, nothing))
+    most = [m for m in moments if not any(other != m and _at_least(other, m) for other in moments)]
+    return sympy.Max(0, *(m.as_expr() for m in most))
+
+
+class _Values(Interpreter):
+    """Runs a graph and notes the buffers of its values.
+
+    tensors: of each node. made: what nodes make, the rest is given. cache, returned: buffers that are no activations,
+    and those that outlive the graph.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.tensors: dict[Node, list[torch.Tensor]] = {}
+        self.made: dict[Buffer, torch.Tensor] = {}
+        self.makes: dict[Node, list[Buffer]] = {}
+        self.passed_on: dict[Buffer, Buffer] = {}
+        self.cache: set[Buffer] = set()
+        self.returned: set[Buffer] = set()
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, GraphModule):
+            raise UnknownMemoryError(f"{n.target} is a graph in the graph")
+        self.tensors[n] = [x for x in _compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if n.op == "output":
+            self.returned = set(self.of(n))
+            self.cache |= {self._buffer(x) for x in self.tensors[n] if x.dim() == 4}
+        elif n.op == "call_function":
+            self._note(n)
+        return result
+
+    def of(self, node: Node) -> list[Buffer]:
+        """The buffers that a node's value is in."""
+        return list(dict.fromkeys(map(self._buffer, self.tensors[node])))
+
+    def size(self, buffer: Buffer) -> int | torch.SymInt:
+        """Bytes, of the cache none."""
+        x = self.made[buffer]
+        return 0 if buffer in self.cache else x.numel() * x.dtype.itemsize
+
+    def _buffer(self, x: torch.Tensor) -> Buffer:
+        key = x.untyped_storage()._cdata
+        return self.passed_on.get(key, key)
+
+    def _note(self, n: Node) -> None:
+        given = {buffer for node in n.all_input_nodes for buffer in self.of(node)}
+        results = {self._buffer(x): x for x in self.tensors[n]}
+        new = {buffer: x for buffer, x in results.items() if buffer not in given}
+        joined = [x for node in n.all_input_nodes for x in self.tensors[node] if not _is_empty(x)]
+        if n.target is aten.cat.default and len(joined) == 1:  # with nothing, as the first tokens of a growing cache
+            self.passed_on |= dict.fromkeys(new, self._buffer(joined[0]))
+            return
+        self.made |= new
+        self.makes[n] = list(new)
+        if n.target is ops.compress.default:
+            self.cache |= set(new)
+
+
+def _is_empty(x: torch.Tensor) -> bool:
+    return any(size == 0 for size in x.shape if isinstance(size, int))
+
+
+def _stand_for(inputs: Iterable[Any], symbols: Mapping[int, sympy.Symbol]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """What the symbols stand for that the sizes of the inputs are."""
+    given = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+    known = {expression(size): symbols.get(_compat.hint(size)) for size in given if isinstance(size, torch.SymInt)}
+    return {symbol: meant for symbol, meant in known.items() if symbol.is_Symbol and meant is not None}
+
+
+def _kernels(values: _Values) -> Iterator[_Kernel]:
+    """In the order of the graph."""
+    nodes = values.module.graph.nodes
+    readers: dict[Buffer, list[Node]] = defaultdict(list)
+    for node in nodes:
+        given = {x for argument in node.all_input_nodes for x in values.of(argument)}
+        for buffer in given - set(values.of(node)):  # which views pass on
+            readers[buffer].append(node)
+    not_made: dict[Buffer, frozenset[Buffer]] = {}  # values that are computed where they are read, and from what
+    for node in nodes:
+        makes = values.makes.get(node, [])
+        given = {x for argument in node.all_input_nodes for x in values.of(argument)}
+        reads = frozenset().union(*(not_made.get(x, {x}) for x in given))
+        if not makes:
+            continue
+        if _is_elementwise(node) and not values.returned.intersection(makes):
+            users = [user for buffer in makes for user in readers[buffer]]
+            fuse = all(_is_elementwise(user) or _is_reduction(user) for user in users)
+            if fuse and len(reads) <= (_READS if len(users) > 1 else _MOST_READS):
+                not_made |= dict.fromkeys(makes, reads)
+                continue
+        yield _Kernel(tuple(makes), reads, _is_elementwise(node))
+
+
+def _is_elementwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _packet(node) in _ELEMENTWISE
+
+
+def _is_reduction(node: Node) -> bool:
+    return torch.Tag.reduction in getattr(node.target, "tags", ())
+
+
+def _packet(node: Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _moments(
+    kernels: Iterable[_Kernel], sizes: Mapping[Buffer, sympy.Poly], returned: Collection[Buffer], nothing: sympy.Poly
+) -> Iterator[sympy.Poly]:
+    """What stands while each kernel runs."""
+    kernels = list(kernels)
+    last = {buffer: i for i, kernel in enumerate(kernels) for buffer in (*kernel.makes, *kernel.reads)}
+    live = nothing
+    for i, kernel in enumerate(kernels):
+        made = sum((sizes[x] for x in kernel.makes), nothing)
+        freed = [x for x in kernel.reads if x in sizes and last[x] == i and x not in returned]
+        in_place = kernel.elementwise and any(sizes[x] == made for x in freed)
+        yield live + (KEPT * made if in_place else made)
+        unread = [x for x in kernel.makes if last[x] == i and x not in returned]
+        live += made - sum((sizes[x] for x in (*freed, *unread)), nothing)
+
+
+def _at_least(a: sympy.Poly, b: sympy.Poly) -> bool:
+    """Whether a is nowhere smaller than b, as far as coefficients tell."""
+    return all(x >= 0 for x in (a - b).coeffs())
