@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import sympy
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from architectures import CAUSAL, build
 from compilers import without_compiler
@@ -27,9 +32,12 @@ SLIDING = {
 }
 
 
+SIZES = {"num_hidden_layers": 2, "intermediate_size": 2048}
+
+
 @pytest.fixture(scope="module")
 def footprint() -> Footprint:
-    return measure(hf_model(num_hidden_layers=2).config, torch.float32)
+    return measure(hf_model(**SIZES).config, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +60,8 @@ def test_what_is_alive_is_counted():
             assert (meter.live, meter.peak) == (0, 290)
 
 
-def numbers_left_out(model, policy_of=lambda layer: None) -> list[int]:
-    return [layer.number for layer in leave_out_alike(model, lambda: forward(model, 1, 2), policy_of)]
+def numbers_left_out(model, policy_of=lambda layer: None, **given) -> list[int]:
+    return [layer.number for layer in leave_out_alike(model, lambda: forward(model, 1, 2), policy_of, **given)]
 
 
 def test_layers_are_left_out_only_if_nothing_tells_them_apart():
@@ -70,6 +78,7 @@ def test_layers_are_left_out_only_if_nothing_tells_them_apart():
         model.config.of_each_layer = [1, 1, 2, 1]
 
     assert numbers_left_out(hf_model(num_hidden_layers=4)) == [1, 2, 3]
+    assert numbers_left_out(hf_model(num_hidden_layers=4), kept=3) == [3]
     for change in (other_attribute, other_shape, other_class, other_place):
         model = hf_model(num_hidden_layers=4)
         change(model)
@@ -108,7 +117,7 @@ def activations(model, tokens: int) -> int:
 
 @pytest.mark.parametrize("tokens", [100, 1500])
 def test_activations_are_those_of_the_model_with_its_weights(footprint, tokens):
-    expected = activations(hf_model(num_hidden_layers=2), tokens)
+    expected = activations(hf_model(**SIZES), tokens)
     assert footprint.prompt.subs({BATCH: 2, CONTEXT: tokens}) == pytest.approx(expected, rel=0.02)
 
 
@@ -118,6 +127,32 @@ def test_a_layer_that_slides_is_masked_in_prompts_as_long_as_its_window():
     for tokens in (200, 1099, 1100, 1500):
         expected = activations(model, tokens)
         assert prompt.subs({BATCH: 2, CONTEXT: tokens}) == pytest.approx(expected, rel=0.02), tokens
+
+
+def allocated(call: Callable[[], object], folder: Path) -> int:
+    """The most bytes that stand at one time in a call, on a CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    del kept
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    live = most = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        live += event["args"]["Bytes"]
+        most = max(most, live)
+    return most
+
+
+def test_a_compiled_prompt_allocates_what_is_foretold(footprint, tmp_path):
+    """Layers are wide: attention has small buffers of its own on a CPU, which a plan for GPUs does not count."""
+    model, batch, tokens = hf_model(**SIZES), 2, 512
+    model.compile(backend="mustafar")
+    with torch.no_grad():
+        stored = cache_stats(forward(model, batch, tokens).past_key_values).stored_bytes
+        most = allocated(lambda: forward(model, batch, tokens), tmp_path) - stored
+    planned = footprint.compiled_prompt.subs({BATCH: batch, CONTEXT: tokens})
+    assert 0.98 < planned / most < 1.2
+    assert footprint.prompt.subs({BATCH: batch, CONTEXT: tokens}) / most > 1.2
 
 
 def degrees(footprint: Footprint) -> list[int]:
@@ -139,7 +174,7 @@ def test_only_what_its_graph_shows_has_the_square_of_a_compiled_prompt(family, a
 
 @pytest.mark.parametrize("options", mostly_at_night([{"preset": "small", "window": 4, "skip_layers": [0]}, {}], 1))
 def test_caches_are_those_of_a_generation(footprint, options):
-    model, inputs = hf_model(num_hidden_layers=2, max_position_embeddings=512), prompt(batch=2, length=60)
+    model, inputs = hf_model(**SIZES, max_position_embeddings=512), prompt(batch=2, length=60)
     with without_compiler():
         model.compile(backend="mustafar", options=options)
         out = model.generate(**inputs, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)

@@ -79,7 +79,7 @@ def measure(config: Any, dtype: torch.dtype) -> Footprint:
     squares: list[bool] = []
 
     def look(gm: GraphModule, inputs: Any) -> GraphModule:
-        graphs.append(_of_graph(gm, inputs))
+        graphs.append(None if graphs else _of_graph(gm, inputs))
         squares.append(_holds_square(gm))
         return gm
 
@@ -114,7 +114,7 @@ def _of_graph(gm: GraphModule, inputs: Any) -> sympy.Expr | None:
     try:
         needed = fusion.peak(gm, inputs, {number: symbol for symbol, number in _TRACED.items()})
     except Exception as error:  # whatever an op raises that wants to know a size, and sympy where it is no polynomial
-        log.info("a compiled prompt is taken to need as much as one that is not: %s", error)
+        log.info("a compiled prompt is counted like one that is not: %s", str(error).partition("\n")[0])
         return None
     return needed if needed.free_symbols == _TRACED.keys() else None
 

@@ -15,7 +15,7 @@ A model of what Inductor does, in the order of the graph:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +51,9 @@ class UnknownMemoryError(Exception):
 
 @dataclass(frozen=True)
 class _Kernel:
-    """What makes buffers. elementwise: so that it can write in the place of what it reads."""
+    """What makes buffers of others. elementwise: so that it can write in the place of what it reads."""
 
-    makes: tuple[Buffer, ...]
+    makes: list[Buffer]
     reads: frozenset[Buffer]
     elementwise: bool
 
@@ -75,7 +75,7 @@ def peak(gm: GraphModule, inputs: Sequence[Any], symbols: Mapping[int, sympy.Sym
     nothing = sympy.Poly(0, *symbols.values())
     moments = set(_moments(_kernels(values), sizes, values.returned, nothing))
     most = [m for m in moments if not any(other != m and _at_least(other, m) for other in moments)]
-    return sympy.Max(0, *(m.as_expr() for m in most))
+    return sympy.Max(0, *(m.termwise(lambda _, share: sympy.ceiling(share)).as_expr() for m in most))
 
 
 class _Values(Interpreter):
@@ -110,6 +110,10 @@ class _Values(Interpreter):
         """The buffers that a node's value is in."""
         return list(dict.fromkeys(map(self._buffer, self.tensors[node])))
 
+    def read_by(self, node: Node) -> set[Buffer]:
+        """The buffers that a node is given."""
+        return {buffer for argument in node.all_input_nodes for buffer in self.of(argument)}
+
     def size(self, buffer: Buffer) -> int | torch.SymInt:
         """Bytes, of the cache none."""
         x = self.made[buffer]
@@ -120,15 +124,16 @@ class _Values(Interpreter):
         return self.passed_on.get(key, key)
 
     def _note(self, n: Node) -> None:
-        given = {buffer for node in n.all_input_nodes for buffer in self.of(node)}
+        given = self.read_by(n)
         results = {self._buffer(x): x for x in self.tensors[n]}
         new = {buffer: x for buffer, x in results.items() if buffer not in given}
         joined = [x for node in n.all_input_nodes for x in self.tensors[node] if not _is_empty(x)]
         if n.target is aten.cat.default and len(joined) == 1:  # with nothing, as the first tokens of a growing cache
             self.passed_on |= dict.fromkeys(new, self._buffer(joined[0]))
             return
-        self.made |= new
-        self.makes[n] = list(new)
+        if new:
+            self.made |= new
+            self.makes[n] = list(new)
         if n.target is ops.compress.default:
             self.cache |= set(new)
 
@@ -144,56 +149,60 @@ def _stand_for(inputs: Iterable[Any], symbols: Mapping[int, sympy.Symbol]) -> di
     return {symbol: meant for symbol, meant in known.items() if symbol.is_Symbol and meant is not None}
 
 
-def _kernels(values: _Values) -> Iterator[_Kernel]:
-    """In the order of the graph."""
-    nodes = values.module.graph.nodes
-    readers: dict[Buffer, list[Node]] = defaultdict(list)
-    for node in nodes:
-        given = {x for argument in node.all_input_nodes for x in values.of(argument)}
-        for buffer in given - set(values.of(node)):  # which views pass on
-            readers[buffer].append(node)
-    not_made: dict[Buffer, frozenset[Buffer]] = {}  # values that are computed where they are read, and from what
-    for node in nodes:
-        makes = values.makes.get(node, [])
-        given = {x for argument in node.all_input_nodes for x in values.of(argument)}
-        reads = frozenset().union(*(not_made.get(x, {x}) for x in given))
-        if not makes:
+def _kernels(values: _Values) -> list[_Kernel]:
+    """In the order of the graph, but elementwise ones that read the same are one, where the first of them is."""
+    kernels: list[_Kernel] = []
+    not_made: dict[Buffer, frozenset[Buffer]] = {}  # what is computed where it is read, and from what
+    readers = _readers(values)
+    for node, makes in values.makes.items():
+        reads = frozenset[Buffer]().union(*(not_made.get(x, {x}) for x in values.read_by(node)))
+        elementwise = _is_elementwise(node)
+        users = [user for buffer in makes for user in readers[buffer]]
+        few = len(reads) <= (_READS if len(users) > 1 else _MOST_READS)
+        if elementwise and few and all(map(_fuses, users)) and not values.returned.intersection(makes):
+            not_made |= dict.fromkeys(makes, reads)
             continue
-        if _is_elementwise(node) and not values.returned.intersection(makes):
-            users = [user for buffer in makes for user in readers[buffer]]
-            fuse = all(_is_elementwise(user) or _is_reduction(user) for user in users)
-            if fuse and len(reads) <= (_READS if len(users) > 1 else _MOST_READS):
-                not_made |= dict.fromkeys(makes, reads)
-                continue
-        yield _Kernel(tuple(makes), reads, _is_elementwise(node))
+        made = reads & values.made.keys()
+        same = next((k for k in kernels if elementwise and k.elementwise and made and k.reads == made), None)
+        if same is None:
+            kernels.append(_Kernel(list(makes), made, elementwise))
+        else:
+            same.makes.extend(makes)
+    return kernels
+
+
+def _readers(values: _Values) -> dict[Buffer, list[Node]]:
+    """The nodes that read a buffer, without views of it."""
+    readers: dict[Buffer, list[Node]] = defaultdict(list)
+    for node in values.module.graph.nodes:
+        for buffer in values.read_by(node) - set(values.of(node)):
+            readers[buffer].append(node)
+    return readers
 
 
 def _is_elementwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _packet(node) in _ELEMENTWISE
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or getattr(
+        node.target, "overloadpacket", None
+    ) in _ELEMENTWISE
 
 
-def _is_reduction(node: Node) -> bool:
-    return torch.Tag.reduction in getattr(node.target, "tags", ())
-
-
-def _packet(node: Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
+def _fuses(node: Node) -> bool:
+    return _is_elementwise(node) or torch.Tag.reduction in getattr(node.target, "tags", ())
 
 
 def _moments(
-    kernels: Iterable[_Kernel], sizes: Mapping[Buffer, sympy.Poly], returned: Collection[Buffer], nothing: sympy.Poly
+    kernels: Sequence[_Kernel], sizes: Mapping[Buffer, sympy.Poly], returned: Collection[Buffer], nothing: sympy.Poly
 ) -> Iterator[sympy.Poly]:
     """What stands while each kernel runs."""
-    kernels = list(kernels)
     last = {buffer: i for i, kernel in enumerate(kernels) for buffer in (*kernel.makes, *kernel.reads)}
     live = nothing
     for i, kernel in enumerate(kernels):
-        made = sum((sizes[x] for x in kernel.makes), nothing)
-        freed = [x for x in kernel.reads if x in sizes and last[x] == i and x not in returned]
-        in_place = kernel.elementwise and any(sizes[x] == made for x in freed)
-        yield live + (KEPT * made if in_place else made)
-        unread = [x for x in kernel.makes if last[x] == i and x not in returned]
-        live += made - sum((sizes[x] for x in (*freed, *unread)), nothing)
+        freed = [sizes[x] for x in kernel.reads if last[x] == i and x not in returned]
+        unread = [sizes[x] for x in kernel.makes if last[x] == i and x not in returned]
+        made = [sizes[x] for x in kernel.makes]
+        places = list((Counter(freed) & Counter(made)).elements()) if kernel.elementwise else []
+        yield live + sum(made, nothing) - (1 - KEPT) * sum(places, nothing)
+        live += sum(made, nothing) - sum((*freed, *unread), nothing)
 
 
 def _at_least(a: sympy.Poly, b: sympy.Poly) -> bool:

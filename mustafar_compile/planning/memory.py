@@ -58,8 +58,8 @@ class Plan:
         """
         rows = sympy.Dummy("rows", real=True)  # where a phase takes all memory that is no whole number
         sums = [sum(parts.values()).subs({CONTEXT: context, BATCH: rows}) for parts in self.phases.values()]
-        linear = [y for x in sums for y in _alternatives(x)]
-        return max(0, min(int(sympy.floor(sympy.solve(x + OUTSIDE - memory, rows)[0])) for x in linear))
+        linear = [sympy.Poly(y, rows).all_coeffs() for x in sums for y in _alternatives(x)]
+        return max(0, min(int((memory - OUTSIDE - fixed) // of_a_row) for of_a_row, fixed in linear))
 
     def largest_context(self, batch: int, memory: int, most: int | None = None) -> int:
         """The longest prompts, ``batch`` of them, that fit into ``memory`` bytes of a GPU, up to ``most``.
