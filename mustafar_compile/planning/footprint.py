@@ -55,8 +55,9 @@ class Footprint:
     """Memory of a model, in bytes.
 
     weights: parameters and buffers. tensors: those of the cache. prompt: activations and logits at the worst moment
-    of a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled. step: those of a decode step, by ``BATCH``.
-    positions: the most tokens that the model was made for, None where unknown. layers: of all kinds.
+    of a prompt, by ``BATCH`` and ``CONTEXT``; compiled_prompt: the same where the prompt is compiled. step: those of a
+    decode step, by ``BATCH``. positions: the most tokens that the model was made for, None where unknown. layers: of
+    all kinds.
     """
 
     weights: int

@@ -2,15 +2,16 @@
 
 A model of what Inductor does, in the order of the graph:
 
-- Elementwise ops, and what it makes of such (copies, lookups, normalizations), are computed where their results are
-  read. Only that becomes a buffer which an extern kernel reads (a matrix product, attention, an op of ours, any op that
-  is not known here), which the graph returns, or which is read more than once and has more than four buffers of its own to
-  read (``realize_reads_threshold`` of ``torch._inductor.config``; more than eight: in any case). So the sum of a residual stream
-  stays unsummed over some layers.
-- Extern kernels and reductions make buffers. A buffer lives until the last kernel that reads it.
-- What elementwise ops make may take the place of a buffer of the same size that is read for the last time. But freed
-  buffers are kept for later ones of their size as long as that stays below the peak which Inductor estimates, without
-  such places taken. So the true peak lies between both, and ``KEPT`` says where.
+- Elementwise ops, and what Inductor makes elementwise (copies, lookups, normalizations), are computed where their
+  result is read. It becomes a buffer only if something else reads it: a matrix product, attention, an op of ours, any
+  op that is not known here, the caller. Or if it is read more than once and computed from more than four buffers
+  (``realize_reads_threshold`` of Inductor's config), or from more than eight. So a residual stream stays unsummed over
+  some layers.
+- All other ops make buffers. A buffer stands until the last kernel that reads it.
+- Elementwise kernels that read the same are one kernel, at the place of the first.
+- An elementwise kernel may write in the place of what it reads for the last time. But Inductor also keeps free buffers
+  for later ones of their size, as long as it expects no higher peak than it would have without such places. So the true
+  peak lies between the two, and ``KEPT`` says where.
 """
 
 from __future__ import annotations
@@ -31,22 +32,21 @@ Buffer = int
 """Memory of a value, by the address of its storage."""
 
 KEPT = sympy.Rational(2, 3)
-"""Of the place that elementwise kernels could take over: what stands although it is free. ``benchmarks/RESULTS.md``."""
+"""The share of places that could be written again and stand for nothing. ``benchmarks/RESULTS.md`` has 0.40 to 0.84."""
 
-_READS = 4
-_MOST_READS = 8
+_READS, _MOST_READS = 4, 8
 
 aten, ops = torch.ops.aten, torch.ops.mustafar
-_ELEMENTWISE = {  # beside those that torch tags: copies, lookups, and what Inductor decomposes into elementwise ops
-    aten._to_copy, aten.arange, aten.cat, aten.constant_pad_nd, aten.contiguous, aten.dropout, aten.embedding, aten.full,
-    aten.full_like, aten.gather, aten.glu, aten.index, aten.index_select, aten.layer_norm, aten.native_dropout,
-    aten.native_layer_norm, aten.ones, aten.ones_like, aten.repeat, aten.repeat_interleave, aten.reshape,
-    aten.rms_norm, aten.softmax, aten._softmax, aten.stack, aten.tril, aten.triu, aten.zeros, aten.zeros_like,
+_ELEMENTWISE = {  # beside the ops that torch tags so
+    aten._softmax, aten._to_copy, aten.arange, aten.cat, aten.constant_pad_nd, aten.contiguous, aten.dropout,
+    aten.embedding, aten.full, aten.full_like, aten.gather, aten.glu, aten.index, aten.index_select, aten.layer_norm,
+    aten.native_dropout, aten.native_layer_norm, aten.ones, aten.ones_like, aten.repeat, aten.repeat_interleave,
+    aten.reshape, aten.rms_norm, aten.softmax, aten.stack, aten.tril, aten.triu, aten.zeros, aten.zeros_like,
 }  # fmt: skip
 
 
 class UnknownMemoryError(Exception):
-    """A graph of which no formula is found."""
+    """No formula is found for a graph."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class _Kernel:
 def peak(gm: GraphModule, inputs: Sequence[Any], symbols: Mapping[int, sympy.Symbol]) -> sympy.Expr:
     """The most bytes that stand at one time beside the inputs and the cache that is returned, by ``symbols``.
 
-    gm: a graph of ATen as the backend gives it to ``compile_fx``. inputs: fake tensors and symbolic sizes. symbols: what
-    a symbolic size stands for, by the number that it was traced with. The cache is what ``compress`` makes and each
-    result of four dims. Raises UnknownMemoryError for another kind of graph, and for other symbolic sizes.
+    gm: a graph of ATen, as the backend gives it to ``compile_fx``. inputs: fake tensors and symbolic sizes. symbols: by
+    the number that a symbolic size was traced with, what it stands for. The cache is what ``compress`` makes and each
+    result of four dims. Raises UnknownMemoryError for other symbolic sizes and for a graph in the graph, sympy's
+    PolynomialError where bytes are no polynomial, and what an op raises that wants to know a size.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = [node.meta.get("example_value", x) for node, x in zip(placeholders, inputs, strict=True)]
@@ -71,11 +72,28 @@ def peak(gm: GraphModule, inputs: Sequence[Any], symbols: Mapping[int, sympy.Sym
     with _compat.fake_results(inputs):
         values.run(*inputs)
     meant = _stand_for(inputs, symbols)
-    sizes = {x: sympy.Poly(expression(values.size(x)).subs(meant), *symbols.values()) for x in values.made}
+    sizes = {x: _polynomial(values.size(x), meant, tuple(symbols.values())) for x in values.made}
     nothing = sympy.Poly(0, *symbols.values())
     moments = set(_moments(_kernels(values), sizes, values.returned, nothing))
     most = [m for m in moments if not any(other != m and _at_least(other, m) for other in moments)]
     return sympy.Max(0, *(m.termwise(lambda _, share: sympy.ceiling(share)).as_expr() for m in most))
+
+
+def _stand_for(inputs: Iterable[Any], symbols: Mapping[int, sympy.Symbol]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """What the symbols stand for that the sizes of the inputs are."""
+    given = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+    traced = [size for size in given if isinstance(size, torch.SymInt)]
+    known = {_compat.symbolic_expression(size): symbols.get(_compat.hint(size)) for size in traced}
+    return {symbol: meant for symbol, meant in known.items() if symbol.is_Symbol and meant is not None}
+
+
+def _polynomial(
+    size: int | torch.SymInt, meant: Mapping[sympy.Symbol, sympy.Symbol], symbols: Sequence[sympy.Symbol]
+) -> sympy.Poly:
+    found = sympy.sympify(expression(size)).subs(meant)
+    if not found.free_symbols <= set(symbols):
+        raise UnknownMemoryError(f"{found} bytes are made, which are known by {symbols} alone")
+    return sympy.Poly(found, *symbols)
 
 
 class _Values(Interpreter):
@@ -142,13 +160,6 @@ def _is_empty(x: torch.Tensor) -> bool:
     return any(size == 0 for size in x.shape if isinstance(size, int))
 
 
-def _stand_for(inputs: Iterable[Any], symbols: Mapping[int, sympy.Symbol]) -> dict[sympy.Symbol, sympy.Symbol]:
-    """What the symbols stand for that the sizes of the inputs are."""
-    given = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
-    known = {expression(size): symbols.get(_compat.hint(size)) for size in given if isinstance(size, torch.SymInt)}
-    return {symbol: meant for symbol, meant in known.items() if symbol.is_Symbol and meant is not None}
-
-
 def _kernels(values: _Values) -> list[_Kernel]:
     """In the order of the graph, but elementwise ones that read the same are one, where the first of them is."""
     kernels: list[_Kernel] = []
@@ -174,20 +185,23 @@ def _kernels(values: _Values) -> list[_Kernel]:
 def _readers(values: _Values) -> dict[Buffer, list[Node]]:
     """The nodes that read a buffer, without views of it."""
     readers: dict[Buffer, list[Node]] = defaultdict(list)
-    for node in values.module.graph.nodes:
+    for node in values.tensors:
         for buffer in values.read_by(node) - set(values.of(node)):
             readers[buffer].append(node)
     return readers
 
 
 def _is_elementwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or getattr(
-        node.target, "overloadpacket", None
-    ) in _ELEMENTWISE
+    return _has_tag(node, torch.Tag.pointwise) or getattr(node.target, "overloadpacket", None) in _ELEMENTWISE
 
 
 def _fuses(node: Node) -> bool:
-    return _is_elementwise(node) or torch.Tag.reduction in getattr(node.target, "tags", ())
+    """Whether it computes by itself what it reads."""
+    return _is_elementwise(node) or _has_tag(node, torch.Tag.reduction)
+
+
+def _has_tag(node: Node, tag: torch.Tag) -> bool:
+    return tag in getattr(node.target, "tags", ())
 
 
 def _moments(

@@ -40,7 +40,8 @@ def explain_config(
     A prompt of ``context`` tokens and a decode step are traced with a growing cache, as ``model.compile`` would have
     it; the sizes of the entries are those after both. options: of the backend. every_layer: trace also those that are
     like another one. kept: else, so many of those that are alike. symbolic: batch and tokens of the prompt are symbols
-    in its graph. inner: gets each graph, with its example inputs, and gives what is called. Raises ValueError for unknown options and for a config of no causal language model, UnknownLayerError for options that name a layer which
+    in its graph. inner: gets each graph, with its example inputs, and gives what is called. Raises ValueError for
+    unknown options and for a config of no causal language model, UnknownLayerError for options that name a layer which
     it does not have, and what the model raises where it cannot be traced without its weights.
     """
     settings, _ = read_options(None, options)
