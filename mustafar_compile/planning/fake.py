@@ -61,7 +61,7 @@ def forward(
         seen = tokens if cache is None else tokens + cache.get_seq_length()
         inputs["attention_mask"] = torch.ones(batch, seen, **given)
     for x, dim in product(inputs.values(), (0, 1) if symbolic else ()):
-        _compat.maybe_mark_dynamic(x, dim)
+        _compat.dynamo.maybe_mark_dynamic(x, dim)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     if cache is not None:

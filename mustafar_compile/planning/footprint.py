@@ -131,7 +131,7 @@ def _cache_tensors(cache: Any, compressible: Collection[int | None]) -> Iterator
 def _holds_square(gm: GraphModule) -> bool:
     """Whether a graph of the traced prompt makes a tensor of the square of its length, such as a mask."""
     values = (node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes)
-    ends = ([_compat.hint(size) for size in x.shape[-2:]] for x in values if isinstance(x, torch.Tensor))
+    ends = ([_compat.symbols.hint(size) for size in x.shape[-2:]] for x in values if isinstance(x, torch.Tensor))
     return [_TRACED[CONTEXT]] * 2 in ends
 
 

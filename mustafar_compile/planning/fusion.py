@@ -69,7 +69,7 @@ def peak(gm: GraphModule, inputs: Sequence[Any], symbols: Mapping[int, sympy.Sym
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = [node.meta.get("example_value", x) for node, x in zip(placeholders, inputs, strict=True)]
     values = _Values(gm)
-    with _compat.fake_results(inputs):
+    with _compat.tracing.fake_results(inputs):
         values.run(*inputs)
     meant = _stand_for(inputs, symbols)
     sizes = {x: _polynomial(values.size(x), meant, tuple(symbols.values())) for x in values.made}
@@ -83,7 +83,7 @@ def _stand_for(inputs: Iterable[Any], symbols: Mapping[int, sympy.Symbol]) -> di
     """What the symbols stand for that the sizes of the inputs are."""
     given = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
     traced = [size for size in given if isinstance(size, torch.SymInt)]
-    known = {_compat.symbolic_expression(size): symbols.get(_compat.hint(size)) for size in traced}
+    known = {_compat.symbols.symbolic_expression(size): symbols.get(_compat.symbols.hint(size)) for size in traced}
     return {symbol: meant for symbol, meant in known.items() if symbol.is_Symbol and meant is not None}
 
 
@@ -116,7 +116,7 @@ class _Values(Interpreter):
         result = super().run_node(n)
         if isinstance(result, GraphModule):
             raise UnknownMemoryError(f"{n.target} is a graph in the graph")
-        self.tensors[n] = [x for x in _compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.tensors[n] = [x for x in _compat.tensors.tree_leaves(result) if isinstance(x, torch.Tensor)]
         if n.op == "output":
             self.returned = set(self.of(n))
             self.cache |= {self._buffer(x) for x in self.tensors[n] if x.dim() == 4}
