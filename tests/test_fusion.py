@@ -53,10 +53,12 @@ def test_elementwise_ops_make_only_what_a_product_reads():
 def test_elementwise_ops_may_take_the_place_of_what_they_read_last():
     assert columns(gated, kept=1) == 3 * 32
     assert columns(gated, kept=0) == 2 * 32
+    assert columns(lambda x: torch.relu(x) @ SQUARE, kept=0) == 4 + 4  # what is given is not written
 
 
 def test_views_and_joining_with_nothing_make_nothing():
     assert columns(lambda x: torch.cat([x.new_empty(0, 4), x @ SQUARE]).view(-1, 2, 2).transpose(1, 2)) == 4
+    assert columns(lambda x: torch.cat([x.new_empty(0, 4), x @ SQUARE]) @ SQUARE) == 4 + 4
 
 
 @pytest.mark.parametrize("layers", range(1, 8))

@@ -26,6 +26,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from .. import _compat
+from ..lowering import ops
 from ..patterns.graph.symbols import expression
 
 Buffer = int
@@ -36,7 +37,7 @@ KEPT = sympy.Rational(2, 3)
 
 _READS, _MOST_READS = 4, 8
 
-aten, ops = torch.ops.aten, torch.ops.mustafar
+aten = torch.ops.aten
 _ELEMENTWISE = {  # beside the ops that torch tags so
     aten._softmax, aten._to_copy, aten.arange, aten.cat, aten.constant_pad_nd, aten.contiguous, aten.dropout,
     aten.embedding, aten.full, aten.full_like, aten.gather, aten.glu, aten.index, aten.index_select, aten.layer_norm,
@@ -152,7 +153,7 @@ class _Values(Interpreter):
         if new:
             self.made |= new
             self.makes[n] = list(new)
-        if n.target is ops.compress.default:
+        if n.target is ops.compress:
             self.cache |= set(new)
 
 
