@@ -16,6 +16,7 @@ from .cache.tensor import CompressedKV
 from .calling.compiled_call import CompiledCall
 from .calling.cuda_graphs import CudaGraphs
 from .calling.example_inputs import add_calling_convention
+from .calling.in_pieces import compile_in_pieces
 from .calling.plain_inputs import PlainInputs
 from .calling.recompiling import count_for_each_layer, heed_hooks, let_buffers_grow, let_models_share_a_function
 from .calling.recordable import Places, graph_device, is_step, watch_over, why_not
@@ -84,7 +85,7 @@ def mustafar(
         loops = _compat.inductor.loops_of_cpus() if graph_device(inputs) is None else {}
         changes = {"triton.cudagraphs": False, **loops}
         with _compat.inductor.config.patch(changes), torch.set_grad_enabled(_gives_gradients(gm)):
-            compiled = compile_fx(plan.module, inputs)
+            compiled = compile_in_pieces(plan.module, inputs) if inner is None else inner(plan.module, inputs)
         drop_meta(plan.module.graph)  # AOTAutograd keeps the module
         growing = [i for i, cache in given.caches.items() if cache.grows]
         return given.taking_parts(CompiledCall(plan, compiled if wrap is None else wrap(compiled), growing))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,17 @@ probe("torch._functorch.config", "enable_autograd_cache")
 list_mode_options: Callable[..., dict] = probe("torch._inductor", "list_mode_options")
 cpp_code_cache = probe("torch._inductor.codecache", "CppCodeCache")
 cpp_compiler: Callable[[], str] = probe("torch._inductor.cpp_builder", "get_cpp_compiler")
+
+
+def boxed(compiled: Callable) -> Callable[[list[Any]], Sequence[Any]]:
+    """What ``compile_fx`` returns, as a function of a list of arguments, which it empties: so they can be freed."""
+    inner = compiled
+    while hasattr(inner, "__wrapped__"):
+        inner = inner.__wrapped__
+        code = getattr(inner, "__code__", None)
+        if getattr(inner, "_boxed_call", False) and code is not None and not code.co_flags & inspect.CO_VARARGS:
+            return inner  # wrappers of it have the mark, too, though they take arguments one by one
+    return lambda arguments: compiled(*arguments)
 
 
 @contextmanager

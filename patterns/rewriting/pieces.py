@@ -1,0 +1,215 @@
+"""A rewritten graph cut behind each attention into pieces. Those of a model's layers are mostly alike.
+
+So one of them may be compiled for all: regional compilation. No compiler joins attention with what follows it, so that a
+cut there costs nothing at a step but the call of the next piece.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mustafar_compile import _compat
+
+from ..graph.nodes import is_call
+from ..graph.symbols import expression
+
+aten = torch.ops.aten
+ops = torch.ops.mustafar
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Calls that follow each other in a graph.
+
+    takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same for
+    pieces that compute the same of what they take.
+    """
+
+    nodes: Sequence[Node]
+    takes: Sequence[Node]
+    gives: Sequence[Node]
+    kind: Hashable
+
+    def as_module(self) -> GraphModule:
+        """The piece as a graph of its own."""
+        graph = Graph()
+        copies = {node: graph.placeholder(node.name) for node in self.takes}
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in self.gives))
+        return GraphModule({}, graph)
+
+
+def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
+    """The pieces of a graph in order. None where it must stay whole, or where too few of them are alike.
+
+    inputs: its example inputs. The graph must not be run under autograd. Notes the value of each node, and lets the graph
+    write its inputs early.
+    """
+    graph = module.graph
+    if not all(map(_can_be_cut_off, graph.nodes)):
+        return []
+    constants = constants_of(module)
+    if not all(type(x) is torch.Tensor for x in constants.values()):
+        return []
+    _note_values(graph, dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)) | constants)
+    _write_early(graph)
+    try:
+        pieces = list(_cut(graph))
+    except _Whole:
+        return []
+    return pieces if 2 * len({piece.kind for piece in pieces}) <= len(pieces) else []
+
+
+def constants_of(module: GraphModule) -> dict[Node, Any]:
+    """What a graph takes of its module. Pieces are given it."""
+    return {node: operator.attrgetter(node.target)(module) for node in module.graph.find_nodes(op="get_attr")}
+
+
+def fake_like(x: Any, mode: Any) -> Any:
+    """A fake tensor of ``mode`` in the shape of a tensor, on memory of its own; anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    with mode:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+class _Whole(Exception):
+    """A graph cannot be cut."""
+
+
+def _can_be_cut_off(node: Node) -> bool:
+    """Whether all that a call does is seen: it runs no other graph, and changes no state such as that of autocast."""
+    if node.op != "call_function":
+        return True
+    is_op = isinstance(node.target, type(aten.copy_.default)) or node.target.__module__ == operator.getitem.__module__
+    return is_op or isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _note_values(graph: Graph, given: Mapping[Node, Any]) -> None:
+    """Note the values of what rewriting added, as tracing did of all else. given: what the graph begins with."""
+    mode = _compat.tracing.fake_mode_of(node.meta.get("val") for node in graph.nodes)
+    for node, x in given.items():
+        if "val" not in node.meta:
+            node.meta["val"] = fake_like(x, mode)
+    with _compat.tracing.fake_results(node.meta.get("val") for node in graph.nodes):
+        for node in graph.nodes:
+            if node.op == "call_function" and "val" not in node.meta:
+                args, kwargs = (torch.fx.map_arg(x, lambda n: n.meta["val"]) for x in (node.args, node.kwargs))
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _write_early(graph: Graph) -> None:
+    """Let inputs be written when nothing reads them any more, not at the end: what is written need not wait for it.
+
+    Not those of which there are views.
+    """
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        base, value = write.args
+        readers = [node for node in base.users if node is not write]
+        last = max((value, *readers), key=order.__getitem__)
+        if last.op == "call_function" and not any(_shares_memory(node, base) for node in readers):
+            last.append(write)
+
+
+def _shares_memory(a: Node, b: Node) -> bool:
+    return _memory(a) is not None and _memory(a) == _memory(b)
+
+
+def _memory(node: Node) -> int | None:
+    """A number of the memory of a tensor, None for anything else."""
+    value = node.meta["val"]
+    return _compat.memory.storage_number(value) if isinstance(value, torch.Tensor) else None
+
+
+def _cut(graph: Graph) -> Iterator[Piece]:
+    """Cut a graph whose values are noted. Raises _Whole."""
+    sizes = {
+        expression(node): node
+        for node in reversed(graph.find_nodes(op="placeholder"))
+        if isinstance(node.meta["val"], torch.SymInt)
+    }
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            nodes.append(node)
+            if _is_attention(node):
+                yield _piece(nodes, sizes)
+                nodes = []
+    yield _piece(nodes, sizes)
+
+
+def _is_attention(node: Node) -> bool:
+    sdpa = aten.scaled_dot_product_attention.default
+    return is_call(node, sdpa, ops.band_attention.default, ops.decode_attention.default)
+
+
+def _piece(nodes: Sequence[Node], sizes: dict[Any, Node]) -> Piece:
+    """sizes: the inputs of the graph that are symbolic sizes. A piece takes those that none of its tensors tells."""
+    own = set(nodes)
+    takes = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in own)
+    symbols = {symbol for node in (*takes, *nodes) for symbol in _symbols(node.meta["val"])}
+    told = {expression(size) for node in takes for size in getattr(node.meta["val"], "shape", ())}
+    if not symbols <= told | sizes.keys():
+        raise _Whole
+    takes |= dict.fromkeys(sizes[symbol] for symbol in sorted(symbols - told, key=str))
+    gives = [node for node in nodes if not own.issuperset(node.users)]
+    return Piece(nodes, list(takes), gives, _kind(nodes, list(takes), gives))
+
+
+def _symbols(value: Any) -> set[Any]:
+    parts = value if isinstance(value, list | tuple) else [value]
+    tensors = [size for x in parts if isinstance(x, torch.Tensor) for size in (*x.shape, *x.stride())]
+    return {s for x in (*parts, *tensors) if isinstance(x, torch.SymInt) for s in expression(x).free_symbols}
+
+
+def _kind(nodes: Sequence[Node], takes: Sequence[Node], gives: Sequence[Node]) -> Hashable:
+    """What decides on the code of a piece: what it takes, its calls and what it gives."""
+    places = {node: place for place, node in enumerate((*takes, *nodes))}
+    written = {x for node in nodes for x in _written(node)}
+    taken, first = [], {}
+    for place, node in enumerate(takes):
+        memory = _memory(node)
+        alias = place if memory is None else first.setdefault(memory, place)
+        if alias != place and not written.isdisjoint((node, takes[alias])):
+            raise _Whole  # code that writes one part of a tensor would not do for another part
+        taken.append((_described(node), alias))
+    given = tuple((_described(node), places[node]) for node in gives)
+    return tuple(taken), tuple((x.target, _stated(x.args, places), _stated(x.kwargs, places)) for x in nodes), given
+
+
+def _described(node: Node) -> Hashable:
+    """What is known of a value that enters or leaves a piece. Raises _Whole where that is not enough."""
+    value = node.meta["val"]
+    if isinstance(value, torch.SymInt):
+        return expression(value)
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        raise _Whole
+    sizes = tuple(map(expression, (*value.shape, *value.stride())))
+    return value.dtype, value.device, sizes, value.requires_grad
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """The arguments that a call writes."""
+    for place, argument in enumerate(getattr(getattr(node.target, "_schema", None), "arguments", ())):
+        if argument.is_write:
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            yield from (x for x in (given if isinstance(given, list | tuple) else [given]) if isinstance(x, Node))
+
+
+def _stated(argument: Any, places: dict[Node, int]) -> Hashable:
+    """An argument of a call, with the places of values in their place."""
+    if isinstance(argument, Node):
+        return Node, places[argument]
+    if isinstance(argument, list | tuple):
+        return tuple(_stated(x, places) for x in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _stated(x, places)) for name, x in sorted(argument.items()))
+    return type(argument), repr(argument)
