@@ -46,15 +46,13 @@ class InPieces:
         last: dict[Node, Piece | None] = {node: piece for piece in pieces for node in piece.takes}
         last |= {node: None for node in results if isinstance(node, Node)}
         self.room = [*constants.values(), *(None for _ in made)]
-        self.calls = [
-            (
-                compiled[piece.kind],
-                [places[node] for node in piece.takes],
-                [places[node] for node in piece.takes if last.get(node) is piece],
-                [places[node] for node in piece.gives],
-            )
-            for piece in pieces
-        ]
+        self.calls = []
+        first = len(inputs) + len(constants)
+        for piece in pieces:
+            takes = [places[node] for node in piece.takes]
+            done = [places[node] for node in piece.takes if last[node] is piece]
+            self.calls.append((compiled[piece.kind], takes, done, slice(first, first + len(piece.gives))))
+            first += len(piece.gives)
         self.results = [(places[x], None) if isinstance(x, Node) else (None, x) for x in results]
 
     def __call__(self, *inputs: Any) -> list[Any]:
@@ -63,6 +61,5 @@ class InPieces:
             given = [values[place] for place in takes]
             for place in done:  # the call alone holds it, and lets go of it early
                 values[place] = None
-            for place, value in zip(gives, call(given), strict=True):
-                values[place] = value
+            values[gives] = call(given)
         return [constant if place is None else values[place] for place, constant in self.results]

@@ -1,7 +1,7 @@
 """A rewritten graph cut behind each attention into pieces. Those of a model's layers are mostly alike.
 
-So one of them may be compiled for all: regional compilation. No compiler joins attention with what follows it, so that a
-cut there costs nothing at a step but the call of the next piece.
+So one of them may be compiled for all: regional compilation. No compiler joins attention with what follows it, so that
+a cut there costs nothing at a step but the call of the next piece.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ops = torch.ops.mustafar
 class Piece:
     """Calls that follow each other in a graph.
 
-    takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same for
-    pieces that compute the same of what they take.
+    takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same
+    for pieces that compute the same of what they take.
     """
 
     nodes: Sequence[Node]
@@ -49,8 +49,8 @@ class Piece:
 def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
     """The pieces of a graph in order. None where it must stay whole, or where too few of them are alike.
 
-    inputs: its example inputs. The graph must not be run under autograd. Notes the value of each node, and lets the graph
-    write its inputs early.
+    inputs: its example inputs. The graph must not be run under autograd. Notes the value of each node, and lets the
+    graph write its inputs early.
     """
     graph = module.graph
     if not all(map(_can_be_cut_off, graph.nodes)):
