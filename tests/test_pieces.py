@@ -120,9 +120,9 @@ def write_beside(graph, number, x, inputs):
 
 
 def cast_within(graph, number, x, inputs):
-    region = graph.call_function(_compat.enter_autocast, ("cpu", torch.bfloat16, True, True))
+    region = graph.call_function(_compat.tracing.enter_autocast, ("cpu", torch.bfloat16, True, True))
     x = attend(graph, number, x, inputs)
-    graph.call_function(_compat.exit_autocast, (region,))
+    graph.call_function(_compat.tracing.exit_autocast, (region,))
     return x
 
 
@@ -158,7 +158,7 @@ def test_what_inductor_gives_can_be_called_with_a_list_that_it_empties():
     found = []
 
     def compile_boxed(gm, inputs):
-        found.append(_compat.boxed(_compat.compile_fx(gm, inputs)))
+        found.append(_compat.inductor.boxed(_compat.inductor.compile_fx(gm, inputs)))
         return gm
 
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_the_layers_of_a_model_are_compiled_once(cache, monkeypatch):
     plain, compiled = hf_model(num_hidden_layers=6), []
     model = copy.deepcopy(plain)
     with torch.no_grad(), without_compiler():
-        compile_graph = _compat.compile_fx
+        compile_graph = _compat.inductor.compile_fx
         monkeypatch.setattr(_compat, "compile_fx", lambda *given: compiled.append(given) or compile_graph(*given))
         if cache == "static":
             generate_over_static_caches(model)

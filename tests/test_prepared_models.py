@@ -106,10 +106,14 @@ def test_neither_prompt_nor_step_is_given_a_mask_of_rows(padded):
 
 @pytest.mark.nightly
 @pytest.mark.native
-def test_inductor_takes_caches_of_any_length():
-    """From the second length on there are symbols for them, of which a step without a mask has no tensor."""
+@pytest.mark.parametrize("layers", [1, 6])
+def test_inductor_takes_caches_of_any_length(layers):
+    """From the second length on there are symbols for them, of which a step without a mask has no tensor.
+
+    Of six layers most are alike and compiled once.
+    """
     torch._dynamo.reset()
-    plain = hf_model(num_hidden_layers=1)
+    plain = hf_model(num_hidden_layers=layers)
     model = copy.deepcopy(plain)
     generate_over_static_caches(model)
     model.compile(backend="mustafar", options={"window": WINDOW})

@@ -23,13 +23,14 @@ def compile_in_pieces(module: GraphModule, inputs: Sequence[Any]) -> Callable[..
     pieces = [] if torch.is_grad_enabled() else pieces_of(module, inputs)
     if not pieces:
         return _compat.inductor.compile_fx(module, inputs)
-    mode = _compat.tracing.TracingContext.get().fake_mode
+    mode = _compat.dynamo.TracingContext.get().fake_mode
     examples = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True))
     compiled: dict[Hashable, Boxed] = {}
     for piece in pieces:
         if piece.kind not in compiled:
             own = piece.as_module()
-            given = [examples[x] if x in examples else fake_like(x.meta["val"], mode) for x in piece.takes]
+            given = [examples.get(x, fake_like(x.meta["val"], mode)) for x in piece.takes]
+            given = [x + 0 if isinstance(x, torch.SymInt) else x for x in given]  # by the symbols known by now
             compiled[piece.kind] = _compat.inductor.boxed(_compat.inductor.compile_fx(own, given))
             drop_meta(own.graph)  # AOTAutograd keeps the module
     return InPieces(module, pieces, compiled)

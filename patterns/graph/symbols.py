@@ -29,3 +29,8 @@ def same_size(a: Any, b: Any) -> bool:
 def known(size: int | torch.SymInt) -> int:
     """The value of a size that the graph is made for. Where it is symbolic, Dynamo guards on it from now on."""
     return int(size)
+
+
+def guard_equal(a: torch.SymInt, b: torch.SymInt) -> None:
+    """Let Dynamo guard on two sizes being equal, as they are now."""
+    bool(a == b)

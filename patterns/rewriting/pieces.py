@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mustafar_compile import _compat
 
 from ..graph.nodes import is_call
-from ..graph.symbols import expression
+from ..graph.symbols import expression, guard_equal
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
@@ -28,13 +29,14 @@ class Piece:
     """Calls that follow each other in a graph.
 
     takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same
-    for pieces that compute the same of what they take.
+    for pieces that compute the same of what they take, whatever the symbols of its sizes. sizes: what has those symbols.
     """
 
     nodes: Sequence[Node]
     takes: Sequence[Node]
     gives: Sequence[Node]
     kind: Hashable
+    sizes: Mapping[Any, torch.SymInt]
 
     def as_module(self) -> GraphModule:
         """The piece as a graph of its own."""
@@ -61,10 +63,26 @@ def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
     _note_values(graph, dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)) | constants)
     _write_early(graph)
     try:
-        pieces = list(_cut(graph))
+        pieces = _with_equal_sizes(list(_cut(graph)))
     except _Whole:
         return []
     return pieces if 2 * len({piece.kind for piece in pieces}) <= len(pieces) else []
+
+
+def _with_equal_sizes(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces, of which those of one kind have equal sizes, on which Dynamo then guards.
+
+    Each layer's static cache has a symbol of its own for its slots, and code that is made for one layer may be subject
+    to what is known of that.
+    """
+    first: dict[Hashable, Piece] = {}
+    found = []
+    for piece in pieces:
+        kind = piece.kind, tuple(map(_compat.symbols.hint, piece.sizes.values()))
+        for a, b in zip(first.setdefault(kind, piece).sizes.values(), piece.sizes.values(), strict=True):
+            guard_equal(a, b)
+        found.append(replace(piece, kind=kind))
+    return found
 
 
 def constants_of(module: GraphModule) -> dict[Node, Any]:
@@ -131,7 +149,7 @@ def _memory(node: Node) -> int | None:
 
 def _cut(graph: Graph) -> Iterator[Piece]:
     """Cut a graph whose values are noted. Raises _Whole."""
-    sizes = {
+    inputs = {
         expression(node): node
         for node in reversed(graph.find_nodes(op="placeholder"))
         if isinstance(node.meta["val"], torch.SymInt)
@@ -141,9 +159,9 @@ def _cut(graph: Graph) -> Iterator[Piece]:
         if node.op == "call_function":
             nodes.append(node)
             if _is_attention(node):
-                yield _piece(nodes, sizes)
+                yield _piece(nodes, inputs)
                 nodes = []
-    yield _piece(nodes, sizes)
+    yield _piece(nodes, inputs)
 
 
 def _is_attention(node: Node) -> bool:
@@ -151,27 +169,30 @@ def _is_attention(node: Node) -> bool:
     return is_call(node, sdpa, ops.band_attention.default, ops.decode_attention.default)
 
 
-def _piece(nodes: Sequence[Node], sizes: dict[Any, Node]) -> Piece:
-    """sizes: the inputs of the graph that are symbolic sizes. A piece takes those that none of its tensors tells."""
+def _piece(nodes: Sequence[Node], inputs: dict[Any, Node]) -> Piece:
+    """inputs: those of the graph that are symbolic sizes. A piece takes those that none of its tensors tells."""
     own = set(nodes)
     takes = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in own)
-    symbols = {symbol for node in (*takes, *nodes) for symbol in _symbols(node.meta["val"])}
-    told = {expression(size) for node in takes for size in getattr(node.meta["val"], "shape", ())}
-    if not symbols <= told | sizes.keys():
+    symbols = dict.fromkeys(symbol for node in (*takes, *nodes) for symbol in _symbols(node.meta["val"]))
+    told = {expression(size): size for node in takes for size in getattr(node.meta["val"], "shape", ())}
+    if not symbols.keys() <= told.keys() | inputs.keys():
         raise _Whole
-    takes |= dict.fromkeys(sizes[symbol] for symbol in sorted(symbols - told, key=str))
+    takes |= dict.fromkeys(inputs[symbol] for symbol in symbols if symbol not in told)
     gives = [node for node in nodes if not own.issuperset(node.users)]
-    return Piece(nodes, list(takes), gives, _kind(nodes, list(takes), gives))
+    sizes = {symbol: told[symbol] if symbol in told else inputs[symbol].meta["val"] for symbol in symbols}
+    return Piece(nodes, list(takes), gives, _kind(nodes, list(takes), gives, list(symbols)), sizes)
 
 
-def _symbols(value: Any) -> set[Any]:
+def _symbols(value: Any) -> list[Any]:
     parts = value if isinstance(value, list | tuple) else [value]
     tensors = [size for x in parts if isinstance(x, torch.Tensor) for size in (*x.shape, *x.stride())]
-    return {s for x in (*parts, *tensors) if isinstance(x, torch.SymInt) for s in expression(x).free_symbols}
+    sizes = [expression(x).free_symbols for x in (*parts, *tensors) if isinstance(x, torch.SymInt)]
+    return [symbol for found in sizes for symbol in sorted(found, key=str)]
 
 
-def _kind(nodes: Sequence[Node], takes: Sequence[Node], gives: Sequence[Node]) -> Hashable:
+def _kind(nodes: Sequence[Node], takes: Sequence[Node], gives: Sequence[Node], symbols: Sequence[Any]) -> Hashable:
     """What decides on the code of a piece: what it takes, its calls and what it gives."""
+    names = {symbol: sympy.Symbol(f"n{i}", integer=True) for i, symbol in enumerate(symbols)}
     places = {node: place for place, node in enumerate((*takes, *nodes))}
     written = {x for node in nodes for x in _written(node)}
     taken, first = [], {}
@@ -180,19 +201,22 @@ def _kind(nodes: Sequence[Node], takes: Sequence[Node], gives: Sequence[Node]) -
         alias = place if memory is None else first.setdefault(memory, place)
         if alias != place and not written.isdisjoint((node, takes[alias])):
             raise _Whole  # code that writes one part of a tensor would not do for another part
-        taken.append((_described(node), alias))
-    given = tuple((_described(node), places[node]) for node in gives)
+        taken.append((_described(node, names), alias))
+    given = tuple((_described(node, names), places[node]) for node in gives)
     return tuple(taken), tuple((x.target, _stated(x.args, places), _stated(x.kwargs, places)) for x in nodes), given
 
 
-def _described(node: Node) -> Hashable:
-    """What is known of a value that enters or leaves a piece. Raises _Whole where that is not enough."""
+def _described(node: Node, names: dict[Any, Any]) -> Hashable:
+    """What is known of a value that enters or leaves a piece. Raises _Whole where that is not enough.
+
+    names: of symbols.
+    """
     value = node.meta["val"]
     if isinstance(value, torch.SymInt):
-        return expression(value)
+        return expression(value).xreplace(names)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         raise _Whole
-    sizes = tuple(map(expression, (*value.shape, *value.stride())))
+    sizes = tuple(expression(size).xreplace(names) for size in (*value.shape, *value.stride()))
     return value.dtype, value.device, sizes, value.requires_grad
 
 
