@@ -176,7 +176,9 @@ def test_the_layers_of_a_model_are_compiled_once(cache, monkeypatch):
     model = copy.deepcopy(plain)
     with torch.no_grad(), without_compiler():
         compile_graph = _compat.inductor.compile_fx
-        monkeypatch.setattr(_compat, "compile_fx", lambda *given: compiled.append(given) or compile_graph(*given))
+        monkeypatch.setattr(
+            _compat.inductor, "compile_fx", lambda *given: compiled.append(given) or compile_graph(*given)
+        )
         if cache == "static":
             generate_over_static_caches(model)
         model.compile(backend=functools.partial(backend.mustafar, options={"window": 4}))

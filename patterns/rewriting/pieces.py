@@ -29,7 +29,7 @@ class Piece:
     """Calls that follow each other in a graph.
 
     takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same
-    for pieces that compute the same of what they take, whatever the symbols of its sizes. sizes: what has those symbols.
+    for pieces that compute the same of what they take, whatever the symbols of its sizes. sizes: what those stand for.
     """
 
     nodes: Sequence[Node]
