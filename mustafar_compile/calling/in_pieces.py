@@ -41,7 +41,7 @@ class InPieces:
 
     def __init__(self, module: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Hashable, Boxed]) -> None:
         inputs, constants = module.graph.find_nodes(op="placeholder"), constants_of(module)
-        results = module.graph.output_node().args[0]
+        results: Any = module.graph.output_node().args[0]
         made = [node for piece in pieces for node in piece.gives]
         places = {node: place for place, node in enumerate((*inputs, *constants, *made))}
         last: dict[Node, Piece | None] = {node: piece for piece in pieces for node in piece.takes}

@@ -7,7 +7,7 @@ a cut there costs nothing at a step but the call of the next piece.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..graph.symbols import expression, guard_equal
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
+_CONTIGUOUS = {"memory_format": torch.contiguous_format}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Piece:
 
     takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same
     for pieces that compute the same of what they take, whatever the symbols of its sizes. sizes: what those stand for.
+    packed: what is given contiguous, as decompositions may lay it out in another way than it was traced.
     """
 
     nodes: Sequence[Node]
@@ -37,6 +39,7 @@ class Piece:
     gives: Sequence[Node]
     kind: Hashable
     sizes: Mapping[Any, torch.SymInt]
+    packed: Collection[Node]
 
     def as_module(self) -> GraphModule:
         """The piece as a graph of its own."""
@@ -44,6 +47,8 @@ class Piece:
         copies = {node: graph.placeholder(node.name) for node in self.takes}
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        for node in self.packed:
+            copies[node] = graph.call_function(aten.clone.default, (copies[node],), _CONTIGUOUS)
         graph.output(tuple(copies[node] for node in self.gives))
         return GraphModule({}, graph)
 
@@ -63,7 +68,8 @@ def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
     _note_values(graph, dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)) | constants)
     _write_early(graph)
     try:
-        pieces = _with_equal_sizes(list(_cut(graph)))
+        with _compat.tracing.fake_results(node.meta.get("val") for node in graph.nodes):
+            pieces = _with_equal_sizes(list(_cut(graph)))
     except _Whole:
         return []
     return pieces if 2 * len({piece.kind for piece in pieces}) <= len(pieces) else []
@@ -154,14 +160,15 @@ def _cut(graph: Graph) -> Iterator[Piece]:
         for node in reversed(graph.find_nodes(op="placeholder"))
         if isinstance(node.meta["val"], torch.SymInt)
     }
+    memory = {_memory(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.op == "call_function":
             nodes.append(node)
             if _is_attention(node):
-                yield _piece(nodes, inputs)
+                yield _piece(nodes, inputs, memory)
                 nodes = []
-    yield _piece(nodes, inputs)
+    yield _piece(nodes, inputs, memory)
 
 
 def _is_attention(node: Node) -> bool:
@@ -169,8 +176,11 @@ def _is_attention(node: Node) -> bool:
     return is_call(node, sdpa, ops.band_attention.default, ops.decode_attention.default)
 
 
-def _piece(nodes: Sequence[Node], inputs: dict[Any, Node]) -> Piece:
-    """inputs: those of the graph that are symbolic sizes. A piece takes those that none of its tensors tells."""
+def _piece(nodes: Sequence[Node], inputs: dict[Any, Node], memory: Set[int | None]) -> Piece:
+    """inputs: those of the graph that are symbolic sizes. A piece takes those that none of its tensors tells.
+
+    memory: of all inputs.
+    """
     own = set(nodes)
     takes = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in own)
     symbols = dict.fromkeys(symbol for node in (*takes, *nodes) for symbol in _symbols(node.meta["val"]))
@@ -179,8 +189,22 @@ def _piece(nodes: Sequence[Node], inputs: dict[Any, Node]) -> Piece:
         raise _Whole
     takes |= dict.fromkeys(inputs[symbol] for symbol in symbols if symbol not in told)
     gives = [node for node in nodes if not own.issuperset(node.users)]
+    packed = [node for node in gives if _goes_on(node, own) and not _has_known_strides(node, memory)]
+    for node in packed:
+        node.meta["val"] = node.meta["val"].contiguous()
     sizes = {symbol: told[symbol] if symbol in told else inputs[symbol].meta["val"] for symbol in symbols}
-    return Piece(nodes, list(takes), gives, _kind(nodes, list(takes), gives, list(symbols)), sizes)
+    return Piece(nodes, list(takes), gives, _kind(nodes, list(takes), gives, list(symbols)), sizes, packed)
+
+
+def _goes_on(node: Node, own: Set[Node]) -> bool:
+    """Whether a later piece takes a tensor of a piece, whose nodes are ``own``."""
+    later = any(user not in own and user.op != "output" for user in node.users)
+    return later and isinstance(node.meta["val"], torch.Tensor)
+
+
+def _has_known_strides(node: Node, inputs: Set[int | None]) -> bool:
+    """Whether a tensor is laid out as it was traced, whatever becomes of its op: attention, and views of inputs."""
+    return _is_attention(node) or _memory(node) in inputs
 
 
 def _symbols(value: Any) -> list[Any]:
