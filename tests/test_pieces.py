@@ -154,6 +154,27 @@ def test_values_are_let_go_when_no_piece_needs_them_any_more():
     InPieces(graph, pieces, compiled)(given)
 
 
+def attend_beside_a_transposed_sum(graph, number, x, inputs):
+    columns = graph.call_function(aten.transpose.int, (x, 2, 3))
+    twice = graph.call_function(aten.add.Tensor, (columns, columns))
+    seen = attend(graph, number, x, inputs)
+    rows = graph.call_function(aten.transpose.int, (twice, 2, 3))
+    return graph.call_function(aten.add.Tensor, (seen, rows))
+
+
+def test_what_goes_from_piece_to_piece_is_contiguous():
+    """Inductor lays a value out as decompositions do, which may differ from the trace that the next piece was cut from."""
+    graph, given, strided = chain(attend_beside_a_transposed_sum), torch.rand(SHAPE), []
+
+    def watched(call):
+        return lambda arguments: strided.extend(x for x in arguments if not x.is_contiguous()) or call(arguments)
+
+    pieces = pieces_of(graph, [given])
+    (result,) = InPieces(graph, pieces, {kind: watched(call) for kind, call in as_they_are(pieces).items()})(given)
+    assert torch.equal(result, chain(attend_beside_a_transposed_sum)(given)[0])
+    assert not strided
+
+
 def test_what_inductor_gives_can_be_called_with_a_list_that_it_empties():
     found = []
 

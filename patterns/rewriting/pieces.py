@@ -219,7 +219,8 @@ def _kind(nodes: Sequence[Node], takes: Sequence[Node], gives: Sequence[Node], s
     names = {symbol: sympy.Symbol(f"n{i}", integer=True) for i, symbol in enumerate(symbols)}
     places = {node: place for place, node in enumerate((*takes, *nodes))}
     written = {x for node in nodes for x in _written(node)}
-    taken, first = [], {}
+    taken: list[Hashable] = []
+    first: dict[int, int] = {}
     for place, node in enumerate(takes):
         memory = _memory(node)
         alias = place if memory is None else first.setdefault(memory, place)
