@@ -163,7 +163,7 @@ def attend_beside_a_transposed_sum(graph, number, x, inputs):
 
 
 def test_what_goes_from_piece_to_piece_is_contiguous():
-    """Inductor lays a value out as decompositions do, which may differ from the trace that the next piece was cut from."""
+    """Inductor lays values out as decompositions do, which may differ from the trace that was cut."""
     graph, given, strided = chain(attend_beside_a_transposed_sum), torch.rand(SHAPE), []
 
     def watched(call):
