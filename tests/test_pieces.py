@@ -81,8 +81,9 @@ def test_pieces_compute_what_the_whole_graph_does(layer, writes, results):
         pieces = pieces_of(cut, inputs)
     assume(pieces)
     actual = InPieces(cut, pieces, as_they_are(pieces))(*inputs)
-    for a, b in zip([*expected, *expected_inputs], [*actual, *inputs], strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert expected[-2:] == tuple(actual[-2:]) == (None, 7)
+    for a, b in zip([*expected[:-2], *expected_inputs], [*actual[:-2], *inputs], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def as_they_are(pieces):
@@ -91,15 +92,15 @@ def as_they_are(pieces):
     return {kind: lambda given, module=module: module(*given) for kind, module in modules.items()}
 
 
-def chain(layer, inputs=1):
-    """A graph in which ``layer(graph, number, x, inputs)`` makes of a value the next, four times."""
+def chain(layer, inputs=1, layers=LAYERS):
+    """A graph in which ``layer(graph, number, x, inputs)`` makes of a value the next, for each of its layers."""
     graph, mode = Graph(), FakeTensorMode()
     given = [graph.placeholder(f"x{i}") for i in range(inputs)]
     whole = mode.from_tensor(torch.empty(inputs, *SHAPE))
     for node, part in zip(given, whole, strict=True):
         node.meta["val"] = part
     x = given[0]
-    for number in range(LAYERS):
+    for number in range(layers):
         x = layer(graph, number, x, given)
     graph.output((x,))
     return GraphModule({}, graph)
@@ -164,14 +165,14 @@ def attend_beside_a_transposed_sum(graph, number, x, inputs):
 
 def test_what_goes_from_piece_to_piece_is_contiguous():
     """Inductor lays values out as decompositions do, which may differ from the trace that was cut."""
-    graph, given, strided = chain(attend_beside_a_transposed_sum), torch.rand(SHAPE), []
+    graph, given, strided = chain(attend_beside_a_transposed_sum, layers=6), torch.rand(SHAPE), []
 
     def watched(call):
         return lambda arguments: strided.extend(x for x in arguments if not x.is_contiguous()) or call(arguments)
 
     pieces = pieces_of(graph, [given])
     (result,) = InPieces(graph, pieces, {kind: watched(call) for kind, call in as_they_are(pieces).items()})(given)
-    assert torch.equal(result, chain(attend_beside_a_transposed_sum)(given)[0])
+    torch.testing.assert_close(result, graph(given)[0])
     assert not strided
 
 
