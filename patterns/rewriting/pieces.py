@@ -168,7 +168,8 @@ def _cut(graph: Graph) -> Iterator[Piece]:
             if _is_attention(node):
                 yield _piece(nodes, inputs, memory)
                 nodes = []
-    yield _piece(nodes, inputs, memory)
+    if nodes:
+        yield _piece(nodes, inputs, memory)
 
 
 def _is_attention(node: Node) -> bool:
