@@ -69,6 +69,7 @@ def layers():
 )
 @example(layer=[("view", (3,))], writes=[(0, 1)], results=[3])  # a view of what is written is read later
 @example(layer=[("add", (1, 1))], writes=[(0, 3), (1, 0)], results=[2, 2])
+@example(layer=[("add", (0, 0)), ("view", (0,)), ("view", (2,))], writes=[(3, 0), (0, 2)], results=[0])
 @settings(max_examples=25, deadline=None)
 def test_pieces_compute_what_the_whole_graph_does(layer, writes, results):
     whole = graph_of(layer, writes, results)

@@ -132,14 +132,19 @@ def _note_values(graph: Graph, given: Mapping[Node, Any]) -> None:
 def _write_early(graph: Graph) -> None:
     """Let inputs be written when nothing reads them any more, not at the end: what is written need not wait for it.
 
-    Not those of which there are views.
+    Not those of which there are views, and not by what is a view of an input.
     """
+    inputs = {_memory(node) for node in graph.find_nodes(op="placeholder")}
     order = {node: place for place, node in enumerate(graph.nodes)}
     for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
         base, value = write.args
         readers = [node for node in base.users if node is not write]
         last = max((value, *readers), key=order.__getitem__)
-        if last.op == "call_function" and not any(_shares_memory(node, base) for node in readers):
+        if (
+            last.op == "call_function"
+            and _memory(value) not in inputs
+            and not any(_shares_memory(node, base) for node in readers)
+        ):
             last.append(write)
 
 
