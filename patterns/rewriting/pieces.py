@@ -1,7 +1,7 @@
-"""A rewritten graph cut behind each attention into pieces. Those of a model's layers are mostly alike.
+"""A rewritten graph cut into pieces, each up to where the result of an attention is read.
 
-So one of them may be compiled for all: regional compilation. No compiler joins attention with what follows it, so that
-a cut there costs nothing at a step but the call of the next piece.
+Those of a model's layers are mostly alike, so one of them may be compiled for all: regional compilation. No compiler
+joins attention with what follows it, so that a cut there costs nothing at a step but the call of the next piece.
 """
 
 from __future__ import annotations
@@ -132,20 +132,26 @@ def _note_values(graph: Graph, given: Mapping[Node, Any]) -> None:
 def _write_early(graph: Graph) -> None:
     """Let inputs be written when nothing reads them any more, not at the end: what is written need not wait for it.
 
-    Not those of which there are views, and not by what is a view of an input.
+    Not by what is a view of an input.
     """
     inputs = {_memory(node) for node in graph.find_nodes(op="placeholder")}
     order = {node: place for place, node in enumerate(graph.nodes)}
     for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
         base, value = write.args
-        readers = [node for node in base.users if node is not write]
-        last = max((value, *readers), key=order.__getitem__)
-        if (
-            last.op == "call_function"
-            and _memory(value) not in inputs
-            and not any(_shares_memory(node, base) for node in readers)
-        ):
+        last = max((value, *_readers(base, write)), key=order.__getitem__)
+        if last.op == "call_function" and _memory(value) not in inputs:
             last.append(write)
+
+
+def _readers(base: Node, write: Node) -> set[Node]:
+    """What reads ``base`` or a view of it, other than ``write``."""
+    readers: set[Node] = set()
+    todo = [base]
+    while todo:
+        users = todo.pop().users.keys() - readers - {write}
+        readers |= users
+        todo += [user for user in users if user.op != "output" and _shares_memory(user, base)]
+    return readers
 
 
 def _shares_memory(a: Node, b: Node) -> bool:
@@ -167,12 +173,14 @@ def _cut(graph: Graph) -> Iterator[Piece]:
     }
     memory = {_memory(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     nodes: list[Node] = []
-    for node in graph.nodes:
-        if node.op == "call_function":
-            nodes.append(node)
-            if _is_attention(node):
-                yield _piece(nodes, inputs, memory)
-                nodes = []
+    attention = None
+    for node in [node for node in graph.nodes if node.op == "call_function"]:
+        if attention in node.all_input_nodes:  # only here: until then a prompt's keys and values are compressed
+            yield _piece(nodes, inputs, memory)
+            nodes, attention = [], None
+        nodes.append(node)
+        if _is_attention(node):
+            attention = node
     if nodes:
         yield _piece(nodes, inputs, memory)
 
