@@ -70,6 +70,7 @@ def layers():
 @example(layer=[("view", (3,))], writes=[(0, 1)], results=[3])  # a view of what is written is read later
 @example(layer=[("add", (1, 1))], writes=[(0, 3), (1, 0)], results=[2, 2])
 @example(layer=[("add", (0, 0)), ("view", (0,)), ("view", (2,))], writes=[(3, 0), (0, 2)], results=[0])
+@example(layer=[("view", (0,))], writes=[(3, 3)], results=[0])  # one piece gives a view of an input, its like a copy
 @settings(max_examples=25, deadline=None)
 def test_pieces_compute_what_the_whole_graph_does(layer, writes, results):
     whole = graph_of(layer, writes, results)
@@ -158,6 +159,27 @@ def test_an_input_is_written_in_the_piece_that_makes_what_is_written():
         node.meta["val"] = node.meta["val"].clone()  # memory of its own
     pieces = pieces_of(graph, [torch.empty(SHAPE)] * (LAYERS + 1))
     assert [sum(node.target is aten.copy_.default for node in piece.nodes) for piece in pieces] == [1] * LAYERS
+
+
+def test_an_input_is_not_written_before_a_view_of_it_is_read():
+    def read_late(graph, number, x, inputs):
+        if number == 0:
+            late.append(graph.call_function(aten.view.default, (inputs[0], SHAPE)))
+            late.append(graph.call_function(aten.exp.default, (x,)))
+        x = attend(graph, number, x, inputs)
+        if number == LAYERS - 1:
+            x = graph.call_function(aten.add.Tensor, (x, late[0]))
+            graph.call_function(aten.copy_.default, (inputs[0], late[1]))
+        return x
+
+    late = []
+    graph = chain(read_late)
+    given = torch.randn(SHAPE)
+    (expected,) = graph(given.clone())
+    pieces = pieces_of(graph, [given])
+    modules = as_they_are(pieces)
+    (result,) = InPieces(graph, pieces, modules)(given.clone()) if pieces else graph(given.clone())
+    torch.testing.assert_close(result, expected)
 
 
 def test_what_no_later_attention_needs_stays_in_its_piece():

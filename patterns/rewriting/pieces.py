@@ -207,7 +207,8 @@ def _piece(nodes: Sequence[Node], inputs: dict[Any, Node], memory: Set[int | Non
     for node in packed:
         node.meta["val"] = node.meta["val"].contiguous()
     sizes = {symbol: told[symbol] if symbol in told else inputs[symbol].meta["val"] for symbol in symbols}
-    return Piece(nodes, list(takes), gives, _kind(nodes, list(takes), gives, list(symbols)), sizes, packed)
+    kind = _kind(nodes, list(takes), gives, list(symbols)), tuple(node in packed for node in gives)
+    return Piece(nodes, list(takes), gives, kind, sizes, packed)
 
 
 def _goes_on(node: Node, own: Set[Node]) -> bool:
