@@ -117,10 +117,14 @@ def _can_be_cut_off(node: Node) -> bool:
 
 
 def _note_values(graph: Graph, given: Mapping[Node, Any]) -> None:
-    """Note the values of what rewriting added, as tracing did of all else. given: what the graph begins with."""
+    """Note the values of what rewriting added, as tracing did of all else. given: what the graph begins with.
+
+    All are of the trace's fake mode then, of which what rewriting has noted of inputs need not be.
+    """
     mode = _compat.tracing.fake_mode_of(node.meta.get("val") for node in graph.nodes)
     for node, x in given.items():
-        if "val" not in node.meta:
+        noted = node.meta.get("val")
+        if noted is None or getattr(noted, "fake_mode", mode) is not mode:
             node.meta["val"] = fake_like(x, mode)
     with _compat.tracing.fake_results(node.meta.get("val") for node in graph.nodes):
         for node in graph.nodes:

@@ -95,6 +95,7 @@ class Rewriter:
         self._keep_escaping_caches_compressed()
         outputs = self._set_output()
         self.graph.eliminate_dead_code()
+        self.emit.places.clear()  # of which some were dead
         replaced = [node for node in self.caches if self._is_compressed(node)]
         for placeholder in replaced:
             decompress_remaining_uses(placeholder, self.caches[placeholder], self.emit, self.inputs)
