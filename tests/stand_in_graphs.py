@@ -21,11 +21,12 @@ def record_on_a_cpu(monkeypatch) -> list[int]:
         return _capture(*given)
 
     device = SimpleNamespace(lock=threading.Lock(), recording=None, active=nullcontext)
-    monkeypatch.setattr(backend, "graph_device", lambda examples: torch.device("cpu", 0))
+    monkeypatch.setattr(backend, "graph_device", lambda examples: torch.device("cpu"))
     monkeypatch.setattr(cuda_graphs, "_device", lambda index: device)
     monkeypatch.setattr(cuda_graphs, "capture", noted)
     for name, what in {
         "is_current_stream_capturing": lambda: False,
+        "current_device": lambda: 0,
         "current_stream": lambda: "the stream",
         "graph_pool_handle": lambda: "the pool",
         "Event": lambda: SimpleNamespace(record=lambda: None, query=lambda: True),
