@@ -257,11 +257,9 @@ def test_the_layers_of_a_model_are_compiled_once(cache, monkeypatch):
     """As ``prepare`` sets a model up on a GPU, and over a dynamic cache: prompts and steps of three pieces each."""
     plain, compiled = hf_model(num_hidden_layers=5), []
     model = copy.deepcopy(plain)
-    with torch.no_grad(), without_compiler():
+    with torch.no_grad(), without_compiler(), monkeypatch.context() as watched:
         compile_graph = _compat.inductor.compile_fx
-        monkeypatch.setattr(
-            _compat.inductor, "compile_fx", lambda *given: compiled.append(given) or compile_graph(*given)
-        )
+        watched.setattr(_compat.inductor, "compile_fx", lambda *given: compiled.append(given) or compile_graph(*given))
         if cache == "static":
             generate_over_static_caches(model)
         model.compile(backend=functools.partial(backend.mustafar, options={"window": 4}))
