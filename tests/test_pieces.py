@@ -131,7 +131,7 @@ def cast_within(graph, number, x, inputs):
 
 @pytest.mark.parametrize(
     ("layer", "count", "kinds"),
-    [(attend, LAYERS, 1), (scale_by_number, 0, 0), (write_beside, 0, 0), (cast_within, 0, 0)],
+    [(attend, LAYERS, 2), (scale_by_number, 0, 0), (write_beside, 0, 0), (cast_within, 0, 0)],
 )
 def test_a_graph_is_cut_where_layers_are_alike_and_all_that_they_do_is_seen(layer, count, kinds):
     inputs = 1 if layer in (attend, scale_by_number) else LAYERS + 1
@@ -235,6 +235,22 @@ def test_what_goes_from_piece_to_piece_is_contiguous():
     (result,) = InPieces(graph, pieces, {kind: watched(call) for kind, call in as_they_are(pieces).items()})(given)
     torch.testing.assert_close(result, graph(given)[0])
     assert not strided
+
+
+def test_attention_is_given_as_it_lies_in_memory(monkeypatch):
+    """As its query lies: [B, L, H, D], behind a projection."""
+    monkeypatch.setitem(globals(), "SHAPE", (2, 3, 4, 8))
+    graph, given, taken = chain(attend), torch.rand(2, 4, 3, 8).transpose(1, 2), []
+    (node,) = graph.graph.find_nodes(op="placeholder")
+    node.meta["val"] = node.meta["val"].transpose(1, 2).contiguous().transpose(1, 2)
+
+    def watched(call):
+        return lambda arguments: taken.extend(arguments) or call(arguments)
+
+    pieces = pieces_of(graph, [given])
+    InPieces(graph, pieces, {kind: watched(call) for kind, call in as_they_are(pieces).items()})(given)
+    assert len(taken) == LAYERS
+    assert all(x.transpose(1, 2).is_contiguous() for x in taken)
 
 
 def test_what_inductor_gives_can_be_called_with_a_list_that_it_empties():

@@ -7,7 +7,7 @@ joins attention with what follows it, so that a cut there costs nothing at a ste
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from ..graph.symbols import expression, guard_equal
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
-_CONTIGUOUS = {"memory_format": torch.contiguous_format}
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Piece:
 
     takes: what of before they need, tensors and symbolic sizes. gives: what of theirs is needed later. kind: the same
     for pieces that compute the same of what they take, whatever the symbols of its sizes. sizes: what those stand for.
-    packed: what is given contiguous, as decompositions may lay it out in another way than it was traced.
+    packed: what is laid out anew if decompositions laid it out in another way than the trace: contiguous, or (True)
+    contiguous but for a swap of the second and the third dimension, as attention over [B, L, H, D] in memory gives it.
     """
 
     nodes: Sequence[Node]
@@ -39,7 +39,7 @@ class Piece:
     gives: Sequence[Node]
     kind: Hashable
     sizes: Mapping[Any, torch.SymInt]
-    packed: Collection[Node]
+    packed: Mapping[Node, bool]
 
     def as_module(self) -> GraphModule:
         """The piece as a graph of its own."""
@@ -47,10 +47,17 @@ class Piece:
         copies = {node: graph.placeholder(node.name) for node in self.takes}
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        for node in self.packed:
-            copies[node] = graph.call_function(aten.clone.default, (copies[node],), _CONTIGUOUS)
+        for node, is_swapped in self.packed.items():
+            copies[node] = _contiguous(graph, copies[node], is_swapped)
         graph.output(tuple(copies[node] for node in self.gives))
         return GraphModule({}, graph)
+
+
+def _contiguous(graph: Graph, node: Node, is_swapped: bool) -> Node:
+    if is_swapped:
+        swapped = graph.call_function(aten.transpose.int, (node, 1, 2))
+        return graph.call_function(aten.transpose.int, (_contiguous(graph, swapped, False), 1, 2))
+    return graph.call_function(aten.contiguous.default, (node,))
 
 
 def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
@@ -207,11 +214,12 @@ def _piece(nodes: Sequence[Node], inputs: dict[Any, Node], memory: Set[int | Non
         raise _Whole
     takes |= dict.fromkeys(inputs[symbol] for symbol in symbols if symbol not in told)
     gives = [node for node in nodes if not own.issuperset(node.users)]
-    packed = [node for node in gives if _goes_on(node, own) and not _has_known_strides(node, memory)]
-    for node in packed:
-        node.meta["val"] = node.meta["val"].contiguous()
+    packed = {node: _is_swapped(node) for node in gives if _goes_on(node, own) and not _has_known_strides(node, memory)}
+    for node, is_swapped in packed.items():
+        if not is_swapped:
+            node.meta["val"] = node.meta["val"].contiguous()
     sizes = {symbol: told[symbol] if symbol in told else inputs[symbol].meta["val"] for symbol in symbols}
-    kind = _kind(nodes, list(takes), gives, list(symbols)), tuple(node in packed for node in gives)
+    kind = _kind(nodes, list(takes), gives, list(symbols)), tuple(packed.get(node) for node in gives)
     return Piece(nodes, list(takes), gives, kind, sizes, packed)
 
 
@@ -222,8 +230,14 @@ def _goes_on(node: Node, own: Set[Node]) -> bool:
 
 
 def _has_known_strides(node: Node, inputs: Set[int | None]) -> bool:
-    """Whether a tensor is laid out as it was traced, whatever becomes of its op: attention, and views of inputs."""
-    return _is_attention(node) or _memory(node) in inputs
+    """Whether a tensor is laid out as traced, however its op is decomposed: what our ops give, and views of inputs."""
+    return is_call(node, ops.band_attention.default, ops.decode_attention.default) or _memory(node) in inputs
+
+
+def _is_swapped(node: Node) -> bool:
+    """Whether attention over [B, H, L, D] was traced as [B, L, H, D] in memory, which saves a copy behind it."""
+    value = node.meta["val"]
+    return _is_attention(node) and not value.is_contiguous() and value.transpose(1, 2).is_contiguous()
 
 
 def _symbols(value: Any) -> list[Any]:
