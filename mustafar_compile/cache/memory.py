@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .. import _compat
 from .without_memory import WithoutMemory
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -51,6 +52,6 @@ def written_twice(inputs: Sequence[Any], written: Collection[int]) -> bool:
     places: dict[int, list[tuple[int, Place]]] = {}
     for i, x in enumerate(inputs):
         if isinstance(x, Tensor) and not isinstance(x, WithoutMemory):
-            places.setdefault(x.untyped_storage()._cdata, []).append((i, place_of(x)))
+            places.setdefault(_compat.memory.storage_number(x), []).append((i, place_of(x)))
     pairs = (pair for shared in places.values() for pair in combinations(shared, 2))
     return any((i in written or j in written) and overlap(a, b) for (i, a), (j, b) in pairs)

@@ -110,18 +110,14 @@ def is_view(func: Any) -> bool:
 
 def refuse_lost_writes(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> None:
     """Raise where ``func`` writes into a compressed cache or a view of one."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[place] if place < len(args) else kwargs.get(argument.name)
-        for target in given if isinstance(given, list | tuple) else [given]:
-            if isinstance(target, ReadOnlyView):
-                raise CompressedWriteError(
-                    f"{func} would write through a view of a compressed KV cache, and the write would be lost. Write "
-                    "into a dense copy (cache.dense()) instead"
-                )
-            if isinstance(target, WithoutMemory):
-                raise CompressedWriteError(
-                    f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, "
-                    "index_copy_ along the tokens"
-                )
+    for target in _compat.tensors.written(func, args, kwargs):
+        if isinstance(target, ReadOnlyView):
+            raise CompressedWriteError(
+                f"{func} would write through a view of a compressed KV cache, and the write would be lost. Write "
+                "into a dense copy (cache.dense()) instead"
+            )
+        if isinstance(target, WithoutMemory):
+            raise CompressedWriteError(
+                f"{func} cannot write into a compressed KV cache; accepted are zero_ and, on a static cache, "
+                "index_copy_ along the tokens"
+            )

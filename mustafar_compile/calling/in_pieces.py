@@ -29,7 +29,7 @@ def compile_in_pieces(module: GraphModule, inputs: Sequence[Any]) -> Callable[..
     for piece in pieces:
         if piece.kind not in compiled:
             own = piece.as_module()
-            given = [examples.get(x, fake_like(x.meta["val"], mode)) for x in piece.takes]
+            given = [examples[x] if x in examples else fake_like(x.meta["val"], mode) for x in piece.takes]
             given = [x + 0 if isinstance(x, torch.SymInt) else x for x in given]  # by the symbols known by now
             compiled[piece.kind] = _compat.inductor.boxed(_compat.inductor.compile_fx(own, given))
             drop_meta(own.graph)  # AOTAutograd keeps the module

@@ -30,7 +30,7 @@ from ..lowering import ops
 from ..patterns.graph.symbols import expression
 
 Buffer = int
-"""Memory of a value, by the address of its storage."""
+"""Memory of a value, by the number of its storage."""
 
 KEPT = sympy.Rational(2, 3)
 """The share of places that could be written again and stand for nothing. ``benchmarks/RESULTS.md`` has 0.40 to 0.84."""
@@ -139,8 +139,8 @@ class _Values(Interpreter):
         return 0 if buffer in self.cache else x.numel() * x.dtype.itemsize
 
     def _buffer(self, x: torch.Tensor) -> Buffer:
-        key = x.untyped_storage()._cdata
-        return self.passed_on.get(key, key)
+        number = _compat.memory.storage_number(x)
+        return self.passed_on.get(number, number)
 
     def _note(self, n: Node) -> None:
         given = self.read_by(n)

@@ -251,7 +251,7 @@ def _kind(nodes: Sequence[Node], takes: Sequence[Node], gives: Sequence[Node], s
     """What decides on the code of a piece: what it takes, its calls and what it gives."""
     names = {symbol: sympy.Symbol(f"n{i}", integer=True) for i, symbol in enumerate(symbols)}
     places = {node: place for place, node in enumerate((*takes, *nodes))}
-    written = {x for node in nodes for x in _written(node)}
+    written = {x for node in nodes for x in _compat.tensors.written(node.target, node.args, node.kwargs)}
     taken: list[Hashable] = []
     first: dict[int, int] = {}
     for place, node in enumerate(takes):
@@ -276,14 +276,6 @@ def _described(node: Node, names: dict[Any, Any]) -> Hashable:
         raise _Whole
     sizes = tuple(expression(size).xreplace(names) for size in (*value.shape, *value.stride()))
     return value.dtype, value.device, sizes, value.requires_grad
-
-
-def _written(node: Node) -> Iterator[Node]:
-    """The arguments that a call writes."""
-    for place, argument in enumerate(getattr(getattr(node.target, "_schema", None), "arguments", ())):
-        if argument.is_write:
-            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            yield from (x for x in (given if isinstance(given, list | tuple) else [given]) if isinstance(x, Node))
 
 
 def _stated(argument: Any, places: dict[Node, int]) -> Hashable:
