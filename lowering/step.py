@@ -253,9 +253,9 @@ class Tuned:
             "MERGE": decode.merge(),
         }
         constants: dict[str, Any] = {"heads": decode.heads, "groups": decode.groups}
-        constants |= {"accumulators": decode.accumulators, "summed": decode.summed}
+        constants |= {"accumulators": decode.accumulators, "sums": decode.sums}
         constants |= {"key_rows": decode.keys, "value_rows": decode.values}
-        constants |= {"has_table": decode.has_table, "normalised": decode.normalised}
+        constants |= {"has_table": decode.has_table}
         constants |= {"chunks": self.chunks, "warps": self.warps, "query_chunks": cdiv(self.step.key.head_dim, 128)}
         return render.kernels("attend_nvidia", blocks=blocks, **constants, **self.step.constants(), overlap=overlap)
 

@@ -49,8 +49,6 @@ OPERATIONS = {
     "min": min,
     "shr": lambda a, b: a >> b,
     "mad.lo": lambda a, b, c: a * b + c,
-    "setp.ne": lambda a, b: int(a != b),
-    "selp": lambda a, b, p: a if p else b,
     "prmt": permuted,
     "fma.rn": multiply_add,
     "dp2a.lo.s32": lambda a, b, c: dot_two(a, b, c, 0),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .block import Block, Lines, locate_thread, names
 from .decode_steps import (
     exchange,
+    level_scale,
     merge_warps,
     normalise,
     rescale,
@@ -17,13 +18,13 @@ from .decode_steps import (
     sum_query,
     weigh,
 )
-from .rows import LEVEL_TABLE_BYTES, Rows, expand_setup, expand_word, prefetch, scales, stage
+from .rows import LEVEL_TABLE_BYTES, Rows, expand_setup, expand_word, peaks, prefetch, stage
 from .values import (
     accumulate,
-    accumulate_bias,
     accumulate_halves,
+    bias_of_levels,
     join_halves,
-    subtract_bias,
+    scale_sums,
     transpose,
     transposer,
 )
@@ -89,11 +90,6 @@ class Decode:
         return self.accumulators * (2 if self.halved else 1)
 
     @property
-    def summed(self) -> int:
-        """The same, with those for the bias of levels."""
-        return self.sums + 4 * self.values.coded
-
-    @property
     def warp_bytes(self) -> int:
         """Shared memory of a warp: staged rows during the loop, accumulators after it."""
         return max(self.keys.staged_bytes(), self.values.staged_bytes(), 128 * self.accumulators)
@@ -119,6 +115,10 @@ class Decode:
         """What ``prefetch`` takes."""
         return dict.fromkeys(rows.loaded, "l") | {"next": "r"}
 
+    def _score_scales(self) -> dict[str, str]:
+        """What ``scale_scores`` takes besides the scores: n<i>, g<i>."""
+        return names("n", 2 * self.groups, "f") | names("g", 2 * self.groups, "f")
+
     def _table(self, rows: Rows) -> dict[str, str]:
         """What ``stage`` takes besides the row."""
         return {"table": "r"} if rows.code == "int4" else {}
@@ -132,10 +132,8 @@ class Decode:
         chunks = -(-self.key_dim // 128)
         inputs = {f"q{c}_{h}_{k}": "r" for c in range(chunks) for h in range(4 * self.groups) for k in range(2)}
         outputs = {"shared": "r", "stage": "r", "query": "r"} | names("t", 4)
-        if self.normalised:
-            outputs |= names("g", 2 * self.groups, "f")
         if self.keys.coded:
-            outputs |= names("n", 2 * self.groups, "f")
+            outputs |= self._score_scales()
         if self.has_table:
             inputs, outputs = inputs | {"levels": "l"}, outputs | {"table": "r"}
         return Block.of(inputs, outputs, self._setup(chunks))
@@ -150,6 +148,7 @@ class Decode:
             yield from normalise(self.groups, chunks)
         if self.keys.coded:
             yield from sum_query(self.groups, chunks)
+            yield from level_scale(self.groups, self.normalised)
         # Every warp writes the same words.
         yield f"add.u32 query, shared, {self.warps * self.warp_bytes}; mad.lo.u32 spot, lane, 32, query;"
         for c in range(chunks):
@@ -178,7 +177,7 @@ class Decode:
     def score(self) -> Block:
         """A block of 32 keys -> s; loads the values of the same block meanwhile."""
         inputs = self._next(self.values) | {"stage": "r", "query": "r"} | self._table(self.keys)
-        inputs |= names("n", 2 * self.groups, "f") if self.keys.coded else {}
+        inputs |= self._score_scales() if self.keys.coded else {}
         outputs = names("s", 4 * self.groups, "f") | self.values.registers("n")
         return Block.of(inputs | self.keys.registers(), outputs, self._score())
 
@@ -198,7 +197,7 @@ class Decode:
         if self.groups == 1:
             yield " ".join(f"add.f32 s{i}, s{i}, e{i};" for i in range(4))
         if self.keys.coded:
-            yield from scales(self.dtype)
+            yield from peaks(self.dtype)
             yield from scale_scores(self.groups)
 
     def _score_sums(self) -> list[str]:
@@ -207,54 +206,53 @@ class Decode:
     def softmax(self) -> Block:
         """s, and the running m, l, o -> p, and m, l, o brought up to date. Of coded values it takes c<e> as well."""
         heads = 2 * self.groups
-        state = names("m", heads, "f") | names("l", heads, "f") | names("o", self.summed, "f")
+        state = names("m", heads, "f") | names("l", heads, "f") | names("o", self.sums, "f")
         scores = names("s", 2 * heads, "f") | names("c", 2 * self.values.coded)
         return Block.of(scores | state, names("p", 4) | state, self._softmax())
 
     def _softmax(self) -> Lines:
         yield ".reg .b32 lane, bit; mov.u32 lane, %laneid;"
         if self.values.coded:
-            yield from scales(self.dtype)
-        yield from rescale(self.groups, self.summed, self.values.coded)
+            yield from peaks(self.dtype)
+        yield from rescale(self.groups, self.sums, self.values.coded)
         yield from weigh(self.groups, self.value_dtype, self.values.coded)
         yield from exchange(self.groups, self.halved)
 
     def weighted_sum(self) -> Block:
         """A block of 32 values, weighed by p -> added to o; loads the keys of the next block meanwhile."""
-        o = names("o", self.summed, "f")
+        o = names("o", self.sums, "f")
         inputs = self._next(self.keys) | {"stage": "r"} | self._table(self.values) | self.values.registers()
         inputs |= names("p", 4) | names("t", 4) | o
         return Block.of(inputs, o | self.keys.registers("n"), self._weighted_sum())
 
     def _weighted_sum(self) -> Lines:
-        yield from stage(self.values, alternating=True)
+        yield from stage(self.values)
         yield from expand_setup(self.values)
-        yield ".reg .b32 x<32>, y<8>, zero, tokens; mov.b32 zero, 0;"
+        yield ".reg .b32 x<32>, y<8>, tokens;"
+        yield from bias_of_levels(self.values.coded)
         for w in range(self.values.words):
             first = 16 * (w % 2)
-            yield from expand_word(self.values, w, first, alternating=True)
+            yield from expand_word(self.values, w, first)
             for tile in range(2):
                 for half in range(2):
                     yield from transpose(first + 8 * tile + 4 * half, half)
                 yield from (accumulate_halves if self.halved else accumulate)(2 * w + tile, self.value_dtype)
             if w == 0:
                 yield from prefetch(self.keys)
-        if self.values.coded:
-            yield from accumulate_bias(self.sums, self.halved)
 
     def merge(self) -> Block:
         """The partial results of all warps -> z, M0, L0, M1, L1 (see ``merge_warps``)."""
         heads, share = 2 * self.groups, self.accumulators // self.warps
         inputs = {"shared": "r"} | names("m", heads, "f") | names("l", heads, "f")
-        inputs |= names("o", self.summed, "f")
+        inputs |= names("o", self.sums, "f")
         outputs = names("z", share, "f") | {"M0": "f", "L0": "f", "M1": "f", "L1": "f"}
         return Block.of(inputs, outputs, self._merge())
 
     def _merge(self) -> Lines:
         yield f".reg .b32 state; add.u32 state, shared, {self.warps * self.warp_bytes + self.query_bytes};"
-        if self.values.coded:
-            yield from subtract_bias(self.sums)
         if self.halved:
             yield from join_halves(self.accumulators)
         yield from share_partial(self.groups, self.accumulators, self.warp_bytes)
         yield from merge_warps(self.warps, self.accumulators, self.warp_bytes)
+        if self.values.coded:
+            yield from scale_sums(self.accumulators // self.warps)

@@ -22,7 +22,7 @@ o<k>        accumulators: channel 16 (k // 4) + 8 (k // 2 % 2) + r of head 2 t +
 from __future__ import annotations
 
 from .block import Lines, float32, listed, locate_thread
-from .rows import EVEN_BIAS, UNITS
+from .rows import BIAS, TOP, UNITS
 
 # Which two of four neighbouring columns a sparse A has, in all rows and columns: a token has two columns side by side.
 FIRST_TOKEN, SECOND_TOKEN = "0x44444444", "0xEEEEEEEE"
@@ -75,7 +75,7 @@ def normalise(groups: int, chunks: int) -> Lines:
     """Warp: the query q<c>_<h>_<k> from bfloat16 to float16, each head over a power of two of its own -> g<i>, that of
     the head of s[2i].
 
-    Its largest element then is from 1 to 2, and the smallest ones lose less than float32 sums do.
+    Its largest element then is from 2^14 to 2^15, and the smallest ones lose less than float32 sums do.
     """
     heads = range(4 * groups)
     yield f".reg .b32 size<{4 * groups}>, bits; .reg .f32 low, high, inverse; .reg .pred upper;"
@@ -86,7 +86,7 @@ def normalise(groups: int, chunks: int) -> Lines:
             for shift in (f"shl.b32 bits, {q}, 16; and.b32 bits, bits", f"and.b32 bits, {q}"):
                 yield f"{shift}, 0x7FFF0000; max.u32 size{h}, size{h}, bits;"
         yield f"redux.sync.max.u32 size{h}, size{h}, -1; and.b32 size{h}, size{h}, 0x7F800000;"
-        yield f"min.u32 size{h}, size{h}, 0x7E800000; max.u32 size{h}, size{h}, 0x00800000;"
+        yield f"max.u32 size{h}, size{h}, 0x07800000; sub.u32 size{h}, size{h}, 0x07000000;"  # over 2^14
         yield f"sub.u32 bits, 0x7F000000, size{h}; mov.b32 inverse, bits;"
         for q in words:
             yield f"shl.b32 bits, {q}, 16; mov.b32 low, bits; mul.f32 low, low, inverse;"
@@ -98,8 +98,8 @@ def normalise(groups: int, chunks: int) -> Lines:
 
 
 def sum_query(groups: int, chunks: int) -> Lines:
-    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: minus what the bias of
-    levels adds to the scores of the head of s[2i]."""
+    """Warp: the query in float16, q<c>_<h>_<k> -> n<i>: what has to be added to sums of coded elements for the head of
+    s[2i] because of their bias."""
     yield f".reg .f32 total<{4 * groups}>, term; .reg .b16 front, back; .reg .pred second; .reg .b32 parity;"
     for h in range(4 * groups):
         yield f"mov.f32 total{h}, 0f00000000;"
@@ -109,24 +109,30 @@ def sum_query(groups: int, chunks: int) -> Lines:
                 yield f"cvt.f32.f16 term, {half}; add.f32 total{h}, total{h}, term;"
         for distance in (1, 2, 4, 8, 16):
             yield f"shfl.sync.bfly.b32 term, total{h}, {distance}, 31, -1; add.f32 total{h}, total{h}, term;"
-        yield f"mul.f32 total{h}, total{h}, {float32(-EVEN_BIAS)};"
+        yield f"mul.f32 total{h}, total{h}, {float32(BIAS / UNITS)};"
     yield "and.b32 parity, lane, 4; setp.ne.u32 second, parity, 0;"
     for i in range(2 * groups):
         yield f"selp.f32 n{i}, total{2 * i + 1}, total{2 * i}, second;"
 
 
+def level_scale(groups: int, normalised: bool) -> Lines:
+    """Lane: g<i>, that of ``normalise`` or none -> what scores in units of their peak are multiplied with."""
+    for i in range(2 * groups):
+        yield f"{f'mul.f32 g{i}, g{i}' if normalised else f'mov.f32 g{i}'}, {float32(-UNITS / TOP)};"
+
+
 def scale_scores(groups: int) -> Lines:
-    """Lane: s, sums of coded elements (``rows``) -> what they stand for."""
+    """Lane: s, sums of coded elements (``rows``) -> what they stand for, times what g<i> was multiplied with."""
     for k in range(4 * groups):
-        yield f"fma.rn.f32 s{k}, s{k}, {float32(-UNITS)}, n{k // 2}; mul.f32 s{k}, s{k}, scale{k % 2};"
+        yield f"add.f32 s{k}, s{k}, n{k // 2}; mul.f32 s{k}, s{k}, peak{k % 2}; mul.f32 s{k}, s{k}, g{k // 2};"
 
 
 def rescale(groups: int, accumulators: int, scaled: bool) -> Lines:
     """Warp: where a score exceeds the running maximum by more than 2^8, raise the maximum and rescale l and o.
 
-    scaled: values are levels, which the weights are multiplied for by ``scale<k>``. Then the maximum is that of the
-    products, so that they fit in float16 whatever the values are. The weights themselves fit in float32 for scales
-    from 2^-100 on; below, they count as 2^-100.
+    scaled: values are levels, which the weights are multiplied for by ``peak<k>``. Then the maximum is that of the
+    products, so that they fit in float16 whatever the values are. The weights themselves fit in float32 for peaks from
+    2^-100 on; below, they count as 2^-100.
     """
     heads = 2 * groups
     yield f".reg .f32 other, f0, f1, {', '.join(f'top{i}, new{i}, factor{i}' for i in range(heads))};"
@@ -134,7 +140,7 @@ def rescale(groups: int, accumulators: int, scaled: bool) -> Lines:
     if scaled:
         yield ".reg .f32 log0, log1;"
         for k in range(2):
-            yield f"lg2.approx.f32 log{k}, scale{k}; max.f32 log{k}, log{k}, {_LEAST_LOG};"
+            yield f"lg2.approx.ftz.f32 log{k}, peak{k}; max.f32 log{k}, log{k}, {_LEAST_LOG};"
     for i in range(heads):
         if scaled:
             yield f"add.f32 top{i}, s{2 * i}, log0; add.f32 other, s{2 * i + 1}, log1; max.f32 top{i}, top{i}, other;"
@@ -173,7 +179,7 @@ def weigh(groups: int, dtype: str, scaled: bool) -> Lines:
             yield f"sub.f32 difference, s{2 * i + token}, m{i}; ex2.approx.ftz.f32 weight{token}, difference;"
             yield f"add.f32 l{i}, l{i}, weight{token};"
             if scaled:
-                yield f"mul.f32 weight{token}, weight{token}, scale{token};"
+                yield f"mul.f32 weight{token}, weight{token}, peak{token};"
         yield f"cvt.rn.{dtype}x2.f32 p{i}, weight1, weight0;"
 
 

@@ -9,9 +9,8 @@ f           of int4: the floor of the lane's row
 
 Coded rows come out as subnormal numbers of float16, whose bits count in units of 2^-24: the upper byte has the sign
 alone, and the lower one a level and a bias, so that it is never negative. In these units an element is
-``-(level + 128)``, and of values in odd lanes ``-(level - 127)``. That is so for pruned elements, too, of level 0:
-taking the bias away from sums is cheaper than from each element, and as its sign alternates, sums over many tokens do
-not drown in it. ``scales`` has what to multiply a token's sums with.
+``-(level + BIAS)``, a pruned one, of level 0, too. Of keys the bias is taken away from the scores, of values where they
+are transposed.
 """
 
 from __future__ import annotations
@@ -27,20 +26,14 @@ LEVEL_TABLE_BYTES = 128 * 8
 UNITS = 2.0**24
 """What a sum of coded elements is multiplied with to count in levels."""
 
-EVEN_BIAS, ODD_BIAS = 128, -127
-"""What is added to levels of values in even and odd lanes. Of keys it is the former in all lanes."""
+BIAS = 128
+"""What is added to levels."""
+
+TOP = 127
+"""The level of the peak."""
 
 _BITS = {"none": 16, "int8": 8, "int4": 4}  # of a kept element; also the bytes of eight of them
-# Registers that expanding takes, in even and in odd lanes. ``zeros``: four bytes of pruned elements. In even lanes such
-# a byte is also the upper one, a sign (digit 4 of a permute). In odd lanes that is filled with its sign bit, which is
-# none (digit 4 + 8). ``fill``, ``front``, ``back``: digits of permutes, those of upper bytes filled in.
-_CONSTANTS = {
-    "zeros": ("0x80808080", "0x7F7F7F7F"),
-    "fill": ("0x44444444", "0xC4C4C4C4"),
-    "front": ("0x4140", "0xC1C0"),
-    "back": ("0x4342", "0xC3C2"),
-}
-_TOP = "0f3C010204"  # 1 / 127
+_ZEROS = "0x80808080"  # four bytes of pruned elements. Such a byte, digit 4 of a permute, is also the upper one, a sign
 
 
 @dataclass(frozen=True)
@@ -143,53 +136,43 @@ def prefetch(rows: Rows) -> Lines:
     yield "bar.warp.sync -1;"
 
 
-def level_setup(rows: Rows, alternating: bool) -> Lines:
-    """Lane: what ``levels``, ``_four_levels`` and ``_widen`` need. Of int4 the eight levels of the lane's row."""
-    yield f".reg .b32 u<{rows.kept // 4}>, {', '.join(_CONSTANTS)};"
-    if alternating:
-        yield ".reg .b32 odd_lane; .reg .pred is_odd; mov.u32 odd_lane, %laneid;"
-        yield "and.b32 odd_lane, odd_lane, 1; setp.ne.u32 is_odd, odd_lane, 0;"
-    for name, (even, odd) in _CONSTANTS.items():
-        yield f"selp.b32 {name}, {odd}, {even}, is_odd;" if alternating else f"mov.b32 {name}, {even};"
-    yield ".reg .b32 unit, naught; mov.b32 unit, 0x3C003C00; mov.b32 naught, 0x80008000;"  # 1 and -0, as float16
+def level_setup(rows: Rows) -> Lines:
+    """Lane: what ``levels`` and ``_four_levels`` need. Of int4 the eight levels of the lane's row."""
+    yield f".reg .b32 u<{rows.kept // 4}>, unit, naught;"
+    yield "mov.b32 unit, 0x3C003C00; mov.b32 naught, 0x80008000;"  # 1 and -0, as float16
     if rows.code == "int4":
         yield ".reg .b32 small, large, codes, turned, minus; and.b32 f, f, 127; mad.lo.u32 f, f, 8, table;"
         yield "ld.shared.v2.b32 {small,large}, [f];"
-        if alternating:
-            yield ".reg .b32 turn; selp.b32 turn, -1, 0, is_odd;"
-            yield "xor.b32 small, small, turn; xor.b32 large, large, turn;"
 
 
-def levels(rows: Rows, j: int, alternating: bool) -> Lines:
-    """Lane: packed levels -> u<j>: those of kept elements 4 j ... 4 j + 3, 128 added to each. In odd lanes, if
-    alternating, those of their negatives, 127 added.
+def levels(rows: Rows, j: int) -> Lines:
+    """Lane: packed levels -> u<j>: those of kept elements 4 j ... 4 j + 3, with their bias.
 
     Of int4, four codes in 16 bits are the selector of a byte permute. Its fourth bit, the sign, asks for the sign bits
     of the byte, which are none: so one permute has the levels of the positive elements, with zeros between, and one
-    with all signs turned those of the negative ones. In odd lanes the table has complements, -1 - level, and -1 stands
-    between them, so that the difference of both is the negative.
+    with all signs turned those of the negative ones.
     """
     if rows.code == "int8":
-        yield f"xor.b32 u{j}, v{j}, zeros;"
+        yield f"xor.b32 u{j}, v{j}, {_ZEROS};"
         return
     yield f"mov.b32 codes, v{j // 2};" if j % 2 == 0 else f"shr.u32 codes, v{j // 2}, 16;"
     yield f"xor.b32 turned, codes, 0x8888; prmt.b32 u{j}, small, large, codes; prmt.b32 minus, small, large, turned;"
-    yield f"sub.u32 minus, zeros, minus; add.u32 u{j}, u{j}, minus;"
+    yield f"sub.u32 minus, {_ZEROS}, minus; add.u32 u{j}, u{j}, minus;"
 
 
-def stage(rows: Rows, alternating: bool = False) -> Lines:
+def stage(rows: Rows) -> Lines:
     """Lane: its packed row -> shared memory, as overlapping words that begin with value s, at 128 s + 4 lane.
 
     A word has two values, or four levels. One 32-bit load then fetches the next of them wherever the lane stands in its
     row, without bank conflicts. A lane reads only what it wrote itself, so no barrier is needed.
     """
     if rows.coded:
-        yield from level_setup(rows, alternating)
+        yield from level_setup(rows)
     source, shifts = ("u", ("0x4321", "0x5432", "0x6543")) if rows.coded else ("v", ("0x5432",))
     count, step = (rows.kept // 4, 512) if rows.coded else (rows.packed, 256)
     if rows.coded and rows.gathered:
         for j in range(count):
-            yield from levels(rows, j, alternating)
+            yield from levels(rows, j)
     if rows.gathered:
         yield ".reg .b32 overlap;"
         for j in range(count):
@@ -218,7 +201,7 @@ def expand_setup(rows: Rows) -> Lines:
             yield f"mov.b32 weights{k}, {((-13312 >> k) & 0xFFFF) << 16 | (8652 >> k)};"
 
 
-def expand_word(rows: Rows, w: int, first: int, alternating: bool = False) -> Lines:
+def expand_word(rows: Rows, w: int, first: int) -> Lines:
     """Lane: the 32 channels of bitmap word w -> x<first> ... x<first + 15>, two channels to a register.
 
     Four channels at a time: their bits are one byte each of ``word & 0x01010101 << k``. The staged address moves on
@@ -228,7 +211,7 @@ def expand_word(rows: Rows, w: int, first: int, alternating: bool = False) -> Li
     if not rows.gathered:
         for i in range(8):
             if rows.coded:
-                yield from levels(rows, 8 * w + i, alternating)
+                yield from levels(rows, 8 * w + i)
                 yield from _widen(f"u{8 * w + i}", first + 2 * i)
             else:
                 yield " ".join(f"mov.b32 x{first + k}, v{16 * w + k};" for k in (2 * i, 2 * i + 1))
@@ -257,31 +240,30 @@ def _two_pairs(k: int, x: int, step: int) -> Iterator[str]:
 def _four_levels(k: int, x: int, step: int) -> Iterator[str]:
     """The two selectors by one product, as each byte of it sums up the bits of bytes before: the lower digit of byte c
     is the number of kept channels before c, and 4 more, a zero, where c is not kept itself."""
-    yield f"mad.lo.u32 selector, bytes, {(0x01010100 - 4) >> k}, fill; prmt.b32 x{x}, pair, zeros, selector;"
+    yield f"mad.lo.u32 selector, bytes, {(0x01010100 - 4) >> k}, 0x44444444; prmt.b32 x{x}, pair, {_ZEROS}, selector;"
     # The upper half comes down as a product of float16 with 1, since shifts and permutes share a pipe that is full. Its
-    # upper digits are 4 or 12, so it is a normal number and stays what it is.
+    # upper digits are 4, so it is a normal number and stays what it is.
     yield "{ .reg .b16 lower, upper; mov.b32 {lower,upper}, selector; mov.b32 selector, {upper,upper};"
     yield "fma.rn.f16x2 selector, selector, unit, naught; }"
-    yield f"prmt.b32 x{x + 1}, pair, zeros, selector;"
+    yield f"prmt.b32 x{x + 1}, pair, {_ZEROS}, selector;"
 
 
 def _widen(four: str, x: int) -> Iterator[str]:
     """Four levels with their bias -> x<x> and x<x + 1>."""
-    yield f"prmt.b32 x{x}, {four}, zeros, front; prmt.b32 x{x + 1}, {four}, zeros, back;"
+    yield f"prmt.b32 x{x}, {four}, {_ZEROS}, 0x4140; prmt.b32 x{x + 1}, {four}, {_ZEROS}, 0x4342;"
 
 
-def scales(dtype: str) -> Lines:
-    """Lane: c<e> -> scale<e>: what the levels are multiplied with of the two tokens that s<k> are for.
+def peaks(dtype: str) -> Lines:
+    """Lane: c<e> -> peak<e>, in float32, of the two tokens that s<k> are for.
 
     dtype: of the cache, "bf16" or "f16".
     """
-    yield ".reg .f32 scale<2>; .reg .b16 half;"
+    yield ".reg .f32 peak<2>; .reg .b16 half;"
     for e in range(2):
         if dtype == "bf16":
-            yield f"shl.b32 c{e}, c{e}, 16; mov.b32 scale{e}, c{e};"
+            yield f"shl.b32 c{e}, c{e}, 16; mov.b32 peak{e}, c{e};"
         else:
-            yield f"cvt.u16.u32 half, c{e}; cvt.f32.f16 scale{e}, half;"
-        yield f"mul.f32 scale{e}, scale{e}, {_TOP};"
+            yield f"cvt.u16.u32 half, c{e}; cvt.f32.f16 peak{e}, half;"
 
 
 def _signed(word: int) -> int:

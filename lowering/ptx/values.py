@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .block import Lines, float32, listed
 from .decode_steps import FIRST_TOKEN, SECOND_TOKEN, mma, sparse_mma
-from .rows import EVEN_BIAS, ODD_BIAS, UNITS
+from .rows import BIAS, TOP, UNITS
 
 
 def transposer() -> Lines:
@@ -37,13 +37,14 @@ def transpose(first: int, half: int) -> Lines:
 
     An mma with a 0/1 matrix on the raw 16-bit patterns, taken for float16: each sum has one term, so it is exact
     unless a pattern is infinite or NaN as a float16 (``format.EXTREME``). The matrix is structured sparse: one packed
-    matrix serves tokens 0 and 2 of the four of a column, and tokens 1 and 3.
+    matrix serves tokens 0 and 2 of the four of a column, and tokens 1 and 3. Of levels (``rows``) it takes away the
+    bias: ``bias`` is added to each sum, which is exact, too.
     """
     x = listed("x", *range(first, first + 4))
     for u, tokens in enumerate((FIRST_TOKEN, SECOND_TOKEN)):
         y = listed("y", 4 * half + u, 4 * half + u + 2)
         yield f"mov.b32 tokens, {tokens};"
-        yield f"{sparse_mma('f16', 'f16')} {y}, {{t0,t1,t2,t3}}, {x}, {{zero,zero}}, tokens, 0;"
+        yield f"{sparse_mma('f16', 'f16')} {y}, {{t0,t1,t2,t3}}, {x}, {{bias,bias}}, tokens, 0;"
 
 
 def accumulate(tile: int, dtype: str) -> Lines:
@@ -61,30 +62,15 @@ def accumulate_halves(tile: int, dtype: str) -> Lines:
         yield f"{mma(dtype)} {o}, {y}, {listed('p', 0, 1)}, {o};"
 
 
-def accumulate_bias(first: int, halved: bool) -> Lines:
-    """Warp: what the bias of levels adds to each sum of weighted values -> added to o<first> ... o<first + 3>.
-
-    The products have the tokens of even lanes first, then those of odd ones.
-    """
-    o = listed("o", *range(first, first + 4))
-    yield f".reg .b32 even, odd; mov.b32 even, {_subnormals(-EVEN_BIAS)}; mov.b32 odd, {_subnormals(-ODD_BIAS)};"
-    if halved:
-        yield f"{mma('f16')} {o}, {{even,even,odd,odd}}, {listed('p', 0, 1)}, {o};"
-        return
-    for bias, p in (("even", listed("p", 0, 2)), ("odd", listed("p", 1, 3))):
-        yield f"{mma('f16')} {o}, {{{bias},{bias},{bias},{bias}}}, {p}, {o};"
+def bias_of_levels(coded: bool) -> Lines:
+    """What ``transpose`` adds: of coded elements the bias of levels, as two subnormal numbers of float16."""
+    yield f".reg .b32 bias; mov.b32 bias, {0x10001 * BIAS if coded else 0};"
 
 
-def _subnormals(units: int) -> str:
-    """Two of float16, each ``units * 2^-24``."""
-    bits = abs(units) | (0x8000 if units < 0 else 0)
-    return f"0x{bits:04X}{bits:04X}"
-
-
-def subtract_bias(sums: int) -> Lines:
-    """Lane: o of coded elements without what ``accumulate_bias`` has added up, in levels."""
+def scale_sums(sums: int) -> Lines:
+    """Lane: z, sums of coded elements times weights times peaks -> what they stand for."""
     for k in range(sums):
-        yield f"sub.f32 o{k}, o{sums + k % 2}, o{k}; mul.f32 o{k}, o{k}, {float32(UNITS)};"
+        yield f"mul.f32 z{k}, z{k}, {float32(-UNITS / TOP)};"
 
 
 def join_halves(accumulators: int) -> Lines:
