@@ -58,16 +58,21 @@ OPERATIONS = {
 
 
 class Lane:
-    """registers: by name. shared: 32-bit words by their address."""
+    """registers: by name. shared: 32-bit words by their address.
 
-    def __init__(self, lane, **registers):
+    stored_apart: bytes between the lane's words of the matrices that it stores. The address of a matrix is here that of
+    its word.
+    """
+
+    def __init__(self, lane, stored_apart=128, **registers):
         self.registers = registers | {"%laneid": lane}
+        self.stored_apart = stored_apart
         self.shared = {}
 
     def run(self, lines):
         text = re.sub(r"\{(?=\s*\.reg)|(?<=;)\s*\}|^\}", "", "\n".join(lines), flags=re.MULTILINE)
         for statement in filter(None, (s.strip() for s in text.split(";"))):
-            if not statement.startswith(".reg"):
+            if not statement.startswith((".reg", "bar.warp")):
                 self._step(*STATEMENT.fullmatch(statement).groups())
         return self
 
@@ -80,6 +85,10 @@ class Lane:
         elif name.startswith("st.shared"):
             address, source = re.fullmatch(r"\[(.*)\],\s*(\w+)", operands).groups()
             self.shared[self._address(address)] = self._value(source)
+        elif name.startswith("stmatrix"):
+            address, sources = re.fullmatch(r"\[(.*)\],\s*\{(.*)\}", operands).groups()
+            for i, source in enumerate(sources.split(",")):
+                self.shared[self._address(address) + self.stored_apart * i] = self._value(source)
         elif name == "mov" and operands.startswith("{"):
             lower, upper, source = re.split(r"[\s,{}]+", operands.strip("{"))
             self.registers[lower], self.registers[upper] = (self._value(source) >> 16 * i & 0xFFFF for i in range(2))

@@ -206,9 +206,10 @@ def test_shared_memory_of_decoding(decode):
     for step, packed in (("score", decode.keys), ("weighted_sum", decode.values)):
         kept = packed.kept
         if not packed.gathered:
-            assert "[stage+" not in blocks[step].text, "a lane has its channels in registers"
+            assert "[spread+" not in blocks[step].text, "a lane has its channels in registers"
             continue
-        staged = [int(at) for at in re.findall(r"\[stage\+(\d+)\]", blocks[step].text)]
+        stored = [int(at) for at in re.findall(r"\[spread\+(\d+)\]", blocks[step].text)]
+        staged = [at + packed.stored_apart * i for at in stored for i in range(4)]
         assert sorted(staged) == list(range(0, rows * kept, rows)), "each value starts a word, at its own place"
         assert max(staged) + rows <= decode.warp_bytes
         # Behind the last kept value one more word is read, of which nothing is used.
@@ -266,7 +267,7 @@ def packed_row(rows, bitmap, seed):
     dense[np.flatnonzero(bitmap)] = levels
     words = np.array(table, dtype=np.uint8).view(np.uint32)
     shared = {8 * floor + 4 * i: int(words[i]) for i in range(2)}
-    return registers | {"f": floor, "table": 0, "stage": 1 << 16}, shared, dense
+    return registers | {"f": floor, "table": 0, "stage": 1 << 16, "spread": 1 << 16}, shared, dense
 
 
 def bitmaps(rows, seed):
@@ -292,7 +293,7 @@ def test_a_row_expands_to_its_channels(rows):
     """Levels are subnormal numbers of float16 with a bias."""
     for seed, bitmap in enumerate(bitmaps(rows, 0) if rows.has_bitmap else [np.ones(32 * rows.words, dtype=bool)] * 8):
         registers, table, dense = packed_row(rows, bitmap, seed)
-        machine = Lane(7, **registers)
+        machine = Lane(7, rows.stored_apart, **registers)
         machine.shared |= table
         machine.run(stage(rows)).run(expand_setup(rows))
         for w in range(rows.words):

@@ -126,12 +126,13 @@ class Decode:
     def setup(self) -> Block:
         """Query words -> shared memory; addresses; the 0/1 matrices of ``transpose``; levels of int4 -> shared memory.
 
-        in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h; levels. out: shared, stage, query, t0 ... t3;
-        g<i> (see ``normalise``), n<i> (see ``sum_query``), table, where they are needed.
+        in: q<c>_<h>_<k>: channels 4 (lane + 32 c) + 2 k, + 1 of head h; levels. out: shared, stage, of keys and of
+        values the ``spread`` (see ``rows.stage``), query, t0 ... t3; n<i> (see ``sum_query``), g<i> (see
+        ``level_scale``), table, where they are needed.
         """
         chunks = -(-self.key_dim // 128)
         inputs = {f"q{c}_{h}_{k}": "r" for c in range(chunks) for h in range(4 * self.groups) for k in range(2)}
-        outputs = {"shared": "r", "stage": "r", "query": "r"} | names("t", 4)
+        outputs = dict.fromkeys(("shared", "stage", "key_spread", "value_spread", "query"), "r") | names("t", 4)
         if self.keys.coded:
             outputs |= self._score_scales()
         if self.has_table:
@@ -143,7 +144,11 @@ class Decode:
         yield ".reg .b32 lane, warp, spot, bit; .reg .pred inside;"
         yield "mov.u32 shared, arena;"
         yield from locate_thread()
-        yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared; mad.lo.u32 stage, lane, 4, stage;"
+        yield f"mad.lo.u32 stage, warp, {self.warp_bytes}, shared;"
+        yield "and.b32 bit, lane, 7; shr.u32 spot, lane, 3; mad.lo.u32 bit, bit, 16, stage;"
+        for role, rows in (("key", self.keys), ("value", self.values)):
+            yield f"mad.lo.u32 {role}_spread, spot, {rows.stored_apart}, bit;"
+        yield "mad.lo.u32 stage, lane, 4, stage;"
         if self.normalised:
             yield from normalise(self.groups, chunks)
         if self.keys.coded:
@@ -176,7 +181,7 @@ class Decode:
 
     def score(self) -> Block:
         """A block of 32 keys -> s; loads the values of the same block meanwhile."""
-        inputs = self._next(self.values) | {"stage": "r", "query": "r"} | self._table(self.keys)
+        inputs = self._next(self.values) | {"stage": "r", "spread": "r", "query": "r"} | self._table(self.keys)
         inputs |= self._score_scales() if self.keys.coded else {}
         outputs = names("s", 4 * self.groups, "f") | self.values.registers("n")
         return Block.of(inputs | self.keys.registers(), outputs, self._score())
@@ -221,8 +226,8 @@ class Decode:
     def weighted_sum(self) -> Block:
         """A block of 32 values, weighed by p -> added to o; loads the keys of the next block meanwhile."""
         o = names("o", self.sums, "f")
-        inputs = self._next(self.keys) | {"stage": "r"} | self._table(self.values) | self.values.registers()
-        inputs |= names("p", 4) | names("t", 4) | o
+        inputs = self._next(self.keys) | {"stage": "r", "spread": "r"} | self._table(self.values)
+        inputs |= self.values.registers() | names("p", 4) | names("t", 4) | o
         return Block.of(inputs, o | self.keys.registers("n"), self._weighted_sum())
 
     def _weighted_sum(self) -> Lines:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .block import Lines, names, vectors
+from .block import Lines, listed, names, vectors
 
 LEVEL_TABLE_BYTES = 128 * 8
 """Of the levels of int4: eight bytes for each floor."""
@@ -107,6 +107,11 @@ class Rows:
         is shared memory enough to read from instead."""
         return self.words > 4
 
+    @property
+    def stored_apart(self) -> int:
+        """Bytes from one to the next of the four words that ``stage`` stores at once."""
+        return 128 if self.coded else 256
+
     def overread_bytes(self) -> int:
         """Shared memory behind the staged rows that may be read because of a bitmap with more bits than values."""
         return 128 * (32 if self.clamped else 32 * self.words - self.kept) * self.gathered
@@ -161,26 +166,40 @@ def levels(rows: Rows, j: int) -> Lines:
 
 
 def stage(rows: Rows) -> Lines:
-    """Lane: its packed row -> shared memory, as overlapping words that begin with value s, at 128 s + 4 lane.
+    """Warp: its packed rows -> shared memory, as overlapping words that begin with value s, at 128 s + 4 lane.
 
     A word has two values, or four levels. One 32-bit load then fetches the next of them wherever the lane stands in its
-    row, without bank conflicts. A lane reads only what it wrote itself, so no barrier is needed.
+    row, without bank conflicts.
+
+    A store takes four words of each lane, those of four levels, or every other one of values, which stand in registers
+    side by side as they were loaded. To it they are four 8 x 8 matrices of 16 bits, and the words of four lanes are a
+    row. Where rows go, all lanes say: ``spread`` of lane l is for row l % 8 of matrix l // 8. So a lane's words are
+    written by others, between barriers.
     """
     if rows.coded:
         yield from level_setup(rows)
-    source, shifts = ("u", ("0x4321", "0x5432", "0x6543")) if rows.coded else ("v", ("0x5432",))
-    count, step = (rows.kept // 4, 512) if rows.coded else (rows.packed, 256)
-    if rows.coded and rows.gathered:
-        for j in range(count):
+    if not rows.gathered:
+        return
+    yield ".reg .b32 overlap<4>; bar.warp.sync -1;"
+    if rows.coded:
+        last = rows.kept // 4 - 1
+        for j in range(last + 1):
             yield from levels(rows, j)
-    if rows.gathered:
-        yield ".reg .b32 overlap;"
-        for j in range(count):
-            following = f"{source}{min(j + 1, count - 1)}"
-            yield f"st.shared.b32 [stage+{step * j}], {source}{j};"
-            for i, shift in enumerate(shifts, 1):
-                yield f"prmt.b32 overlap, {source}{j}, {following}, {shift};"
-                yield f"st.shared.b32 [stage+{step * j + 128 * i}], overlap;"
+        for j in range(last + 1):
+            for i in range(1, 4):
+                yield f"prmt.b32 overlap{i}, u{j}, u{min(j + 1, last)}, 0x{i + 3}{i + 2}{i + 1}{i};"
+            yield _store(512 * j, f"{{u{j},overlap1,overlap2,overlap3}}")
+    else:
+        for j in range(0, rows.packed, 4):
+            yield _store(256 * j, listed("v", *range(j, j + 4)))
+            for i in range(4):
+                yield f"prmt.b32 overlap{i}, v{j + i}, v{min(j + i + 1, rows.packed - 1)}, 0x5432;"
+            yield _store(256 * j + 128, listed("overlap", *range(4)))
+    yield "bar.warp.sync -1;"
+
+
+def _store(at: int, words: str) -> str:
+    return f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [spread+{at}], {words};"
 
 
 def expand_setup(rows: Rows) -> Lines:
