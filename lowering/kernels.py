@@ -171,8 +171,8 @@ def decode_attention(
     }
     aligned = all(x is None or x.data_ptr() % 16 == 0 for x in packed.values())
     usable = aligned and len(set(blocks.values())) == 1 and runs_ptx(device)
-    tuned = step.tuned() if variant == "tuned" and usable else None
-    overlap = overlap and tuned is not None and _overlaps(device)
+    tuned = step.tuned(_is_hopper(device)) if variant == "tuned" and usable else None
+    overlap = overlap and tuned is not None and _is_hopper(device)
 
     rows = batch * heads
     splits = _splits_for(tuned or step, rows, max(blocks.values()), device)
@@ -261,8 +261,8 @@ def _scratch(rows: int, parts: int, step: Step, batch: int, device: torch.device
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel can start while the one ahead of it runs (programmatic dependent launch)."""
+def _is_hopper(device: torch.device) -> bool:
+    """Whether a kernel can start while the one ahead of it runs (programmatic dependent launch), and store matrices."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 

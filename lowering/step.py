@@ -159,9 +159,12 @@ class Step:
         """Kernel ``attend`` in plain Triton."""
         return _kernels(self, "attend_portable")
 
-    def tuned(self) -> Tuned | None:
-        """Kernel ``attend`` with inline PTX, or None where its preconditions do not hold."""
-        return _tuned(self)
+    def tuned(self, hopper: bool = True) -> Tuned | None:
+        """Kernel ``attend`` with inline PTX, or None where its preconditions do not hold.
+
+        hopper: for a GPU of compute capability 9.0 or newer.
+        """
+        return _tuned(self, hopper)
 
     def combine(self, parts: int, exact_for_extremes: bool, overlap: bool) -> ModuleType:
         """Kernel ``combine``, of a query row and ``channels_at_once`` to a program, which is one warp.
@@ -188,11 +191,11 @@ def _kernels(step: Step, template: str, **constants: Any) -> ModuleType:
 
 
 @functools.cache
-def _tuned(step: Step) -> Tuned | None:
+def _tuned(step: Step, hopper: bool) -> Tuned | None:
     formats = step.key, step.value
     if step.dtype == "fp32" or any(f.head_dim % 32 for f in formats):
         return None
-    return next((t for warps in (4, 2) if (t := Tuned(step, warps)).fits()), None)
+    return next((t for warps in (4, 2) if (t := Tuned(step, warps, hopper)).fits()), None)
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,15 @@ class Tuned:
 
     step: Step
     warps: int
+    hopper: bool = True
 
     @functools.cached_property
     def decode(self) -> Decode:
         """Its inline assembly."""
         step = self.step
         keys, values = (Rows(f.words, f.kept, f.code) for f in (step.key, step.value))
-        return Decode(keys, values, min(step.query_rows, _ROWS_A_PROGRAM), self.warps, _MMA_DTYPES[step.dtype])
+        heads = min(step.query_rows, _ROWS_A_PROGRAM)
+        return Decode(keys, values, heads, self.warps, _MMA_DTYPES[step.dtype], by_matrices=self.hopper)
 
     @property
     def chunks(self) -> int:

@@ -203,7 +203,7 @@ def launches(monkeypatch):
     """What a step launches and copies, by the kernels of a GPU, which need none to be rendered."""
     noted = []
     monkeypatch.setattr(kernels, "runs_ptx", lambda device: True)
-    monkeypatch.setattr(kernels, "_overlaps", lambda device: True)
+    monkeypatch.setattr(kernels, "_is_hopper", lambda device: True)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
     for cls, name in ((Step, "append"), (Step, "portable"), (Step, "combine"), (Tuned, "kernel")):
         make = getattr(cls, name)

@@ -148,8 +148,9 @@ class Machine:
         """
         cases = list(cases)
         wanted = [case for case, *_ in cases]
-        if self._on_gpu or any(case.batch == LARGEST and not case.memory_GB for case in wanted):
+        if self._on_gpu:
             threading.Thread(target=plans.plan_ahead, args=(wanted,), daemon=True).start()
+        if self._on_gpu or any(case.batch == LARGEST and not case.memory_GB for case in wanted):
             self._ask_for_memory()
         free: queue.SimpleQueue[Device] = queue.SimpleQueue()
         for device in self._devices * self._jobs:

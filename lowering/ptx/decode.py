@@ -35,6 +35,7 @@ class Decode:
     """The blocks of one specialisation of the decode kernel.
 
     keys, values: packed rows of K and V. heads: query heads of a program, at most 8. dtype: "bf16" or "f16".
+    by_matrices: shared memory is written by ``stmatrix``, which needs compute capability 9.0.
     """
 
     keys: Rows
@@ -42,6 +43,7 @@ class Decode:
     heads: int
     warps: int
     dtype: str
+    by_matrices: bool = True
 
     @property
     def key_dtype(self) -> str:
@@ -188,7 +190,7 @@ class Decode:
 
     def _score(self) -> Lines:
         yield ".reg .b32 lane; mov.u32 lane, %laneid;"
-        yield from stage(self.keys)
+        yield from stage(self.keys, self.by_matrices)
         yield from expand_setup(self.keys)
         yield ".reg .f32 e<4>; .reg .b32 x<32>;"
         yield from score_setup()
@@ -231,7 +233,7 @@ class Decode:
         return Block.of(inputs, o | self.keys.registers("n"), self._weighted_sum())
 
     def _weighted_sum(self) -> Lines:
-        yield from stage(self.values)
+        yield from stage(self.values, self.by_matrices)
         yield from expand_setup(self.values)
         yield ".reg .b32 x<32>, y<8>, tokens;"
         yield from bias_of_levels(self.values.coded)

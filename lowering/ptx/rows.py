@@ -165,16 +165,16 @@ def levels(rows: Rows, j: int) -> Lines:
     yield f"sub.u32 minus, {_ZEROS}, minus; add.u32 u{j}, u{j}, minus;"
 
 
-def stage(rows: Rows) -> Lines:
+def stage(rows: Rows, by_matrices: bool) -> Lines:
     """Warp: its packed rows -> shared memory, as overlapping words that begin with value s, at 128 s + 4 lane.
 
     A word has two values, or four levels. One 32-bit load then fetches the next of them wherever the lane stands in its
     row, without bank conflicts.
 
     A store takes four words of each lane, those of four levels, or every other one of values, which stand in registers
-    side by side as they were loaded. To it they are four 8 x 8 matrices of 16 bits, and the words of four lanes are a
-    row. Where rows go, all lanes say: ``spread`` of lane l is for row l % 8 of matrix l // 8. So a lane's words are
-    written by others, between barriers.
+    side by side as they were loaded. By matrices, it is one instruction, to which they are four 8 x 8 matrices of
+    16 bits, and the words of four lanes are a row. Where rows go, all lanes say: ``spread`` of lane l is for row l % 8
+    of matrix l // 8. So a lane's words are written by others, between barriers.
     """
     if rows.coded:
         yield from level_setup(rows)
@@ -188,18 +188,20 @@ def stage(rows: Rows) -> Lines:
         for j in range(last + 1):
             for i in range(1, 4):
                 yield f"prmt.b32 overlap{i}, u{j}, u{min(j + 1, last)}, 0x{i + 3}{i + 2}{i + 1}{i};"
-            yield _store(512 * j, f"{{u{j},overlap1,overlap2,overlap3}}")
+            yield _store(rows, 512 * j, [f"u{j}", "overlap1", "overlap2", "overlap3"], by_matrices)
     else:
         for j in range(0, rows.packed, 4):
-            yield _store(256 * j, listed("v", *range(j, j + 4)))
+            yield _store(rows, 256 * j, [f"v{j + i}" for i in range(4)], by_matrices)
             for i in range(4):
                 yield f"prmt.b32 overlap{i}, v{j + i}, v{min(j + i + 1, rows.packed - 1)}, 0x5432;"
-            yield _store(256 * j + 128, listed("overlap", *range(4)))
+            yield _store(rows, 256 * j + 128, [f"overlap{i}" for i in range(4)], by_matrices)
     yield "bar.warp.sync -1;"
 
 
-def _store(at: int, words: str) -> str:
-    return f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [spread+{at}], {words};"
+def _store(rows: Rows, at: int, words: list[str], by_matrices: bool) -> str:
+    if by_matrices:
+        return f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [spread+{at}], {{{','.join(words)}}};"
+    return " ".join(f"st.shared.b32 [stage+{at + rows.stored_apart * i}], {word};" for i, word in enumerate(words))
 
 
 def expand_setup(rows: Rows) -> Lines:
