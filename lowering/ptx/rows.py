@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .block import Lines, listed, names, vectors
+from .block import Lines, names, vectors
 
 LEVEL_TABLE_BYTES = 128 * 8
 """Of the levels of int4: eight bytes for each floor."""
