@@ -28,6 +28,15 @@ def band_limits(last: Tensor, first: Tensor | None, columns: Tensor | None) -> T
     return torch.stack([last, beginning if first is None else first, left_out]).to("cpu")
 
 
+def band_limits_traced(last: Tensor, first: Tensor | None, columns: Tensor | None) -> Tensor:
+    """The shape of the result, when a graph is traced.
+
+    So the op stays whole: Inductor would compute three numbers on the host by C++ of its own, and for its first C++ it
+    tries out for half a minute what the processor has.
+    """
+    return torch.empty(3, dtype=torch.int64, device="cpu")
+
+
 def _first_left_out(columns: Tensor) -> Tensor:
     """The first of the columns [..., S] that some row of the batch leaves out; S without one."""
     everywhere = with_four_dims(columns).flatten(0, 2).all(0)

@@ -52,7 +52,6 @@ _COMPOSITES = {
     "decompress": composites.decompress,
     "decode_attention": composites.decode_attention,
     "latest_weights": attention.latest_weights,
-    "band_limits": band.band_limits,
 }
 _ON_GPU = {
     "compress_kernel": kernel_ops.compress_on_gpu,
@@ -65,12 +64,13 @@ _ON_CPU = {
     "decompress_kernel": kernel_ops.decompress_on_cpu,
     "decode_attention_kernel": kernel_ops.decode_attention_on_cpu,
 }
-_ANYWHERE = {"band_attention": band.band_attention}
+_ANYWHERE = {"band_limits": band.band_limits, "band_attention": band.band_attention}
 _TRACED: dict[str, Callable] = {
     "compress_kernel": kernel_ops.compress_traced,
     "decompress_kernel": kernel_ops.decompress_traced,
     "decode_attention_kernel": kernel_ops.decode_attention_traced,
     "weigh_queries_kernel": kernel_ops.weigh_queries_traced,
+    "band_limits": band.band_limits_traced,
     "band_attention": band.band_attention_traced,
 }
 for _functions, _key in (

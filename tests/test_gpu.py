@@ -93,7 +93,7 @@ def test_the_tuned_kernels_generate_what_dense_attention_does(how, dtype, monkey
     """Nothing is pruned, so only rounding differs; it is compared where the model is sure of its next token."""
     launched = set()
     tuned = kernels.Step.tuned
-    monkeypatch.setattr(kernels.Step, "tuned", lambda step: launched.add(tuned(step) is not None) or tuned(step))
+    monkeypatch.setattr(kernels.Step, "tuned", lambda *of: launched.add(tuned(*of) is not None) or tuned(*of))
     model, inputs = hf_model(**KERNEL_SHAPE).cuda().to(dtype), on_gpu(prompt(length=100, padded=True))
     call = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     dense = model.generate(**inputs, **call)

@@ -133,6 +133,16 @@ def test_no_mask_on_a_gpu(past, padded):
     assert torch.cuda.max_memory_allocated() - before < tokens**2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_prompt_on_a_gpu_has_no_code_for_the_cpu():
+    """Before its first C++ Inductor tries out what the processor has, which takes half a minute."""
+    model = hf_model(num_hidden_layers=1).cuda()
+    compiled = torch.compile(model, backend="mustafar", fullgraph=True, dynamic=True)
+    inputs = {name: tensor.cuda() for name, tensor in padded(9, 0).items()}
+    _, codes = run_and_get_code(lambda: compiled(**inputs, use_cache=True))
+    assert not any("async_compile.cpp" in code for code in codes)
+
+
 def read(mask_of, queries=7, keys=9):
     """What is read of the mask that a function of positions and padding makes, once it is traced."""
 
@@ -275,6 +285,7 @@ def test_what_inductor_makes_of_it():
     model = hf_model(num_hidden_layers=1)
     compiled = torch.compile(model, backend="mustafar", fullgraph=True, dynamic=True)
     _, (code,) = run_and_get_code(lambda: compiled(**padded(9, 0), use_cache=True))
+    assert "band_limits" in code
     assert "band_attention" in code
     for inputs in (padded(0, 0, 50), padded(3, 0, 60)):
         torch.testing.assert_close(compiled(**inputs, use_cache=True).logits, model(**inputs).logits)
