@@ -83,6 +83,8 @@ def main() -> None:
     try:
         study = read_study(args.study, args.runs)
         known(dict.fromkeys(args.again), {run.name for run in study.runs}, "run")
+        if args.markdown:  # before hours of measuring
+            markdown.around(args.markdown)
     except (OSError, StudyError) as error:
         arguments.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured is saved"))

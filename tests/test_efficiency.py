@@ -368,6 +368,13 @@ def test_the_papers_table_stands_beside_ours():
     assert [entry["gains"] for entry in table["here"]] == [{512: 1}, {512: 1.5}]
 
 
+def test_calls_of_fewer_tokens_are_no_part_of_the_papers_table():
+    short = generated("prepared", "0.7", first_token_ms=1.0, tokens_per_s=9.0, tokens_per_s_over={"128": 9.0})
+    (table,) = tables.table_14(tables.by_case([*ROWS, short]))
+    assert len(table["here"]) == 2
+    assert tables.table_14(tables.by_case([short])) == []
+
+
 def test_the_report_is_one_file(study, tmp_path):
     pytest.importorskip("matplotlib")
     from efficiency import report
@@ -400,6 +407,17 @@ def test_a_document_gets_the_tables_between_its_marks(tmp_path):
     page.write_text("nothing")
     with pytest.raises(StudyError, match=r"page\.md has no lines <!-- efficiency study: begin"):
         markdown.replace(page, read_study(path), ROWS)
+    with pytest.raises(StudyError, match=r"other\.md cannot be read"):
+        markdown.around(page.with_name("other.md"))
+
+
+def test_a_document_without_the_marks_is_refused_before_anything_is_measured(study, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "toy.yaml"
+    monkeypatch.setattr(efficiency_study, "complete", lambda *_: pytest.fail("it is measured"))
+    monkeypatch.setattr(sys, "argv", ["efficiency_study.py", str(path), "--markdown", str(tmp_path / "none.md")])
+    with pytest.raises(SystemExit):
+        efficiency_study.main()
+    assert "none.md cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

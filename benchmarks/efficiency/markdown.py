@@ -24,13 +24,22 @@ Row = dict[str, Any]
 
 
 def replace(path: Path, study: Study, rows: list[Row]) -> None:
-    """Put the tables of a study into a document. Raises StudyError for one without ``BEGIN`` and ``END``."""
-    text = path.read_text(encoding="utf-8")
+    """Put the tables of a study into a document. Raises StudyError as ``around`` does."""
+    before, after = around(path)
+    path.write_text(f"{before}{BEGIN}\n\n{document(study, rows)}\n{END}{after}", encoding="utf-8")
+
+
+def around(path: Path) -> tuple[str, str]:
+    """What a document has before and behind its tables. Raises StudyError for one without ``BEGIN`` and ``END``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error}") from error
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise StudyError(f"{path} has no lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n\n{document(study, rows)}\n{END}{after}", encoding="utf-8")
+    return before, after
 
 
 def document(study: Study, rows: list[Row]) -> str:
