@@ -19,6 +19,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # family, sizes
                                "sliding_window": None}),
     "qwen-3-4b": ("qwen3", {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128,
                             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}),
+    "smollm2-135m": ("llama", {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+                               "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+                               "tie_word_embeddings": True}),
     "tiny": ("llama", {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
                        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100}),
 }  # fmt: skip
