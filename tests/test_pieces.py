@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import weakref
 
 import pytest
@@ -287,3 +288,11 @@ def test_the_layers_of_a_model_are_compiled_once(cache, monkeypatch):
                 actual = model.generate(**inputs, **how)
             assert torch.equal(actual, expected)
             assert len(compiled) == 3 * graphs, report
+
+
+def test_a_graph_of_sizes_alone_stays_whole():
+    """As between two breaks of a graph: no value of it is a tensor."""
+    graph = Graph()
+    size = graph.placeholder("size")
+    graph.output((graph.call_function(operator.add, (size, 1)),))
+    assert pieces_of(GraphModule({}, graph), [3]) == []

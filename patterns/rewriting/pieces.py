@@ -67,7 +67,7 @@ def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
     graph write its inputs early.
     """
     graph = module.graph
-    if not all(map(_can_be_cut_off, graph.nodes)):
+    if not any(map(_is_attention, graph.nodes)) or not all(map(_can_be_cut_off, graph.nodes)):
         return []
     constants = constants_of(module)
     if not all(type(x) is torch.Tensor for x in constants.values()):
