@@ -300,8 +300,7 @@ def test_a_row_expands_to_its_channels(rows, by_matrices):
         for w in range(rows.words):
             machine.run(expand_word(rows, w, 16 * w))
         words = np.array([machine.registers[f"x{k}"] for k in range(16 * rows.words)], dtype=np.uint32)
-        levels = -words.view(np.float16).astype(float) * UNITS - BIAS
-        found = levels if rows.coded else words.view(np.int16)
+        found = -words.view(np.float16).astype(float) * UNITS - BIAS if rows.coded else words.view(np.int16)
         assert found.tolist() == dense.tolist()
 
 
