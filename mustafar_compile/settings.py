@@ -133,19 +133,20 @@ class Settings:
     def by_layer(self) -> list[str]:
         """What of the settings goes by the number of a layer, as text."""
         skipped = [f"skip_layers={sorted(self.skip_layers)}"] if self.skip_layers else []
-        return skipped + [f"{name} by layer" for name, value in self._numbered().items() if value.numbered]
+        return skipped + [f"{name} by layer" for name, value in self.given_by_layer().items() if value.numbered]
 
     def by_head(self) -> list[str]:
         """What of the settings goes by the number of a KV head, by name."""
-        numbered = self._numbered().items()
+        numbered = self.given_by_layer().items()
         return [name for name, value in numbered if any(isinstance(x, ByHead) for _, x in value.items())]
 
     def named_layers(self) -> dict[str, set[int]]:
         """The layers that each setting names, if it names any."""
-        named = {name: {layer for layer, _ in value.numbered} for name, value in self._numbered().items()}
+        named = {name: {layer for layer, _ in value.numbered} for name, value in self.given_by_layer().items()}
         return {name: layers for name, layers in (named | {"skip_layers": set(self.skip_layers)}).items() if layers}
 
-    def _numbered(self) -> dict[str, ByLayer]:
+    def given_by_layer(self) -> dict[str, ByLayer]:
+        """The settings that were given by layer, by name, be it with a default alone."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, ByLayer)}
 

@@ -426,6 +426,9 @@ MAIN = {
 }
 
 
+SPILLED = {"128, eight heads": 56}  # bytes of the newest assembler; that of triton 3.6 spills nothing
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", MAIN)
 def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
@@ -436,7 +439,7 @@ def test_the_tuned_attention_compiles_without_spilling(name, tmp_path):
     kernel = compiled(module.attend, step.dtype, step.mask, gluon=True, **how)
     registers, stack, local = usage(kernel, tmp_path)
     assert registers <= tuned.registers
-    assert (stack <= 64, local) == (True, 0), "a few registers, as some assemblers need, do no harm"
+    assert (stack <= SPILLED.get(name, 24), local) == (True, 0), "a few registers, as some assemblers need, do no harm"
     assert kernel.metadata.shared + tuned.decode.shared_bytes <= 48 * 1024
     sparse, dense = (len(re.findall(rf"mma\.{kind}", kernel.asm["ptx"])) for kind in ("sp::", "sync"))
     keys, values = tuned.decode.keys.words, tuned.decode.values.words

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from .. import _compat
 from ..lowering.format import BLOCK_TOKENS
 from ..lowering.layout import Layout
+from ..patterns.graph.symbols import by_known_symbols
 from ..patterns.rewriting.plan import Argument, Plan, Size
 from .plain_inputs import PlainInputs
 
@@ -72,8 +73,7 @@ class _Examples:
     def of(self, source: Any) -> Any:
         index = source.index
         if isinstance(source, Argument):
-            given = self.given[index]
-            return given + 0 if isinstance(given, torch.SymInt) else given  # by the symbol that it is known as by now
+            return by_known_symbols(self.given[index])
         if isinstance(source, Size):
             return self.logical[index].shape[source.dim]
         if index not in self.made:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from .. import _compat
 from ..patterns.graph.nodes import drop_meta
+from ..patterns.graph.symbols import by_known_symbols
 from ..patterns.rewriting.pieces import Piece, constants_of, fake_like, pieces_of
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -30,8 +31,8 @@ def compile_in_pieces(module: GraphModule, inputs: Sequence[Any]) -> Callable[..
         if piece.kind not in compiled:
             own = piece.as_module()
             given = [examples[x] if x in examples else fake_like(x.meta["val"], mode) for x in piece.takes]
-            given = [x + 0 if isinstance(x, torch.SymInt) else x for x in given]  # by the symbols known by now
-            compiled[piece.kind] = _compat.inductor.boxed(_compat.inductor.compile_fx(own, given))
+            renewed = [by_known_symbols(x) for x in given]
+            compiled[piece.kind] = _compat.inductor.boxed(_compat.inductor.compile_fx(own, renewed))
             drop_meta(own.graph)  # AOTAutograd keeps the module
     return InPieces(module, pieces, compiled)
 

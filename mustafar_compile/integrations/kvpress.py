@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from .. import _compat
-from ..by_number import ByLayer
 from ..cache.tensor import CompressedKV
 from ..settings import Settings
 
@@ -153,8 +152,7 @@ class MustafarPress(BasePress):
     window: int = 32
 
     def __post_init__(self) -> None:
-        settings = vars(Settings(**vars(self)))
-        by_layer = [f"{name} by layer" for name, value in settings.items() if isinstance(value, ByLayer)]
+        by_layer = [f"{name} by layer" for name in Settings(**vars(self)).given_by_layer()]
         if by_layer:
             raise ValueError(f"MustafarPress was given {' and '.join(by_layer)}; accepted is one value for all layers")
 

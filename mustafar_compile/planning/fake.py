@@ -35,8 +35,7 @@ def fake_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers; what is shared counts once."""
     tensors = [*model.parameters(), *model.buffers()]
-    storages = {id(x): x.untyped_storage() for x in tensors}
-    return sum({s._cdata: s.nbytes() for s in storages.values()}.values())
+    return sum({_compat.memory.storage_number(x): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def forward(

@@ -31,6 +31,11 @@ def known(size: int | torch.SymInt) -> int:
     return int(size)
 
 
+def by_known_symbols(value: Any) -> Any:
+    """A symbolic size by the symbols that Dynamo knows it as by now; anything else as it is."""
+    return value + 0 if isinstance(value, torch.SymInt) else value
+
+
 def guard_equal(a: torch.SymInt, b: torch.SymInt) -> None:
     """Let Dynamo guard on two sizes being equal, as they are now."""
     bool(a == b)

@@ -21,6 +21,13 @@ aten = torch.ops.aten
 ops = torch.ops.mustafar
 
 
+def packed_swapped(graph: Graph, node: Node) -> Node:
+    """``node`` laid out contiguous but for a swap of its second and third dimension."""
+    swapped = graph.call_function(aten.transpose.int, (node, 1, 2))
+    packed = graph.call_function(aten.contiguous.default, (swapped,))
+    return graph.call_function(aten.transpose.int, (packed, 1, 2))
+
+
 class Emitter:
     """Adds ops to ``graph``, where it is told to insert. capacity_of: tokens -> compressed slots of a growing cache."""
 
@@ -52,8 +59,7 @@ class Emitter:
         value = original.meta["val"]
         if value.dim() != 4 or same_size(value.shape[2], 1) or not value.transpose(1, 2).is_contiguous():
             return result
-        swapped = self.call(aten.transpose.int, result, 1, 2)
-        return self.call(aten.transpose.int, self.call(aten.contiguous.default, swapped), 1, 2)
+        return packed_swapped(self.graph, result)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """``node`` in ``dtype``."""

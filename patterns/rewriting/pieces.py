@@ -19,6 +19,7 @@ from mustafar_compile import _compat
 
 from ..graph.nodes import is_call
 from ..graph.symbols import expression, guard_equal
+from .emit import packed_swapped
 
 aten = torch.ops.aten
 ops = torch.ops.mustafar
@@ -54,10 +55,7 @@ class Piece:
 
 
 def _contiguous(graph: Graph, node: Node, is_swapped: bool) -> Node:
-    if is_swapped:
-        swapped = graph.call_function(aten.transpose.int, (node, 1, 2))
-        return graph.call_function(aten.transpose.int, (_contiguous(graph, swapped, False), 1, 2))
-    return graph.call_function(aten.contiguous.default, (node,))
+    return packed_swapped(graph, node) if is_swapped else graph.call_function(aten.contiguous.default, (node,))
 
 
 def pieces_of(module: GraphModule, inputs: Sequence[Any]) -> list[Piece]:
